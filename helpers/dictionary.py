@@ -1,0 +1,577 @@
+"""The one family behind the book: sums of a few rank-one terms, chosen per input.
+
+    y(x) = b_out + shared(x) + Σ_{j ∈ TopK_k(s(x) + c)}  g_j(x) · a(e_j·(x − b_in) + β_j) · d_j
+
+A `RankOneDictionary` is three lists of row vectors (`Rows`): the router's (whose scores s choose), the encoder's (e_j)
+and the decoder's (d_j). Two roles that are played by the same `Rows` object are tied. Everything else is a small knob:
+the gate g, the activation a, the shared network, the selection bias c. Each paper's model is a short constructor.
+
+No function here builds the dense [batch, n] matrix of codes; only the router's scores are dense.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# The products of chosen rows are one `sampled_addmm`, whose CSR argument still warns that it is young.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+GATHER_BYTES = 64 * 2**20
+"""Largest temporary that the portable path of `gather_dots` may build."""
+
+
+# -- two primitives, each the adjoint of the other ---------------------------------------------------------------------
+
+
+def weighted_sum(
+    values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], weight: Float[Tensor, "n d"]
+) -> Float[Tensor, "batch d"]:
+    """y_b = Σ_i values[b,i] · weight[indices[b,i]], reading k rows per sample instead of all n."""
+    return _WeightedSum.apply(values.to(weight.dtype), indices, weight)
+
+
+def gather_dots(
+    x: Float[Tensor, "batch d"],
+    weight: Float[Tensor, "n d"],
+    indices: Int[Tensor, "batch k"],
+    known: Float[Tensor, "batch k"] | None = None,
+) -> Float[Tensor, "batch k"]:
+    """z_bi = x_b · weight[indices[b,i]].
+
+    `known` holds these products when a dense pass has already computed them; they are then not computed again,
+    but the gradient is still the sparse one.
+    """
+    return _GatherDots.apply(x.to(weight.dtype), weight, indices, known)
+
+
+def _sum_rows(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
+
+
+def _dots(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
+    batch, k = indices.shape
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and batch and k:
+        pattern = torch.sparse_csr_tensor(
+            torch.arange(0, batch * k + 1, k),
+            indices.reshape(-1),
+            x.new_zeros(batch * k),
+            (batch, len(weight)),
+            check_invariants=False,  # the rows need not be sorted here, and checking costs more than the product
+        )
+        return torch.sparse.sampled_addmm(pattern, x, weight.T, beta=0.0).values().view(batch, k)
+    rows = max(1, GATHER_BYTES // max(1, k * weight.shape[1] * weight.element_size()))
+    parts = [
+        torch.einsum("bkd,bd->bk", weight[i], part) for i, part in zip(indices.split(rows), x.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _sum_by_row(values: Tensor, indices: Tensor, inputs: Tensor, n: int) -> Tensor:
+    """G_j = Σ_{(b,i): indices[b,i]=j} values[b,i] · inputs[b]: the gradient of both primitives for `weight`.
+
+    Sorted by row, this is again a bag of weighted rows (of `inputs` this time), so no scatter and no [batch, n] matrix.
+    """
+    flat = indices.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    starts = torch.zeros(n, dtype=torch.long, device=flat.device)
+    starts[1:] = torch.bincount(flat, minlength=n).cumsum(0)[:-1]
+    sources = order.div(indices.shape[1], rounding_mode="floor")
+    return F.embedding_bag(sources, inputs, starts, per_sample_weights=values.reshape(-1)[order], mode="sum")
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, weight):
+        ctx.save_for_backward(values, indices, weight)
+        return _sum_rows(values, indices, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, indices, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        for_values = _dots(grad, weight, indices) if ctx.needs_input_grad[0] else None
+        for_weight = _sum_by_row(values, indices, grad, len(weight)) if ctx.needs_input_grad[2] else None
+        return for_values, None, for_weight
+
+
+class _GatherDots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, indices, known):
+        ctx.save_for_backward(x, weight, indices)
+        return _dots(x, weight, indices) if known is None else known.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, indices = ctx.saved_tensors
+        grad = grad.contiguous()
+        for_x = _sum_rows(grad, indices, weight) if ctx.needs_input_grad[0] else None
+        for_weight = _sum_by_row(grad, indices, x, len(weight)) if ctx.needs_input_grad[1] else None
+        return for_x, for_weight, None, None
+
+
+# -- codes -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """Codes of a batch: which atoms were chosen and with what value. `indices` are distinct within a row.
+
+    An atom fires where its value is not zero; chosen-but-zero (a negative pre-activation under ReLU) does not count.
+    """
+
+    indices: Int[Tensor, "batch k"]
+    values: Float[Tensor, "batch k"]
+
+    @property
+    def fires(self) -> Tensor:
+        """Bool [batch, k]: where the value is not zero."""
+        return self.values != 0
+
+    def firing_counts(self, n_atoms: int) -> Int[Tensor, " n_atoms"]:
+        """How many samples of the batch each atom fires on."""
+        return torch.bincount(self.indices[self.fires], minlength=n_atoms)
+
+    def to_dense(self, n_atoms: int) -> Float[Tensor, "batch n_atoms"]:
+        """The [batch, n] matrix, for plots and checks at small size; no model uses it."""
+        return self.values.new_zeros(len(self.values), n_atoms).scatter(1, self.indices, self.values)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass computed. `scores` [batch, n] carry a gradient only if that was asked for."""
+
+    output: Float[Tensor, "batch d_out"]
+    codes: SparseCodes
+    scores: Float[Tensor, "batch n"]
+
+
+# -- rows of vectors: the router, the encoder, the decoder -------------------------------------------------------------
+
+
+class Rows(nn.Module):
+    """n row vectors w_j with what a dictionary does with them: score an input, take chosen products, sum chosen rows.
+
+    With `down` (V) the rows act on V x: a low-rank router U(Vx).
+
+    Args:
+        weight: [n, d], or [n, rank] when `down` is given.
+        bias: [n], added to the scores; None for none.
+        down: [rank, d_in]; None for the identity.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, down: Tensor | None = None):
+        super().__init__()
+        if down is not None and weight.shape[1] != down.shape[0]:
+            raise ValueError(f"down has {down.shape[0]} rows; allowed: {weight.shape[1]}, the width of weight")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; allowed: {(len(weight),)}, one number per row")
+        self.weight = _parameter(weight)
+        self.bias = _parameter(bias)
+        self.down = _parameter(down)
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @property
+    def width(self) -> int:
+        """Length of the vectors that the rows act on."""
+        return (self.weight if self.down is None else self.down).shape[1]
+
+    def scores(self, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch n"]:
+        """w_j·x + bias_j for all n rows: one matrix product."""
+        return F.linear(self._project(x), self.weight, self.bias)
+
+    def chosen(
+        self, x: Float[Tensor, "batch d"], indices: Int[Tensor, "batch k"], known: Tensor | None = None
+    ) -> Float[Tensor, "batch k"]:
+        """w_j·x + bias_j for the chosen rows only, with a gradient that touches only them.
+
+        `known` are these numbers where `scores` has them already.
+        """
+        if self.bias is None:
+            return gather_dots(self._project(x), self.weight, indices, known)
+        bias = self.bias[indices]
+        dots = gather_dots(self._project(x), self.weight, indices, known)
+        # `known` has the bias in it: add an exact zero that only carries the gradient
+        return dots + (bias if known is None else bias - bias.detach())
+
+    def combine(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> Float[Tensor, "batch d"]:
+        """Σ_i values[b,i] · w_{indices[b,i]}."""
+        return weighted_sum(values, indices, self.weight)
+
+    @torch.no_grad()
+    def normalise_(self) -> None:
+        """Scale every row to length 1, a block at a time so that it stays in the processor's cache."""
+        for block in self.weight.split(512):
+            block.div_(block.norm(dim=1, keepdim=True).clamp_min(torch.finfo(block.dtype).tiny))
+
+    @torch.no_grad()
+    def project_gradient_(self) -> None:
+        """Remove from each row's gradient its component along the row, which renormalising would undo."""
+        if self.weight.grad is None:
+            return
+        for row, grad in zip(self.weight.split(512), self.weight.grad.split(512), strict=True):
+            grad.sub_((grad * row).sum(1, keepdim=True) * row)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return x if self.down is None else F.linear(x, self.down)
+
+
+def _parameter(value: Tensor | None) -> nn.Parameter | None:
+    """A parameter as it is (so that two modules can share it), a tensor wrapped, None as None."""
+    return value if value is None or isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+
+# -- the family --------------------------------------------------------------------------------------------------------
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "hard": torch.ones_like,
+    "softmax": lambda scores: scores.softmax(-1),
+    "score": lambda scores: scores,
+}
+"""Gate weights from the k chosen scores: all one, a softmax over the k, or the score itself."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda z: z, "relu": F.relu, "gelu": F.gelu}
+
+
+class RankOneDictionary(nn.Module):
+    """y(x) = b_out + shared(x) + Σ_{j ∈ TopK_k(s(x) + c)} g_j(x) · a(e_j·(x − b_in) + β_j) · d_j.
+
+    Args:
+        encoder: the e_j with biases β_j, n·expert_rank rows of width d_in.
+        decoder: the d_j, n·expert_rank rows of width d_out. The same object as `encoder` ties d = e.
+        k: how many router rows are chosen per input.
+        router: its scores s choose. None (or the encoder itself): the pre-activations choose.
+        gate: a name in `GATES`, applied to the k chosen scores.
+        activation: a name in `ACTIVATIONS`.
+        b_in, b_out: [d_in], [d_out]; the same parameter may serve as both (an SAE's b_dec).
+        shared: a network that sees every input.
+        selection_bias: whether to keep a buffer c [n] that is added when choosing and not when weighing.
+        expert_rank: r atoms per router row, chosen together.
+        unit_norm: whether training keeps the decoder's rows at length 1.
+    """
+
+    def __init__(
+        self,
+        encoder: Rows,
+        decoder: Rows,
+        *,
+        k: int,
+        router: Rows | None = None,
+        gate: str = "hard",
+        activation: str = "relu",
+        b_in: Tensor | None = None,
+        b_out: Tensor | None = None,
+        shared: nn.Module | None = None,
+        selection_bias: bool = False,
+        expert_rank: int = 1,
+        unit_norm: bool = False,
+    ):
+        super().__init__()
+        _one_of("gate", gate, GATES)
+        _one_of("activation", activation, ACTIVATIONS)
+        self.encoder, self.decoder = encoder, decoder
+        self.router = encoder if router is None else router
+        self.n_features, self.n_atoms = len(self.router), len(encoder)
+        _check_k(k, self.n_features)
+        if not self.n_atoms == len(decoder) == self.n_features * expert_rank:
+            raise ValueError(
+                f"encoder has {len(encoder)} rows and decoder {len(decoder)}; allowed: "
+                f"{self.n_features * expert_rank} = router rows ({self.n_features}) × expert_rank ({expert_rank})"
+            )
+        if self.router.width != encoder.width:
+            raise ValueError(f"router reads {self.router.width} numbers; allowed: {encoder.width}, as the encoder does")
+        self.k, self.gate, self.activation = k, gate, activation
+        self.expert_rank, self.unit_norm = expert_rank, unit_norm
+        self.b_in, self.b_out, self.shared = _parameter(b_in), _parameter(b_out), shared
+        self.register_buffer("selection_bias", encoder.weight.new_zeros(self.n_features) if selection_bias else None)
+
+    @property
+    def d_in(self) -> int:
+        return self.encoder.width
+
+    @property
+    def d_out(self) -> int:
+        return self.decoder.width
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        return self.trace(x).output
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
+        """Chosen atoms and their values g·a(z)."""
+        return self._encode(x, score_gradient=False)[0]
+
+    def decode(self, codes: SparseCodes) -> Float[Tensor, "batch d_out"]:
+        """b_out + Σ values · d_j, without the shared part, which needs the input."""
+        output = self.decoder.combine(codes.values, codes.indices)
+        return output if self.b_out is None else output + self.b_out
+
+    def trace(self, x: Float[Tensor, "batch d_in"], *, score_gradient: bool = False) -> Trace:
+        """A forward pass with its codes and scores.
+
+        With `score_gradient` the dense scores carry a gradient, as losses on all of them need (Switch balancing);
+        without, the backward pass touches only the k chosen rows of each sample.
+        """
+        codes, scores = self._encode(x, score_gradient)
+        output = self.decode(codes)
+        return Trace(output if self.shared is None else output + self.shared(x), codes, scores)
+
+    def _encode(self, x: Tensor, score_gradient: bool) -> tuple[SparseCodes, Tensor]:
+        x = x if self.b_in is None else x - self.b_in
+        with torch.set_grad_enabled(score_gradient and torch.is_grad_enabled()):
+            scores = self.router.scores(x)
+        ranking = scores.detach() if self.selection_bias is None else scores.detach() + self.selection_bias
+        experts = ranking.topk(self.k, dim=1).indices
+        chosen = scores.gather(1, experts)
+        if not score_gradient and (self.gate != "hard" or self.router is self.encoder):
+            chosen = self.router.chosen(x, experts, known=chosen)
+        atoms = self._atoms_of(experts)
+        pre_acts = chosen if self.router is self.encoder else self.encoder.chosen(x, atoms)
+        gates = GATES[self.gate](chosen).repeat_interleave(self.expert_rank, dim=1)
+        return SparseCodes(atoms, gates * ACTIVATIONS[self.activation](pre_acts)), scores
+
+    def _atoms_of(self, experts: Tensor) -> Tensor:
+        if self.expert_rank == 1:
+            return experts
+        inside = torch.arange(self.expert_rank, device=experts.device)
+        return (experts[:, :, None] * self.expert_rank + inside).flatten(1)
+
+    def constrain_gradient_(self) -> None:
+        """Before an optimiser step: what the constraint of `constrain_` makes of the gradient."""
+        if self.unit_norm:
+            self.decoder.project_gradient_()
+
+    def constrain_(self) -> None:
+        """After an optimiser step: unit-norm decoder rows, if the model has them."""
+        if self.unit_norm:
+            self.decoder.normalise_()
+
+    @property
+    def knobs(self) -> dict[str, object]:
+        """The model's place in the family, for tables and for cache keys."""
+        router = "tied" if self.router is self.encoder else "dense" if self.router.down is None else "low-rank"
+        if self.router is not self.encoder and self.router.weight is self.encoder.weight:
+            router = "shared parameters"
+        return {
+            "router": router,
+            "gate": self.gate,
+            "activation": self.activation,
+            "atoms": "tied" if self.decoder is self.encoder else "dense",
+            "shared": self.shared is not None,
+            "selection_bias": self.selection_bias is not None,
+            "expert_rank": self.expert_rank,
+            "unit_norm": self.unit_norm,
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "n_features": self.n_features,
+            "k": self.k,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.knobs.items())
+
+
+def _one_of(name: str, given: str, allowed) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name}={given!r} is unknown; allowed: {', '.join(map(repr, allowed))}")
+
+
+def _check_k(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k} cannot be chosen; allowed: 1 to n_features={n}")
+
+
+# -- named constructors ------------------------------------------------------------------------------------------------
+
+
+def topk_sae(
+    d_model: int,
+    n_features: int,
+    k: int,
+    *,
+    generator: torch.Generator,
+    b_dec: Float[Tensor, " d_model"] | None = None,
+    tied: bool = False,
+    activation: str = "relu",
+    dtype: torch.dtype = torch.float32,
+) -> RankOneDictionary:
+    """A TopK SAE with unit-norm decoder (Makhzani & Frey 2013; Gao et al. 2024).
+
+    y = b_dec + Σ_{j ∈ TopK} ReLU(e_j·(x − b_dec) + β_j) d_j. It starts with random unit atoms and e_j = d_j.
+
+    Args:
+        b_dec: where the decoder's bias starts, best the mean of the data; zero if None.
+        tied: keep e_j = d_j during training.
+    """
+    _check_k(k, n_features)
+    device = generator.device
+    atoms = torch.randn(n_features, d_model, generator=generator, device=device, dtype=dtype)
+    atoms = F.normalize(atoms, dim=1)
+    encoder = Rows(atoms.clone(), torch.zeros(n_features, device=device, dtype=dtype))
+    start = torch.zeros(d_model, device=device, dtype=dtype) if b_dec is None else b_dec.to(device, dtype).clone()
+    bias = nn.Parameter(start)
+    decoder = encoder if tied else Rows(atoms)
+    return RankOneDictionary(encoder, decoder, k=k, activation=activation, b_in=bias, b_out=bias, unit_norm=True)
+
+
+def rank1_moe(d_model: int, n_experts: int, k: int, *, generator: torch.Generator, **options) -> RankOneDictionary:
+    """A mixture of rank-1 experts E_j = d_j e_jᵀ whose router rows are the e_j themselves (paper A).
+
+    The router's and the experts' parameters are the same tensors, but the router scores all n and the chosen experts
+    then compute e_j·x for themselves. `options` as for `topk_sae`.
+    """
+    return sae_to_moe(topk_sae(d_model, n_experts, k, generator=generator, **options))
+
+
+def sae_to_moe(sae: RankOneDictionary) -> RankOneDictionary:
+    """The rank-1 MoE with the parameters of a tied-router dictionary (a copy; the original is untouched)."""
+    if sae.router is not sae.encoder:
+        raise ValueError(f"router={sae.knobs['router']!r} is not an SAE's; allowed: 'tied'")
+    if sae.expert_rank != 1:
+        raise ValueError(f"expert_rank={sae.expert_rank} has no rank-1 experts; allowed: 1")
+    moe = copy.deepcopy(sae)
+    moe.router = Rows(moe.encoder.weight, moe.encoder.bias, moe.encoder.down)
+    return moe
+
+
+def moe_to_sae(moe: RankOneDictionary) -> RankOneDictionary:
+    """The inverse of `sae_to_moe`; only a mixture whose router shares the experts' parameters has one."""
+    if moe.router.weight is not moe.encoder.weight or moe.router.bias is not moe.encoder.bias:
+        raise ValueError(f"router={moe.knobs['router']!r} has rows of its own; allowed: 'shared parameters'")
+    sae = copy.deepcopy(moe)
+    sae.router = sae.encoder
+    return sae
+
+
+def secret_moe(
+    d_in: int,
+    d_out: int,
+    n_experts: int,
+    k: int,
+    *,
+    generator: torch.Generator,
+    router_rank: int | None = None,
+    shared_neurons: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> RankOneDictionary:
+    """The student of paper C: a small shared MLP beside single-neuron GELU experts under a softmax over the k chosen.
+
+    Args:
+        router_rank: rank of the router U(Vx); None for a full one.
+        shared_neurons: width of the shared MLP; `k` if None, 0 for no shared part.
+    """
+    _check_k(k, n_experts)
+
+    def uniform(rows: int, columns: int, fan_in: int) -> Tensor:
+        noise = torch.rand(rows, columns, generator=generator, device=generator.device, dtype=dtype)
+        return (2 * noise - 1) * fan_in**-0.5
+
+    def linear(rows: int, columns: int) -> nn.Linear:
+        layer = nn.Linear(columns, rows, device=generator.device, dtype=dtype)
+        layer.weight.data, layer.bias.data = uniform(rows, columns, columns), uniform(rows, 1, columns)[:, 0]
+        return layer
+
+    width = k if shared_neurons is None else shared_neurons
+    shared = nn.Sequential(linear(width, d_in), nn.GELU(), linear(d_out, width)) if width else None
+    full = router_rank is None
+    router = Rows(
+        uniform(n_experts, d_in if full else router_rank, d_in if full else router_rank),
+        down=None if full else uniform(router_rank, d_in, d_in),
+    )
+    encoder = Rows(uniform(n_experts, d_in, d_in), uniform(n_experts, 1, d_in)[:, 0])
+    decoder = Rows(uniform(n_experts, d_out, k))
+    b_out = None if shared is not None else torch.zeros(d_out, device=generator.device, dtype=dtype)
+    return RankOneDictionary(
+        encoder, decoder, k=k, router=router, gate="softmax", activation="gelu", shared=shared, b_out=b_out
+    )
+
+
+# -- exchange with SAELens ---------------------------------------------------------------------------------------------
+
+
+def save_saelens(sae: RankOneDictionary, folder: str | Path, metadata: dict[str, object] | None = None) -> Path:
+    """Write a TopK SAE as SAELens does (`cfg.json`, `sae_weights.safetensors`), so that `SAE.load_from_disk` reads it.
+
+    The files are written aside and moved into place, so a killed process leaves no half checkpoint. Raises `ValueError`
+    for a model that SAELens' TopK SAE cannot express.
+    """
+    plain = {"router": "tied", "gate": "hard", "activation": "relu", "shared": False, "selection_bias": False}
+    for name, allowed in {**plain, "expert_rank": 1}.items():
+        if sae.knobs[name] != allowed:
+            raise ValueError(f"{name}={sae.knobs[name]!r} is not an SAELens TopK SAE's; allowed: {allowed!r}")
+    if sae.b_out is None or (sae.b_in is not None and sae.b_in is not sae.b_out) or sae.encoder.down is not None:
+        raise ValueError(
+            "b_in differs from b_out, or a low-rank encoder; allowed: b_in = b_out or none, a full encoder"
+        )
+    tensors = {
+        "W_enc": sae.encoder.weight.T,
+        "b_enc": sae.encoder.bias if sae.encoder.bias is not None else sae.decoder.weight.new_zeros(sae.n_features),
+        "W_dec": sae.decoder.weight,
+        "b_dec": sae.b_out,
+    }
+    config = {
+        "architecture": "topk",
+        "d_in": sae.d_in,
+        "d_sae": sae.n_features,
+        "k": sae.k,
+        "dtype": str(sae.decoder.weight.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.b_in is not None,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": metadata or {},
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, Path(aside, "weights"))
+        Path(aside, "cfg").write_text(json.dumps(config, indent=1))
+        os.replace(Path(aside, "weights"), folder / "sae_weights.safetensors")
+        os.replace(Path(aside, "cfg"), folder / "cfg.json")
+    return folder
+
+
+def load_saelens(folder: str | Path) -> RankOneDictionary:
+    """Read a TopK SAE that SAELens or `save_saelens` wrote.
+
+    `rescale_acts_by_decoder_norm` is folded into the weights, exactly: choosing by ‖d_j‖z_j and dividing again when
+    decoding is a unit-norm decoder behind an encoder whose rows are longer by ‖d_j‖.
+    """
+    folder = Path(folder)
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"folder={str(folder)!r} has no {name}; allowed: a folder written by SAELens")
+    config = json.loads((folder / "cfg.json").read_text())
+    allowed = {
+        "architecture": ("topk",),
+        "normalize_activations": ("none", None),
+        "reshape_activations": ("none", None),
+    }
+    for name, values in allowed.items():
+        if config.get(name) not in values:
+            raise ValueError(
+                f"{name}={config.get(name)!r} in {folder / 'cfg.json'} is not read; allowed: {values[0]!r}"
+            )
+    tensors = load_file(folder / "sae_weights.safetensors")
+    w_enc, b_enc, w_dec = tensors["W_enc"].T.contiguous(), tensors["b_enc"], tensors["W_dec"]
+    if config.get("rescale_acts_by_decoder_norm"):
+        norms = w_dec.norm(dim=1)
+        w_enc, b_enc, w_dec = w_enc * norms[:, None], b_enc * norms, w_dec / norms[:, None]
+    b_dec = nn.Parameter(tensors["b_dec"])
+    b_in = b_dec if config.get("apply_b_dec_to_input", True) else None
+    unit = bool(torch.allclose(w_dec.norm(dim=1), w_dec.new_ones(len(w_dec)), atol=1e-3))
+    return RankOneDictionary(Rows(w_enc, b_enc), Rows(w_dec), k=config["k"], b_in=b_in, b_out=b_dec, unit_norm=unit)

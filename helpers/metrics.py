@@ -1,0 +1,137 @@
+"""How well a dictionary reconstructs, what its features do, and how sure we are.
+
+Definitions follow the book's glossary: FVU is centred on the mean of the same rows and summed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def fvu(output: Float[Tensor, "rows d"], target: Float[Tensor, "rows d"]) -> float:
+    """Σ‖y − ŷ‖² / Σ‖y − ȳ‖², ȳ the per-dimension mean of the SAME rows; float64. 0 is perfect, 1 is the mean."""
+    target, output = target.double(), output.double()
+    total = (target - target.mean(0)).square().sum()
+    if total == 0:
+        raise ValueError("target is constant; allowed: rows that vary, since FVU divides by their variance")
+    return float((target - output).square().sum() / total)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a dictionary does on held-out rows.
+
+    `squared_error` and `squared_norm` are per row (‖y − ŷ‖² and ‖y − ȳ‖², ȳ the mean of all rows), so that FVU can be
+    resampled over articles; `rates` [n_atoms] is the share of rows on which each atom fires.
+    """
+
+    squared_error: Float[Tensor, " rows"]
+    squared_norm: Float[Tensor, " rows"]
+    rates: Float[Tensor, " n_atoms"]
+    chosen_but_zero: float
+
+    @property
+    def fvu(self) -> float:
+        return float(self.squared_error.sum() / self.squared_norm.sum())
+
+    @property
+    def dead(self) -> float:
+        """Share of atoms that never fired on these rows; state how many rows with it."""
+        return float((self.rates == 0).double().mean())
+
+    @property
+    def dense(self) -> float:
+        """Share of atoms that fire on more than a tenth of the rows."""
+        return float((self.rates > 0.1).double().mean())
+
+    @property
+    def largest_rate(self) -> float:
+        return float(self.rates.max())
+
+    @property
+    def n(self) -> int:
+        return len(self.squared_error)
+
+
+@torch.no_grad()
+def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluation:
+    """Run `model.trace` over all rows, in batches on the model's device.
+
+    Args:
+        inputs, targets: [rows, d] tensors or memory-mapped arrays; `targets` defaults to `inputs`.
+    """
+    targets = inputs if targets is None else targets
+    if len(inputs) != len(targets):
+        raise ValueError(f"targets has {len(targets)} rows; allowed: {len(inputs)}, as many as inputs")
+    where = next(model.parameters())
+    mean = sum(as_tensor(targets, s).double().sum(0) for s in _slices(len(targets), batch_size)) / len(targets)
+    errors, norms, fired, silent = [], [], torch.zeros(model.n_atoms, dtype=torch.long, device=where.device), 0
+    for rows in _slices(len(inputs), batch_size):
+        x, y = (as_tensor(a, rows).to(where.device, where.dtype) for a in (inputs, targets))
+        trace = model.trace(x)
+        errors.append((trace.output - y).double().square().sum(1).cpu())
+        norms.append((y.double().cpu() - mean).square().sum(1))
+        fired += trace.codes.firing_counts(model.n_atoms)
+        silent += int((~trace.codes.fires).sum())
+    slots = len(inputs) * model.k * model.expert_rank
+    return Evaluation(torch.cat(errors), torch.cat(norms), fired.cpu().double() / len(inputs), silent / slots)
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def as_tensor(array, rows) -> Tensor:
+    """Rows of a tensor or of a memory-mapped NumPy array, as a tensor."""
+    part = array[rows]
+    return part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+
+
+def ce_recovered(ablated: float, spliced: float, clean: float) -> float:
+    """(CE_ablated − CE_spliced) / (CE_ablated − CE_clean): 1 loses nothing, 0 is as bad as ablating (zero or mean)."""
+    if ablated == clean:
+        raise ValueError(f"ablated={ablated} equals clean; allowed: an ablation that changes the loss")
+    return (ablated - spliced) / (ablated - clean)
+
+
+def bootstrap_interval(
+    data: Float[np.ndarray, "units ..."],
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    *,
+    seed: int = 0,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap over the FIRST axis of `data` (articles, seeds): resample whole units, apply `statistic`.
+
+    For a ratio of sums, let the columns be numerator and denominator:
+    `bootstrap_interval(np.c_[errors, norms], lambda a: a[:, 0].sum() / a[:, 1].sum())`.
+    """
+    data = np.asarray(data)
+    if len(data) < 2:
+        raise ValueError(f"data has {len(data)} units; allowed: at least 2 to resample")
+    draws = np.random.default_rng(seed).integers(len(data), size=(n_resamples, len(data)))
+    values = [statistic(data[rows]) for rows in draws]
+    lo, hi = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(lo), float(hi)
+
+
+def by_group(values: Float[Tensor, " rows"], groups: Int[Tensor, " rows"]) -> Float[np.ndarray, " units"]:
+    """Sums of `values` per group (article), in the order of the sorted group ids."""
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    return np.bincount(index, weights=np.asarray(values, dtype=np.float64))
+
+
+def max_cosines(of: Float[Tensor, "a d"], among: Float[Tensor, "b d"], *, chunk: int = 4096) -> Float[Tensor, " a"]:
+    """For each row of `of`, the largest cosine over the rows of `among`.
+
+    Truth over learned is recovery (its mean is MMCS, which ignores duplicates); learned over truth is precision.
+    """
+    among = torch.nn.functional.normalize(among, dim=1)
+    return torch.cat([(torch.nn.functional.normalize(rows, dim=1) @ among.T).amax(1) for rows in of.split(chunk)])
