@@ -1,0 +1,51 @@
+"""`python -m helpers run [CHAPTER …]` executes chapters; `python -m helpers book` builds the whole book."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; 0 when all went well, 1 when a chapter or the build failed, 2 when asked wrongly."""
+    args = _parser().parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    # Imported late: --help and a mistyped option answer at once.
+    from helpers import book, chapters
+
+    try:
+        if args.command == "book":
+            return book.make(args.profile, console)
+        overrides = {name: chapters.parse_value(value) for name, value in args.parameter}
+        jobs = chapters.plan(args.chapters, args.profile, overrides)
+        return 1 if chapters.run(jobs, console, args.force) else 0
+    except ValueError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    book = commands.add_parser("book", help="execute what has changed, then build _build/html/index.html")
+    run = commands.add_parser("run", help="execute chapters only")
+    for command in (run, book):
+        command.add_argument("--profile", default="quick", help="a file of profiles/ (default: quick)")
+    run.add_argument("chapters", nargs="*", metavar="CHAPTER", help="number or slug; none means all")
+    run.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a parameter of the chapter (VALUE is YAML); the copy goes to _build/executed/PROFILE+custom",
+    )
+    run.add_argument("--force", action="store_true", help="run again even what is still valid")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Build the rendered book from the executed chapters, strictly, and check that it is complete and needs no network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+from bs4 import BeautifulSoup
+from rich.console import Console
+
+from helpers import chapters, claims
+from helpers.chapters import Job, Layout
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+LOADED = {
+    "script": "src",
+    "img": "src",
+    "iframe": "src",
+    "source": "src",
+    "video": "src",
+    "audio": "src",
+    "embed": "src",
+}
+REMOTE = re.compile(r"^(https?:)?//")
+REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
+
+
+def make(profile: str, console: Console, layout: Layout | None = None) -> int:
+    """Execute what is not valid any more, then build `_build/html`; 0 when every chapter and page is there.
+
+    A chapter that fails does not keep the others from running, but no book is built then.
+    """
+    layout, started = layout or Layout(), time.perf_counter()
+    jobs = chapters.plan((), profile, layout=layout)
+    failures = chapters.run(jobs, console)
+    if failures:
+        console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
+        return 1
+    stage(jobs, profile, layout)
+    console.print("building the pages (about half a minute)", markup=False)
+    faults = build(layout)
+    for fault in faults:
+        console.print(f"[bold red]fault[/] {fault}", highlight=False)
+    if not faults:
+        seconds = time.perf_counter() - started
+        console.print(f"the book is at {layout.root / '_build/html/index.html'} ({seconds:.0f} s)", markup=False)
+    return 1 if faults else 0
+
+
+def stage(jobs: list[Job], profile: str, layout: Layout) -> None:
+    """Lay out in `_build/stage` what the pages are made from: prose, executed chapters, pages made from records."""
+    folder = layout.root / "_build" / "stage"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(layout.root / "book", folder)
+    shutil.copytree(layout.root / "third_party", folder / "third_party")
+    (folder / "notebooks").mkdir()
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(layout.root / name, folder / name)
+    for job in jobs:
+        nbformat.write(
+            _without_widgets(nbformat.read(job.executed, as_version=4)), folder / "notebooks" / job.executed.name
+        )
+    pages = {"scoreboard": claims.scoreboard_markdown(profile), "performance": claims.performance_markdown()}
+    for name, text in pages.items():
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def build(layout: Layout) -> list[str]:
+    """Build `_build/html` from `_build/stage`, every warning an error; returns what is wrong with it, if anything.
+
+    The pages replace the former ones only when Sphinx ended well. Its output is kept in `_build/book.log`.
+    """
+    folder, log = layout.root / "_build" / "stage", layout.root / "_build" / "book.log"
+    strict = ["-W", "-n", "--keep-going"]
+    command = [sys.executable, "-m", "jupyter_book", "build", str(folder), "--path-output", str(folder), *strict]
+    with log.open("w", encoding="utf-8") as stream:
+        status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        wrong = [line for line in lines if "WARNING" in line or "ERROR" in line]
+        return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
+    html = layout.root / "_build" / "html"
+    shutil.rmtree(html, ignore_errors=True)
+    os.replace(folder / "_build" / "html", html)
+    return list(faults(html, layout.root / "_toc.yml"))
+
+
+def faults(html: Path, toc: Path) -> Iterator[str]:
+    """What a reader would miss: pages of the table of contents, alt texts, and anything fetched from the network."""
+    for page in toc_files(yaml.safe_load(toc.read_text(encoding="utf-8"))):
+        if not (html / f"{page}.html").is_file():
+            yield f"page missing: {page}.html"
+    for path in sorted(html.rglob("*.html")):
+        name, soup = path.relative_to(html), BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        yield from (f"{name}: loads {url} from the network" for url in _remote(soup))
+        article = soup.find("article") or soup
+        yield from (
+            f"{name}: no alt text on an image ({str(i)[:80]}…)" for i in article.find_all("img") if not i.get("alt")
+        )
+    for path in sorted(html.rglob("*.css")):
+        for url in REMOTE_CSS.findall(path.read_text(encoding="utf-8")):
+            yield f"{path.relative_to(html)}: loads {url} from the network"
+
+
+def toc_files(node: Any) -> Iterator[str]:
+    """Every page of a table of contents, in order."""
+    if isinstance(node, dict):
+        yield from (str(node[key]) for key in ("root", "file") if key in node)
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from toc_files(child)
+
+
+def _remote(soup: BeautifulSoup) -> Iterator[str]:
+    yield from (e["src"] for e in soup.find_all(LOADED) if REMOTE.match(e.get("src") or ""))
+    for link in soup.find_all("link"):
+        if not {"canonical", "license", "next", "prev", "author"} & set(link.get("rel") or []):
+            yield from (url for url in [link.get("href") or ""] if REMOTE.match(url))
+    for style in soup.find_all("style"):
+        yield from REMOTE_CSS.findall(style.get_text())
+
+
+def _without_widgets(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A page has no kernel: it takes the HTML of a slider, and needs no widget runtime."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
+    return notebook

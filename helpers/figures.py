@@ -1,0 +1,184 @@
+"""One style for every figure of the book: a fixed colour for each method, direct labels, intervals drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
+
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#00875F", "#B0569A"
+AMBER, WINE, INDIGO, SLATE, INK = "#A87400", "#882255", "#4B4BC3", "#6B7280", "#1F2328"
+"""Okabe and Ito's hues, darkened until each stands 3:1 or more against white; INK is for text, bounds and oracles."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How one method is drawn wherever it appears. Marker and dash tell it apart where colour does not."""
+
+    colour: str
+    label: str
+    marker: str = "o"
+    dash: str = "-"
+
+
+METHODS = {
+    # remedies for dead features
+    "none": Mark(SLATE, "nothing done", "o", "--"),
+    "auxk": Mark(BLUE, "AuxK", "s"),
+    "ghost": Mark(PURPLE, "ghost gradients", "D"),
+    "resample": Mark(GREEN, "resampling", "^"),
+    "anneal": Mark(INDIGO, "k annealed", "<"),
+    "center": Mark(WINE, "centred", "P"),
+    "switch": Mark(VERMILION, "Switch", "o"),
+    "bias": Mark(AMBER, "loss-free bias", "v"),
+    "zloss": Mark(INDIGO, "z-loss", "X"),
+    # models
+    "sae": Mark(BLUE, "TopK SAE", "o"),
+    "moe": Mark(VERMILION, "MoE", "s"),
+    "moe_lowrank": Mark(AMBER, "MoE, low-rank router", "v"),
+    "dense": Mark(INK, "dense", "D", "--"),
+    "expander": Mark(GREEN, "expander SAE", "^"),
+    "implicit": Mark(PURPLE, "implicit SAE", "P"),
+    "pca": Mark(INDIGO, "PCA", "X", "-."),
+    "omp": Mark(WINE, "matching pursuit", "<"),
+    # data
+    "real": Mark(GREEN, "activations", "o"),
+    "gaussian": Mark(PURPLE, "matched Gaussian", "s", "--"),
+    "padding": Mark(WINE, "padding rows", "X", ":"),
+    "synthetic": Mark(BLUE, "synthetic", "^"),
+    # yardsticks
+    "random": Mark(SLATE, "random", "x", ":"),
+    "bound": Mark(INK, "bound", "", "--"),
+    "paper": Mark(INK, "paper", "*", ""),
+}
+"""Every method of the book. A method keeps its mark in all chapters; methods that are compared never share a colour."""
+
+_STYLE: dict[str, Any] = {
+    "figure.figsize": (7.0, 3.6),
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "savefig.facecolor": "white",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#8C959F",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E8EB",
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": "#57606A",
+    "ytick.color": "#57606A",
+    "lines.linewidth": 1.9,
+    "lines.markersize": 5.5,
+    "legend.frameon": False,
+    "image.cmap": "cividis",
+    "axes.prop_cycle": plt.cycler(color=[BLUE, VERMILION, GREEN, PURPLE, AMBER, INDIGO, WINE, SLATE]),
+}
+
+
+def use() -> None:
+    """Set the book's style: call it once at the top of a chapter. In Jupyter, figures come out at twice the pixels.
+
+    Figures are drawn on white; the pages invert their lightness, and not their hue, in dark mode (`book/theme`).
+    """
+    plt.rcParams.update(_STYLE)
+    try:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    set_matplotlib_formats("retina", bbox_inches=None)
+
+
+def mark(method: str) -> Mark:
+    """The fixed mark of `method`; raises `ValueError` for one that the book does not have."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} has no mark; allowed: {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def colour(method: str) -> str:
+    """The fixed colour of `method` in the whole book, as `#RRGGBB`."""
+    return mark(method).colour
+
+
+def line(method: str, **changes: Any) -> dict[str, Any]:
+    """Keyword arguments of `Axes.plot` for `method`: colour, marker, dash and label; `changes` win."""
+    m = mark(method)
+    return {"color": m.colour, "marker": m.marker, "linestyle": m.dash or "none", "label": m.label} | changes
+
+
+def band(ax: Axes, x: ArrayLike, low: ArrayLike, high: ArrayLike, method: str) -> None:
+    """Shade an interval around a curve of `method`."""
+    ax.fill_between(x, low, high, color=colour(method), alpha=0.18, linewidth=0)
+
+
+def points(
+    ax: Axes,
+    x: ArrayLike,
+    y: ArrayLike,
+    low: ArrayLike,
+    high: ArrayLike,
+    method: str,
+    **changes: Any,
+) -> None:
+    """Points of `method`, joined in its dash, each with its interval `[low, high]` as a bar.
+
+    Raises `ValueError` where a point lies outside its interval, since such a bar cannot be drawn.
+    """
+    x, y, low, high = (np.asarray(v, dtype=float) for v in (x, y, low, high))
+    if (outside := (y < low) | (y > high)).any():
+        i = int(outside.argmax())
+        raise ValueError(f"y={y[i]:g} at x={x[i]:g} is outside its interval [{low[i]:g}, {high[i]:g}]")
+    ax.errorbar(x, y, yerr=[y - low, high - y], capsize=3, elinewidth=1.2, **line(method, **changes))
+
+
+def label_lines(ax: Axes, gap: float = 14.0, **text: Any) -> None:
+    """Write each labelled curve's name at its right end in its own colour, in place of a legend.
+
+    Labels closer than `gap` points are moved apart. Call it last: it reads the final limits of the axes.
+    """
+    ax.figure.canvas.draw()
+    ends = []
+    for curve in ax.get_lines():
+        x, y = (np.asarray(v, dtype=float) for v in curve.get_data())
+        seen = np.isfinite(x) & np.isfinite(y)
+        if not curve.get_label().startswith("_") and seen.any():
+            ends.append((curve, x[seen][-1], y[seen][-1]))
+    # errorbar() puts its label on a container, and leaves its line without one
+    for box in ax.containers:
+        if hasattr(box, "has_yerr") and not box.get_label().startswith("_") and box.lines[0] is not None:
+            x, y = (np.asarray(v, dtype=float) for v in box.lines[0].get_data())
+            box.lines[0].name = box.get_label()
+            ends.append((box.lines[0], x[-1], y[-1]))
+    scale = 72 / ax.figure.dpi
+    heights = np.array([ax.transData.transform((x, y))[1] * scale for _, x, y in ends])
+    for (curve, x, y), height, place in zip(ends, heights, _spread(heights, gap), strict=True):
+        name = getattr(curve, "name", curve.get_label())
+        style = {"color": curve.get_color(), "va": "center", "fontsize": 10, "annotation_clip": False} | text
+        ax.annotate(name, (x, y), xytext=(8, place - height), textcoords="offset points", **style)
+
+
+def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
+    """The nearest heights, in the sense of least squares, that keep their order and stand `gap` apart."""
+    order = np.argsort(heights, kind="stable")
+    steps = gap * np.arange(len(heights))
+    blocks: list[tuple[float, int]] = []  # pool adjacent violators on heights − steps
+    for value in heights[order] - steps:
+        mean, size = float(value), 1
+        while blocks and blocks[-1][0] > mean:
+            before, count = blocks.pop()
+            mean, size = (before * count + mean * size) / (count + size), size + count
+        blocks.append((mean, size))
+    placed = np.empty(len(heights))
+    placed[order] = np.repeat([m for m, _ in blocks], [s for _, s in blocks]) + steps if blocks else []
+    return placed
