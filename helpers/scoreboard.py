@@ -1,0 +1,225 @@
+"""The scoreboard page: every claim of the register with what this book measured and the verdict."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from helpers import settings
+from helpers.claims import (
+    BETWEEN,
+    REFERENCE,
+    Claim,
+    Paper,
+    Record,
+    Register,
+    Results,
+    Verdict,
+    combined,
+    headline,
+    load_results,
+    register,
+)
+
+SYMBOLS: dict[Verdict, str] = {
+    "reproduced": "●",
+    "holds here": "◉",
+    "partly": "◐",
+    "not reproduced": "○",
+    "not tested": "–",
+}
+
+HOW_TO_READ = """
+Every claim is judged by numbers that a chapter of this book computed, and by a rule that was fixed before.
+[How to read this book](/notebooks/00_how_to_read) explains intervals and profiles.
+
+A verdict is one of five.
+{reproduced} means that the rule holds in the paper's own setting; for a theorem that is every setting.
+{holds here} means that it holds on another model, text or size.
+{partly} means that an interval lies across the threshold, that some records agree and others do not, or that one of
+the claim's checks was not run.
+{not reproduced} and {not tested} mean what they say.
+
+::::{{dropdown}} The four rules, the scopes and the two kinds of run
+**Identity**: a largest difference is at most a tolerance.
+**Interval above or below**: the whole interval lies on one side of a stated value.
+**Bound holds**: no sample violates the bound.
+**Trend**: the interval of a slope lies on one side of zero.
+An interval that lies across the threshold settles nothing, and the verdict says so.
+
+*Paper setting* is a record made with the paper's model under the paper's conditions.
+*Analogue* is anything else, such as the embedded 4-bit copy of Gemma 3 270M; it is never shown as reproduced.
+
+*This build* are the numbers of the chapters as this book was built from them (profile `{profile}`).
+*Reference run* are numbers of longer runs that are kept with the book, with their hardware and commit.
+Where a check has a reference run the verdict rests on it, and the build's own number stands beside it.
+::::
+"""
+
+
+def scoreboard_markdown(
+    profile: str = "quick",
+    *,
+    results: Path | None = None,
+    reference: Path = REFERENCE,
+    notebooks: Path = settings.ROOT / "notebooks",
+) -> str:
+    """The scoreboard as a MyST page: a summary, how to read it, then every claim of the register once.
+
+    Reads `_build/results/<profile>` (or `results`) and, labelled apart, `reference`. Raises `ValueError` for results
+    that the register no longer knows, and for a chapter that the book no longer has.
+    """
+    book = register()
+    here = load_results(results or settings.ROOT / "_build" / "results" / profile, book)
+    long = load_results(reference, book)
+    chapters = {path.stem for path in Path(notebooks).glob("*.ipynb")}
+    for run, _ in here + long:
+        if run.chapter not in chapters:
+            raise ValueError(
+                f"results of chapter {run.chapter!r}, which the book does not have: delete {run.chapter}.json"
+            )
+    board = _Board(book, _with_chapter(here), _with_chapter(long), chapters)
+    legend = HOW_TO_READ.format(profile=profile, **{verdict: _badge(verdict) for verdict in get_args(Verdict)})
+    papers = "\n".join(_paper(name, paper, board) for name, paper in book.papers.items())
+    return f"# Scoreboard\n\n{_summary(board)}\n{legend}\n{papers}\n{_provenance(here, long)}"
+
+
+@dataclass(frozen=True)
+class _Board:
+    book: Register
+    here: list[tuple[Record, str]]
+    long: list[tuple[Record, str]]
+    chapters: set[str]
+
+    def of(self, claim: Claim) -> tuple[list[tuple[Record, str]], list[tuple[Record, str]], Verdict]:
+        """A claim's records (with their chapters) from this build and from reference runs, and its verdict."""
+        here, long = ([pair for pair in pairs if pair[0].claim == claim.id] for pairs in (self.here, self.long))
+        return here, long, combined(claim, headline(claim, [r for r, _ in here], [r for r, _ in long]))
+
+
+def _with_chapter(runs: list[tuple[Results, list[Record]]]) -> list[tuple[Record, str]]:
+    return [(record, run.chapter) for run, records in runs for record in records]
+
+
+def _summary(board: _Board) -> str:
+    verdicts = get_args(Verdict)
+    counts = {part: Counter(board.of(c)[2] for c in board.book.claims if c.part == part) for part in board.book.parts}
+    total = sum(counts.values(), Counter())
+    tested = total.total() - total["not tested"]
+    rows = [f"| {part}. {title} | {_cells(counts[part])} |" for part, title in board.book.parts.items()]
+    head = " | ".join(_badge(verdict) for verdict in verdicts)
+    return "\n".join(
+        [
+            f"**{tested} of {total.total()} claims have been tested so far.**\n",
+            ":::{div} scoreboard-summary",
+            f"| Part | {head} |",
+            "|:--|" + "--:|" * len(verdicts),
+            *rows,
+            f"| **All** | {_cells(total)} |",
+            ":::\n",
+        ]
+    )
+
+
+def _cells(counts: Counter) -> str:
+    return " | ".join(str(counts[verdict] or "·") for verdict in get_args(Verdict))
+
+
+def _paper(name: str, paper: Paper, board: _Board) -> str:
+    claims = [claim for claim in board.book.claims if claim.source.paper == name]
+    head = f"## Paper {paper.letter}: {paper.title}\n\n{{cite:t}}`{paper.cite}`, {paper.where}.\n"
+    return "\n".join([head, *(_card(claim, board) for claim in claims)])
+
+
+def _card(claim: Claim, board: _Board) -> str:
+    here, long, verdict = board.of(claim)
+    told = {record.metric.split(BETWEEN)[0] for record, _ in here + long}
+    missing = [f"- *not run*: {check.metric}" for check in claim.checks.values() if check.metric not in told]
+    ours = [_line(record) for record, _ in here] + [_line(record, "reference run: ") for record, _ in long]
+    tested = sorted({chapter for _, chapter in here + long} & board.chapters)
+    planned = [claim.chapter] if claim.chapter in board.chapters and claim.chapter not in tested else []
+    links = " ".join(f"{{doc}}`/notebooks/{chapter}`" for chapter in tested + planned)
+    audit = "our audit of the paper's runs" if claim.source.ours else claim.source.where
+    return f"""
+({_anchor(claim.id)})=
+:::::{{div}} claim claim-{_slug(verdict)}
+::::{{div}} claim-what
+{claim.statement}
+
+<small>`{claim.id}` · {audit}</small>
+::::
+::::{{div}} claim-paper
+<span class="claim-label">The paper</span>
+{claim.paper_says.number}
+
+<small>{claim.paper_says.setting}</small>
+::::
+::::{{div}} claim-ours
+<span class="claim-label">This book</span>
+
+{chr(10).join(ours + missing)}
+
+<small>{_rules(claim)}</small>
+::::
+::::{{div}} claim-verdict
+{_badge(verdict)}
+
+<small>{links or "Chapter to come: " + _plain(claim.chapter) + "."}</small>
+::::
+:::::
+"""
+
+
+def _line(record: Record, label: str = "") -> str:
+    teacher = f", {_plain(record.teacher)}" if record.teacher else ""
+    note = f" {_plain(record.note)}" if record.note else ""
+    badge = _badge(record.verdict, small=True)
+    return (
+        f"- {label}{_plain(record.metric)}: **{_plain(record.measured())}** · {record.scope}{teacher} · {badge}{note}"
+    )
+
+
+def _rules(claim: Claim) -> str:
+    asked = "; ".join(f"{check.rule} ({check.why})" for check in claim.checks.values())
+    return "Asked for: " + _plain(asked) + "."
+
+
+def _provenance(here: list[tuple[Results, list[Record]]], long: list[tuple[Results, list[Record]]]) -> str:
+    def line(run: Results, kind: str) -> str:
+        where = run.environment
+        return (
+            f"- {run.chapter}, {kind}, profile {run.profile}: {run.seconds:.0f} s on {where.get('device')}, "
+            f"torch {where.get('torch')}, commit {where.get('commit') or 'unknown'}, {where.get('date')}"
+        )
+
+    lines = [line(run, "this build") for run, _ in here] + [line(run, "reference run") for run, _ in long]
+    return "\n".join(
+        ["## Where the numbers come from\n", *(map(_plain_line, lines) if lines else ["No chapter has run."])]
+    )
+
+
+def _plain_line(line: str) -> str:
+    return "- " + _plain(line.removeprefix("- "))
+
+
+def _badge(verdict: Verdict, small: bool = False) -> str:
+    size = " verdict-small" if small else ""
+    mark = f'<span aria-hidden="true">{SYMBOLS[verdict]}</span>'
+    return f'<span class="verdict verdict-{_slug(verdict)}{size}">{mark} {verdict}</span>'
+
+
+def _slug(verdict: Verdict) -> str:
+    return verdict.replace(" ", "-")
+
+
+def _anchor(claim_id: str) -> str:
+    """Target of a claim on the scoreboard: chapters link to it as `[…](claim-duality-forward)`."""
+    return "claim-" + claim_id.replace(".", "-")
+
+
+def _plain(text: str) -> str:
+    """Text of a record or of the register's plain fields, with nothing in it that Markdown would act on."""
+    return re.sub(r"([\\`*_{}\[\]<>$|~])", r"\\\1", " ".join(text.split()))
