@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import nbformat
 import yaml
@@ -69,9 +70,28 @@ def stage(jobs: list[Job], profile: str, layout: Layout) -> None:
         nbformat.write(
             _without_widgets(nbformat.read(job.executed, as_version=4)), folder / "notebooks" / job.executed.name
         )
-    pages = {"scoreboard": claims.scoreboard_markdown(profile), "performance": claims.performance_markdown()}
+    pages = {
+        "scoreboard": claims.scoreboard_markdown(profile),
+        "performance": claims.performance_markdown(),
+        "status": status_markdown(profile, layout),
+    }
     for name, text in pages.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def status_markdown(profile: str, layout: Layout) -> str:
+    """Where the book stands, for its first page: how many claims have which verdict."""
+    register = claims.register()
+    here, long = (
+        [record for _, records in claims.load_results(folder, register) for record in records]
+        for folder in (layout.results(profile), claims.REFERENCE)
+    )
+    counts = Counter()
+    for claim in register.claims:
+        ours, reference = ([r for r in records if r.claim == claim.id] for records in (here, long))
+        counts[claims.combined(claim, claims.headline(claim, ours, reference))] += 1
+    items = "".join(f"<li><b>{counts[verdict]}</b> {verdict}</li>" for verdict in get_args(claims.Verdict))
+    return f'The {counts.total()} claims of the three papers, as of this build:\n\n<ul class="status">{items}</ul>\n'
 
 
 def build(layout: Layout) -> list[str]:
@@ -81,7 +101,8 @@ def build(layout: Layout) -> list[str]:
     """
     folder, log = layout.root / "_build" / "stage", layout.root / "_build" / "book.log"
     strict = ["-W", "-n", "--keep-going"]
-    command = [sys.executable, "-m", "jupyter_book", "build", str(folder), "--path-output", str(folder), *strict]
+    jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    command = [*jupyter_book, "build", str(folder), "--path-output", str(folder), *strict]
     with log.open("w", encoding="utf-8") as stream:
         status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
     if status:

@@ -221,7 +221,7 @@ def fingerprint(job: Job) -> dict[str, str]:
     cells = [(c.cell_type, c.source, _lasting(c.metadata)) for c in notebook.cells]
     return {
         "notebook": _digest(cells),
-        "parameters": _digest(job.parameters),
+        "parameters": _digest([job.parameters, _files_named(job.parameters)]),
         **{part: _digest_files(job.layout.root / part) for part in MACHINERY},
     }
 
@@ -245,6 +245,13 @@ def stale(job: Job) -> list[str]:
 def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Cell metadata without what executing a cell leaves there."""
     return {k: v for k, v in metadata.items() if k not in ("execution", "papermill", "ExecuteTime", "collapsed")}
+
+
+def _files_named(parameters: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Size and time of the files that parameters such as `corpus` and `teacher` name: editing one is a change too."""
+    inputs = [v for k, v in parameters.items() if isinstance(v, str) and v and k not in ("cache_dir", "results_dir")]
+    found = [p for value in inputs for p in [Path(value).expanduser(), *Path(value).expanduser().rglob("*")]]
+    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found if p.is_file())
 
 
 def _digest(value: Any) -> str:

@@ -1,0 +1,80 @@
+# make book    set up .venv, run the chapters that changed, build _build/html/index.html   (PROFILE=quick)
+# make test    the same, then every check that CI runs
+# make lab     open the notebooks in JupyterLab
+# make bench   timings beside peers, into results/
+# make strip   clear the notebooks' outputs before a commit
+# make setup   only make .venv
+# make clean   remove _build (the cache of models and activations, and .venv, stay)
+
+SHELL   := /bin/bash
+PYTHON  ?= python3
+PROFILE ?= quick
+BIN     := .venv/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lint unit nbval browser lab bench strip setup clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: .venv/.ready
+
+# Read anew when a pin changes.
+.venv/.ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	       "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PIP) install -r requirements.txt -e .
+	@touch $@
+
+.venv/.ready-dev: .venv/.ready requirements-dev.txt
+	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+.venv/.ready-bench: .venv/.ready
+	$(PIP) install -c requirements.txt -e '.[bench]'
+	@touch $@
+
+book: .venv/.ready
+	$(BIN)/python -m helpers book --profile $(PROFILE)
+
+# One after another, the cheap checks first; nbval comes after the book, whose harvests and models it finds in the cache.
+test: .venv/.ready-dev
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory unit
+	$(MAKE) --no-print-directory book PROFILE=quick
+	$(MAKE) --no-print-directory nbval
+	$(MAKE) --no-print-directory browser
+
+lint: .venv/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: .venv/.ready-dev
+	$(BIN)/python -m pytest tests --ignore=tests/browser
+
+# Its results go to _build/results/nbval, so that they do not replace those the book was built from.
+nbval: .venv/.ready-dev
+	RANK1_PROFILE=nbval TQDM_DISABLE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=600 --timeout=0 notebooks
+
+browser: .venv/.ready-dev
+	$(BIN)/python -m pytest -rs tests/browser
+
+lab: .venv/.ready
+	$(BIN)/python -m jupyter lab notebooks
+
+bench: .venv/.ready-bench
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+strip: .venv/.ready-dev
+	$(BIN)/nbstripout notebooks/*.ipynb
+
+clean:
+	rm -rf _build
