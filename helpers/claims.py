@@ -226,10 +226,10 @@ def _read_register(path: Path, changed: int) -> Register:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name} is not valid YAML: {error}") from error
-    return _validated(Register, content, path.name)
+    return validated(Register, content, path.name)
 
 
-def _validated(model: type[BaseModel], content: Any, name: str) -> Any:
+def validated(model: type[BaseModel], content: Any, name: str) -> Any:
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -303,6 +303,11 @@ def _number(value: float) -> str:
     if value == int(value) and abs(value) < 1e6:
         return f"{int(value):,}"
     return f"{value:.3g}"
+
+
+def plain(text: str) -> str:
+    """Text of a record or of the register's plain fields, with nothing in it that Markdown would act on."""
+    return re.sub(r"([\\`*_{}\[\]<>$|~])", r"\\\1", " ".join(text.split()))
 
 
 def judge(claim: Claim, check: str, value: float, ci: tuple[float, float] | None, scope: Scope) -> Verdict:
@@ -580,7 +585,7 @@ def load_results(folder: Path, book: Register | None = None) -> list[tuple[Resul
         except ValueError as error:
             raise ValueError(f"{path.name} is damaged ({error}); delete it and run its chapter again") from error
         if isinstance(content, dict) and "records" in content:
-            results = _validated(Results, content, path.name)
+            results = validated(Results, content, path.name)
             found.append((results, [_judged_again(row, book, path.name) for row in results.records]))
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from helpers.claims import (
     combined,
     headline,
     load_results,
+    plain,
     register,
 )
 
@@ -34,20 +34,20 @@ SYMBOLS: dict[Verdict, str] = {
 
 HOW_TO_READ = """
 Every claim is judged by numbers that a chapter of this book computed, and by a rule that was fixed before.
-[How to read this book](/notebooks/00_how_to_read) explains intervals and profiles.
+{{doc}}`/notebooks/00_how_to_read` explains intervals and profiles.
 
-A verdict is one of five.
-{reproduced} means that the rule holds in the paper's own setting; for a theorem that is every setting.
-{holds here} means that it holds on another model, text or size.
-{partly} means that an interval lies across the threshold, that some records agree and others do not, or that one of
-the claim's checks was not run.
-{not reproduced} and {not tested} mean what they say.
+- {reproduced}: the rule holds in the paper's own setting; for a theorem that is every setting.
+- {holds here}: it holds on another model, text or size.
+- {partly}: an interval lies across the threshold, some records agree and others do not, or a check was not run.
+- {not reproduced}: the rule fails.
+- {not tested}: no chapter has recorded it yet.
 
 ::::{{dropdown}} The four rules, the scopes and the two kinds of run
-**Identity**: a largest difference is at most a tolerance.
-**Interval above or below**: the whole interval lies on one side of a stated value.
-**Bound holds**: no sample violates the bound.
-**Trend**: the interval of a slope lies on one side of zero.
+- **Identity**: a largest difference is at most a tolerance.
+- **Interval above or below**: the whole interval lies on one side of a stated value.
+- **Bound holds**: no sample violates the bound.
+- **Trend**: the interval of a slope lies on one side of zero.
+
 An interval that lies across the threshold settles nothing, and the verdict says so.
 
 *Paper setting* is a record made with the paper's model under the paper's conditions.
@@ -105,27 +105,17 @@ def _with_chapter(runs: list[tuple[Results, list[Record]]]) -> list[tuple[Record
 
 
 def _summary(board: _Board) -> str:
-    verdicts = get_args(Verdict)
     counts = {part: Counter(board.of(c)[2] for c in board.book.claims if c.part == part) for part in board.book.parts}
     total = sum(counts.values(), Counter())
     tested = total.total() - total["not tested"]
-    rows = [f"| {part}. {title} | {_cells(counts[part])} |" for part, title in board.book.parts.items()]
-    head = " | ".join(_badge(verdict) for verdict in verdicts)
+    lines = [f"- {part}. {title}: {_counted(counts[part])}" for part, title in board.book.parts.items()]
     return "\n".join(
-        [
-            f"**{tested} of {total.total()} claims have been tested so far.**\n",
-            ":::{div} scoreboard-summary",
-            f"| Part | {head} |",
-            "|:--|" + "--:|" * len(verdicts),
-            *rows,
-            f"| **All** | {_cells(total)} |",
-            ":::\n",
-        ]
+        [f"**{tested} of {total.total()} claims have been tested so far**: {_counted(total)}\n", *lines, ""]
     )
 
 
-def _cells(counts: Counter) -> str:
-    return " | ".join(str(counts[verdict] or "·") for verdict in get_args(Verdict))
+def _counted(counts: Counter) -> str:
+    return " ".join(_badge(verdict, f"{counts[verdict]} ") for verdict in get_args(Verdict) if counts[verdict])
 
 
 def _paper(name: str, paper: Paper, board: _Board) -> str:
@@ -137,7 +127,11 @@ def _paper(name: str, paper: Paper, board: _Board) -> str:
 def _card(claim: Claim, board: _Board) -> str:
     here, long, verdict = board.of(claim)
     told = {record.metric.split(BETWEEN)[0] for record, _ in here + long}
-    missing = [f"- *not run*: {check.metric}" for check in claim.checks.values() if check.metric not in told]
+    missing = [
+        f"- not run: {plain(check.metric)}; asked for {plain(str(check.rule))}"
+        for check in claim.checks.values()
+        if check.metric not in told
+    ]
     ours = [_line(record) for record, _ in here] + [_line(record, "reference run: ") for record, _ in long]
     tested = sorted({chapter for _, chapter in here + long} & board.chapters)
     planned = [claim.chapter] if claim.chapter in board.chapters and claim.chapter not in tested else []
@@ -162,29 +156,25 @@ def _card(claim: Claim, board: _Board) -> str:
 
 {chr(10).join(ours + missing)}
 
-<small>{_rules(claim)}</small>
+<small>{_reasons(claim)}</small>
 ::::
 ::::{{div}} claim-verdict
 {_badge(verdict)}
 
-<small>{links or "Chapter to come: " + _plain(claim.chapter) + "."}</small>
+<small>{links or "Chapter to come: " + plain(claim.chapter) + "."}</small>
 ::::
 :::::
 """
 
 
 def _line(record: Record, label: str = "") -> str:
-    teacher = f", {_plain(record.teacher)}" if record.teacher else ""
-    note = f" {_plain(record.note)}" if record.note else ""
-    badge = _badge(record.verdict, small=True)
-    return (
-        f"- {label}{_plain(record.metric)}: **{_plain(record.measured())}** · {record.scope}{teacher} · {badge}{note}"
-    )
+    parts = [f"asked for {plain(record.expected)}", record.scope, *([plain(record.teacher)] if record.teacher else [])]
+    told = f"{label}{plain(record.metric)}: **{plain(record.measured())}**; {', '.join(parts)}"
+    return f"- {told} {_badge(record.verdict)} {plain(record.note)}".rstrip()
 
 
-def _rules(claim: Claim) -> str:
-    asked = "; ".join(f"{check.rule} ({check.why})" for check in claim.checks.values())
-    return "Asked for: " + _plain(asked) + "."
+def _reasons(claim: Claim) -> str:
+    return "Thresholds: " + plain("; ".join(dict.fromkeys(check.why for check in claim.checks.values()))) + "."
 
 
 def _provenance(here: list[tuple[Results, list[Record]]], long: list[tuple[Results, list[Record]]]) -> str:
@@ -202,13 +192,12 @@ def _provenance(here: list[tuple[Results, list[Record]]], long: list[tuple[Resul
 
 
 def _plain_line(line: str) -> str:
-    return "- " + _plain(line.removeprefix("- "))
+    return "- " + plain(line.removeprefix("- "))
 
 
-def _badge(verdict: Verdict, small: bool = False) -> str:
-    size = " verdict-small" if small else ""
+def _badge(verdict: Verdict, count: str = "") -> str:
     mark = f'<span aria-hidden="true">{SYMBOLS[verdict]}</span>'
-    return f'<span class="verdict verdict-{_slug(verdict)}{size}">{mark} {verdict}</span>'
+    return f'<span class="verdict verdict-{_slug(verdict)}">{mark} {count}{verdict}</span>'
 
 
 def _slug(verdict: Verdict) -> str:
@@ -218,8 +207,3 @@ def _slug(verdict: Verdict) -> str:
 def _anchor(claim_id: str) -> str:
     """Target of a claim on the scoreboard: chapters link to it as `[…](claim-duality-forward)`."""
     return "claim-" + claim_id.replace(".", "-")
-
-
-def _plain(text: str) -> str:
-    """Text of a record or of the register's plain fields, with nothing in it that Markdown would act on."""
-    return re.sub(r"([\\`*_{}\[\]<>$|~])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,77 @@
+"""What every benchmark shares: timing side by side in one run, and the form of its results (see README.md)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from helpers.claims import environment, write_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def interleave(
+    callables: Mapping[str, Callable[[int], Any]], repeats: int = 11, warmup: int = 1
+) -> dict[str, dict[str, float]]:
+    """Times every callable once per round, so that a slow moment of the machine falls on all of them alike.
+
+    Each is called with the number of the round; the first `warmup` rounds are not counted. Returns seconds, by name:
+    `median`, `iqr` (the width of the middle half) and `min`.
+    """
+    if repeats < 3:
+        raise ValueError(f"repeats={repeats}: allowed: 3 or more, since quartiles are reported")
+    seconds: dict[str, list[float]] = {name: [] for name in callables}
+    for turn in tqdm(range(warmup + repeats), desc="rounds", mininterval=2):
+        for name, call in callables.items():
+            _wait()
+            started = time.perf_counter()
+            call(turn)
+            _wait()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: _summary(times) for name, times in seconds.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _summary(times: Sequence[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"median": median, "iqr": high - low, "min": min(times)}
+
+
+def at_least(what: str, measured: float, target: float) -> dict[str, Any]:
+    return {"what": what, "target": f"≥ {target:g}", "measured": measured, "met": bool(measured >= target)}
+
+
+def at_most(what: str, measured: float, target: float) -> dict[str, Any]:
+    return {"what": what, "target": f"≤ {target:g}", "measured": measured, "met": bool(measured <= target)}
+
+
+def write(
+    name: str,
+    *,
+    title: str,
+    question: str,
+    rows: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]] = (),
+    note: str = "",
+    device: str = "auto",
+) -> Path:
+    """Writes `results/<name>.json` (atomically) and prints which targets were met."""
+    path = RESULTS / f"{name}.json"
+    content = {"name": name, "title": title, "question": question, "environment": environment(device)}
+    write_json(path, {**content, "rows": list(rows), "targets": list(targets), "note": note})
+    for target in targets:
+        print(
+            f"{'met   ' if target['met'] else 'MISSED'} {target['what']}: {target['measured']:.3g} ({target['target']})"
+        )
+    return path
