@@ -138,7 +138,7 @@ def _card(claim: Claim, board: _Board) -> str:
     links = " ".join(f"{{doc}}`/notebooks/{chapter}`" for chapter in tested + planned)
     audit = "our audit of the paper's runs" if claim.source.ours else claim.source.where
     return f"""
-({_anchor(claim.id)})=
+({anchor(claim.id)})=
 :::::{{div}} claim claim-{_slug(verdict)}
 ::::{{div}} claim-what
 {claim.statement}
@@ -204,6 +204,6 @@ def _slug(verdict: Verdict) -> str:
     return verdict.replace(" ", "-")
 
 
-def _anchor(claim_id: str) -> str:
+def anchor(claim_id: str) -> str:
     """Target of a claim on the scoreboard: chapters link to it as `[…](claim-duality-forward)`."""
     return "claim-" + claim_id.replace(".", "-")

@@ -1,0 +1,97 @@
+"""The form of benchmark results, timing in turns, and the performance page made from them."""
+
+import json
+import re
+import time
+
+import pytest
+
+from benchmarks import __main__ as bench
+from benchmarks import common
+from helpers import performance
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def write(**changes):
+    what = {
+        "title": "A title",
+        "question": "How fast?",
+        "rows": [{"n": 4096, "ms": 1.25, "who": "a|b"}],
+        "note": "by hand",
+    }
+    return common.write("one", **(what | changes))
+
+
+def test_timing_goes_round_and_reports_medians(monkeypatch):
+    calls, clock = [], iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    timed = common.interleave(
+        {"a": lambda turn: calls.append(("a", turn)), "b": lambda turn: calls.append(("b", turn))}, 3
+    )
+    assert calls == [(name, turn) for turn in range(4) for name in "ab"]
+    assert timed["a"] == {"median": 1.0, "iqr": 0.0, "min": 1.0}
+
+
+def test_the_summary_is_that_of_the_sample():
+    assert common._summary([4.0, 1.0, 2.0, 3.0, 100.0]) == {"median": 3.0, "iqr": 2.0, "min": 1.0}
+
+
+def test_too_few_repeats_are_refused():
+    with pytest.raises(ValueError, match="repeats=2: allowed: 3 or more"):
+        common.interleave({}, repeats=2)
+
+
+def test_targets_know_whether_they_are_met(results, capsys):
+    targets = [common.at_least("speed", 9.0, 10), common.at_most("seconds", 60.0, 60)]
+    assert [target["met"] for target in targets] == [False, True]
+    write(targets=targets)
+    assert "MISSED speed: 9 (≥ 10)" in capsys.readouterr().out
+    page = performance.performance_markdown(results)
+    assert "**1 of 2 targets are met.**" in page
+    assert "| speed | ≥ 10 | 9 | ✗ missed |" in page and "| seconds | ≤ 60 | 60 | ✓ met |" in page
+
+
+def test_rows_become_a_table_with_numbers_to_the_right(results):
+    write()
+    page = performance.performance_markdown(results)
+    assert "| n | ms | who |\n|--:|--:|:--|\n| 4,096 | 1.25 | a\\|b |" in page
+    assert "targets are met" not in page
+
+
+def test_without_results_the_page_says_so(tmp_path):
+    assert "No benchmark has been run" in performance.performance_markdown(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda c: c.pop("rows"), "rows: Field required"),
+        (lambda c: c.update(speed=1), "speed: Extra inputs"),
+        (lambda c: c["rows"].append({"n": 1}), "rows do not all have the same columns"),
+        (lambda c: c.update(targets=[{"what": "x"}]), "targets.0.target: Field required"),
+    ],
+)
+def test_results_of_another_form_are_named(results, edit, told):
+    path = write()
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"one.json does not fit.*\n.*{re.escape(told)}"):
+        performance.performance_markdown(results)
+
+
+def test_a_truncated_file_is_named(results):
+    path = write()
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(ValueError, match=r"one\.json is damaged"):
+        performance.performance_markdown(results)
+
+
+def test_an_unknown_benchmark_is_refused(capsys):
+    assert bench.main(["nothing"]) == 2
+    assert "no benchmark nothing; there are: " in capsys.readouterr().err
