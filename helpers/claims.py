@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import EllipsisType
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
@@ -55,7 +56,7 @@ class _Strict(BaseModel):
 class Identity(_Strict):
     """The value is a largest difference; it holds when that is at most `tolerance`."""
 
-    name: Literal["identity"]
+    name: Literal["identity"] = "identity"
     tolerance: float = Field(gt=0)
     needs_interval: ClassVar[bool] = False
 
@@ -70,7 +71,7 @@ class Bound(_Strict):
     """A bound that must hold on every sample. The value is a count of `violations`, or the worst `margin`
     (bound minus measurement: negative is a violation). One violation refutes; there is no "partly"."""
 
-    name: Literal["bound_holds"]
+    name: Literal["bound_holds"] = "bound_holds"
     value: Literal["violations", "margin"] = "violations"
     needs_interval: ClassVar[bool] = False
 
@@ -84,7 +85,7 @@ class Bound(_Strict):
 class IntervalAbove(_Strict):
     """The whole interval lies above `value`; entirely at or below it fails; across it straddles."""
 
-    name: Literal["interval_above"]
+    name: Literal["interval_above"] = "interval_above"
     value: float
     needs_interval: ClassVar[bool] = True
 
@@ -98,7 +99,7 @@ class IntervalAbove(_Strict):
 class IntervalBelow(_Strict):
     """The whole interval lies below `value`; entirely at or above it fails; across it straddles."""
 
-    name: Literal["interval_below"]
+    name: Literal["interval_below"] = "interval_below"
     value: float
     needs_interval: ClassVar[bool] = True
 
@@ -112,7 +113,7 @@ class IntervalBelow(_Strict):
 class Trend(_Strict):
     """The value is a slope; its interval must lie on the stated side of zero."""
 
-    name: Literal["trend"]
+    name: Literal["trend"] = "trend"
     sign: Literal["positive", "negative"]
     needs_interval: ClassVar[bool] = True
 
@@ -381,18 +382,19 @@ class Chapter:
         unit: str | None = None,
         variant: str | None = None,
         metric: str | None = None,
-        teacher: str | None = None,
+        teacher: str | EllipsisType | None = ...,
         note: str = "",
     ) -> Record:
         """Judges a number by the register's rule and keeps it.
 
         `variant` names the check (it may be left out where a claim has one); `metric` is added to the register's
         wording to tell several records of one check apart ("k = 8"). `n` counts what the number rests on, and with
-        an interval `ci` what was resampled. Raises `ValueError` for an unknown claim, variant or scope, a number
+        an interval `ci` what was resampled. `teacher` is the chapter's unless given; None for random or synthetic inputs.
+        Raises `ValueError` for an unknown claim, variant or scope, a number
         that is not finite, an interval that is missing, reversed or does not hold the value, and for
         `scope="paper setting"` with a teacher that is not the paper's.
         """
-        entry, teacher = register()[claim], teacher or self.teacher
+        entry, teacher = register()[claim], self.teacher if teacher is ... else teacher
         check = _variant(entry, variant)
         value, ci = _finite("value", value), _interval(value, ci, resampled)
         _one_of("scope", scope, get_args(Scope))

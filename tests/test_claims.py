@@ -256,6 +256,11 @@ def test_only_the_papers_own_teacher_makes_a_paper_setting(write, log):
         log.record("a.b", 0, n=1, scope="paper setting")
 
 
+def test_a_record_on_random_inputs_names_no_teacher(book, log):
+    assert log.record("rule.identity", 0, n=1, scope="analogue").teacher == "gemma-3-270m"
+    assert log.record("rule.identity", 0, n=1, scope="analogue", teacher=None).teacher is None
+
+
 def test_a_claim_with_several_checks_wants_to_know_which(write, log):
     write(claim_text("a.b", {"one": RULES["identity"], "two": RULES["count"]}))
     with pytest.raises(ValueError, match="a.b: variant None is unknown; allowed: 'one', 'two'"):
