@@ -389,10 +389,10 @@ class Chapter:
 
         `variant` names the check (it may be left out where a claim has one); `metric` is added to the register's
         wording to tell several records of one check apart ("k = 8"). `n` counts what the number rests on, and with
-        an interval `ci` what was resampled. `teacher` is the chapter's unless given; None for random or synthetic inputs.
-        Raises `ValueError` for an unknown claim, variant or scope, a number
-        that is not finite, an interval that is missing, reversed or does not hold the value, and for
-        `scope="paper setting"` with a teacher that is not the paper's.
+        an interval `ci` what was resampled. `teacher` is the chapter's unless given: None for random or synthetic
+        inputs. Raises `ValueError` for an unknown claim, variant or scope, a number that is not finite, an interval
+        that is missing, reversed or does not hold the value, and for `scope="paper setting"` with a teacher that is
+        not the paper's.
         """
         entry, teacher = register()[claim], self.teacher if teacher is ... else teacher
         check = _variant(entry, variant)
