@@ -7,7 +7,7 @@ reads like the sentence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ class Balance:
     `needs_scores` asks for a gradient through the dense scores, which makes the step's backward pass dense.
     """
 
-    needs_scores: bool = False
+    needs_scores: ClassVar[bool] = False
 
     def loss(self, trace: Trace, target: Tensor) -> Tensor | float:
         """What is added to the training loss."""
@@ -51,7 +51,7 @@ class Switch(Balance):
 
     alpha: float = 0.01
     temperature: float = 1.0
-    needs_scores: bool = True
+    needs_scores: ClassVar[bool] = True
 
     def loss(self, trace: Trace, target: Tensor) -> Tensor:
         n = trace.scores.shape[1]

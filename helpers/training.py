@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from helpers.metrics import as_tensor
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Stream(Protocol):
     """`stream(step)` gives (inputs, targets); `fingerprint` names everything that determines them."""
 
@@ -190,7 +191,7 @@ def fit(
         name: Recipe(steps, lr=_of(lr, name), balance=_of(balance, name) or Balance(), **recipe) for name in named
     }
     _check_widths(named, stream)
-    run = _Run(named, stream, recipes, autocast, log_every)
+    run = Run(named, stream, recipes, autocast=autocast, log_every=log_every)
     store = None if cache_dir is None else settings.cache_dir(cache_dir) / "fits" / f"{run.key()}.pt"
     if store is not None and store.is_file():
         run.load(store)
@@ -216,10 +217,18 @@ def _check_widths(students: Mapping[str, RankOneDictionary], stream: Stream) -> 
             )
 
 
-class _Run:
-    """State of a training: what is needed to go on, and what identifies it."""
+class Run:
+    """State of a training: what is needed to go on, and what identifies it. `fit` is the way to use it."""
 
-    def __init__(self, students, stream, recipes, autocast, log_every):
+    def __init__(
+        self,
+        students: Mapping[str, RankOneDictionary],
+        stream: Stream,
+        recipes: Mapping[str, Recipe],
+        *,
+        autocast: torch.dtype | None = None,
+        log_every: int = 10,
+    ):
         self.students, self.stream, self.recipes = students, stream, recipes
         self.autocast, self.log_every, self.step = autocast, log_every, 0
         self.total = max(r.steps for r in recipes.values())
@@ -256,16 +265,11 @@ class _Run:
         """Train to the end, keeping `store` up to date."""
         if self.step >= self.total:
             return
-        variance = _variance(self.stream)
         saved = started = time.perf_counter()
         before = {name: fit.seconds for name, fit in self.fits.items()}
         bar = tqdm(range(self.step, self.total), label, initial=self.step, total=self.total, mininterval=2, delay=2)
         for step in bar:
-            inputs, targets = self.stream(step)
-            for name, student in self.students.items():
-                if step < self.recipes[name].steps:
-                    self._update(name, student, inputs, targets, variance, step)
-            self.step = step + 1
+            self.train_step(step)
             now = time.perf_counter()
             for name, fit in self.fits.items():
                 fit.seconds = before[name] + (now - started) / len(self.fits)
@@ -275,13 +279,30 @@ class _Run:
         if store is not None:
             self.save(store)
 
-    def _update(self, name, student, inputs, targets, variance, step) -> None:
-        recipe, optimiser, fit = self.recipes[name], self.optimisers[name], self.fits[name]
+    def train_step(self, step: int) -> None:
+        """One optimiser step of every student, on one batch."""
+        inputs, targets = self.stream(step)
+        for name in self.students:
+            if step < self.recipes[name].steps:
+                self._update(name, inputs, targets, step)
+        self.step = step + 1
+
+    @cached_property
+    def variance(self) -> float:
+        return _variance(self.stream)
+
+    def _update(self, name: str, inputs: Tensor, targets: Tensor, step: int) -> None:
+        student, recipe, optimiser, fit = (
+            self.students[name],
+            self.recipes[name],
+            self.optimisers[name],
+            self.fits[name],
+        )
         where = next(student.parameters()).device
         inputs, targets = inputs.to(where), targets.to(where)
         with torch.autocast(where.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             trace = student.trace(inputs, score_gradient=recipe.balance.needs_scores)
-        loss = normalised_mse(trace.output.to(targets.dtype), targets, variance)
+        loss = normalised_mse(trace.output.to(targets.dtype), targets, self.variance)
         if step % self.log_every == 0 or step == recipe.steps - 1:
             fit.steps.append(step)
             fit.loss.append(float(loss.detach()))

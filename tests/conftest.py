@@ -1,0 +1,9 @@
+"""Tensor shapes in the signatures of the core are checked while the tests run."""
+
+from jaxtyping import install_import_hook
+
+import tests.typechecking  # noqa: F401 (the hook finds the checker by name)
+
+install_import_hook(
+    ["helpers.dictionary", "helpers.losses", "helpers.metrics", "helpers.training"], "tests.typechecking.check"
+)

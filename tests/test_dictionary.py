@@ -1,0 +1,301 @@
+"""The family against a slow NumPy version, its two primitives against autograd, and the conversions both ways."""
+
+import copy
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import dictionary
+from helpers.dictionary import RankOneDictionary, Rows, SparseCodes
+from helpers.settings import generator
+from tests.reference import dictionary_numpy as reference
+
+SIZES = st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 9))  # batch, d, n
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed + 17 * sum(shape)), dtype=dtype)
+
+
+def distinct_indices(batch, n, k, seed=0):
+    return torch.stack([torch.randperm(n, generator=generator(seed + b))[:k] for b in range(batch)])
+
+
+# -- the primitives ----------------------------------------------------------------------------------------------------
+
+
+@given(SIZES, st.data())
+@settings(deadline=None)
+def test_primitives_equal_their_definition_with_gradients(sizes, data):
+    batch, d, n = sizes
+    k = data.draw(st.integers(1, n))
+    values, x, weight = random(batch, k), random(batch, d), random(n, d)
+    indices = distinct_indices(batch, n, k)
+    for fast, slow, inputs in [
+        (dictionary.weighted_sum, lambda v, w: (v[:, :, None] * w[indices]).sum(1), (values, weight)),
+        (dictionary.gather_dots, lambda a, w: (w[indices] * a[:, None]).sum(2), (x, weight)),
+    ]:
+        ours, plain = [[t.clone().requires_grad_() for t in inputs] for _ in range(2)]
+        call = (ours[0], indices, ours[1]) if fast is dictionary.weighted_sum else (ours[0], ours[1], indices)
+        y, expected = fast(*call), slow(*plain)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        upstream = random(*y.shape, seed=3)
+        y.backward(upstream)
+        expected.backward(upstream)
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_primitives_are_adjoint():
+    """<weighted_sum(v), x> = <v, gather_dots(x)> for every v and x."""
+    weight, indices, v, x = random(9, 5), distinct_indices(4, 9, 3), random(4, 3), random(4, 5)
+    left = (dictionary.weighted_sum(v, indices, weight) * x).sum()
+    right = (v * dictionary.gather_dots(x, weight, indices)).sum()
+    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_the_portable_path_of_gather_dots_agrees_and_respects_its_memory_bound(monkeypatch):
+    x, weight, indices = random(7, 5), random(11, 5), distinct_indices(7, 11, 3)
+    expected = dictionary.gather_dots(x, weight, indices)
+    monkeypatch.setattr(dictionary, "GATHER_BYTES", 3 * 5 * 8 * 2)  # room for two samples
+    half = dictionary._dots(x.bfloat16(), weight.bfloat16(), indices)  # not a dtype of the sampled product
+    torch.testing.assert_close(half.double(), expected, rtol=0.05, atol=0.2)
+
+
+def test_known_products_are_used_and_leave_the_gradient_as_it_was():
+    x, indices = random(4, 5), distinct_indices(4, 9, 3)
+    grads = []
+    for known in (None, dictionary.gather_dots(x, random(9, 5), indices)):
+        weight = random(9, 5).requires_grad_()
+        dictionary.gather_dots(x, weight, indices, known).square().sum().backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+# -- the family --------------------------------------------------------------------------------------------------------
+
+
+def member(router, gate, activation, *, tied=False, rank=1, shared=False, biases=True, selection=False, seed=0):
+    n, d_in, k = 6, 5, 3
+    d_out = d_in if tied else 4
+    encoder = Rows(random(n * rank, d_in, seed=seed), random(n * rank, seed=seed + 1) if biases else None)
+    routes = {
+        "tied": lambda: None,
+        "dense": lambda: Rows(random(n, d_in, seed=seed + 2), random(n, seed=seed + 3)),
+        "low-rank": lambda: Rows(random(n, 2, seed=seed + 4), down=random(2, d_in, seed=seed + 5)),
+    }[router]()
+    net = torch.nn.Sequential(torch.nn.Linear(d_in, 3), torch.nn.GELU(), torch.nn.Linear(3, d_out)).double()
+    model = RankOneDictionary(
+        encoder,
+        encoder if tied else Rows(random(n * rank, d_out, seed=seed + 6)),
+        k=k,
+        router=routes,
+        gate=gate,
+        activation=activation,
+        b_in=random(d_in, seed=seed + 7) if biases else None,
+        b_out=random(d_out, seed=seed + 8) if biases else None,
+        shared=net if shared else None,
+        selection_bias=selection,
+        expert_rank=rank,
+    )
+    if selection:
+        model.selection_bias.copy_(3 * random(n, seed=seed + 9))
+    return model
+
+
+CONFIGURATIONS = [
+    dict(router="tied", gate="hard", activation="relu"),
+    dict(router="tied", gate="hard", activation="identity", tied=True),
+    dict(router="dense", gate="softmax", activation="gelu", shared=True),
+    dict(router="low-rank", gate="softmax", activation="gelu", shared=True, biases=False),
+    dict(router="low-rank", gate="score", activation="identity", rank=2),
+    dict(router="dense", gate="hard", activation="relu", rank=3, selection=True),
+    dict(router="tied", gate="softmax", activation="relu", selection=True),
+]
+
+
+@pytest.mark.parametrize("options", CONFIGURATIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_every_knob_equals_the_numpy_version(options):
+    model = member(**options)
+    x = random(8, model.d_in, seed=40)
+    np.testing.assert_allclose(model(x).detach().numpy(), reference.output(model, x.numpy()), atol=1e-12)
+
+
+@pytest.mark.parametrize("options", CONFIGURATIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_sparse_gradients_equal_those_through_the_dense_scores(options):
+    """`score_gradient=True` runs plain autograd through a dense product: an independent way to the same gradient."""
+    model = member(**options)
+    x, y = random(8, model.d_in, seed=41), random(8, model.d_out, seed=42)
+    grads = []
+    for dense in (False, True):
+        model.zero_grad()
+        (model.trace(x, score_gradient=dense).output - y).square().sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name in grads[0].keys() | grads[1].keys():
+        a, b = (g.get(name, torch.zeros(())) for g in grads)
+        torch.testing.assert_close(a.expand_as(b) if a.ndim < b.ndim else a, b.expand_as(a), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", CONFIGURATIONS[:4], ids=lambda o: "-".join(map(str, o.values())))
+def test_gradients_equal_finite_differences(options):
+    model = member(**options)
+    x, h = random(3, model.d_in, seed=43), 1e-6
+    model(x).sin().sum().backward()
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        flat, place = parameter.data.view(-1), int(parameter.grad.abs().argmax())
+        sides = []
+        for step in (h, -h):
+            flat[place] += step
+            sides.append(float(model(x).sin().sum()))
+            flat[place] -= step
+        assert parameter.grad.view(-1)[place] == pytest.approx((sides[0] - sides[1]) / (2 * h), rel=1e-5)
+
+
+def test_codes_fire_where_their_value_is_not_zero():
+    codes = SparseCodes(torch.tensor([[0, 2], [2, 1]]), torch.tensor([[1.0, 0.0], [-2.0, 3.0]]))
+    assert codes.firing_counts(4).tolist() == [1, 1, 1, 0]
+    assert codes.to_dense(4).tolist() == [[1, 0, 0, 0], [0, 3, -2, 0]]
+
+
+def test_selection_bias_chooses_but_does_not_weigh():
+    model = member("tied", "softmax", "relu", selection=True)
+    x = random(5, 5, seed=44)
+    model.selection_bias.zero_()
+    model.selection_bias[4] = 1e6
+    codes = model.encode(x)
+    assert (codes.indices == 4).any(1).all()
+    assert codes.values.max() < 1e3
+
+
+@given(st.integers(1, 12), st.data())
+@settings(deadline=None, max_examples=30)
+def test_sae_and_moe_agree_exactly_for_every_k(n, data):
+    k = data.draw(st.integers(1, n))
+    sae = dictionary.topk_sae(4, n, k, generator=generator(n), dtype=torch.float64)
+    moe = dictionary.sae_to_moe(sae)
+    assert moe.knobs["router"] == "shared parameters"
+    x = random(9, 4)
+    torch.testing.assert_close(moe(x), sae(x), rtol=0, atol=1e-14)
+    back = dictionary.moe_to_sae(moe)
+    assert back.knobs == sae.knobs
+    for (name, a), b in zip(sae.state_dict().items(), back.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_conversions_copy_and_refuse_what_has_no_counterpart():
+    sae = dictionary.topk_sae(4, 6, 2, generator=generator(0))
+    moe = dictionary.sae_to_moe(sae)
+    moe.encoder.weight.data.zero_()
+    assert sae.encoder.weight.abs().sum() > 0
+    with pytest.raises(ValueError, match="router='dense'"):
+        dictionary.moe_to_sae(member("dense", "hard", "relu"))
+    with pytest.raises(ValueError, match="router='dense'"):
+        dictionary.sae_to_moe(member("dense", "hard", "relu"))
+
+
+def test_tied_parts_stay_tied_when_copied():
+    moe = copy.deepcopy(dictionary.rank1_moe(4, 6, 2, generator=generator(0)))
+    assert moe.router.weight is moe.encoder.weight
+    assert moe.b_in is moe.b_out
+    tied = copy.deepcopy(dictionary.topk_sae(4, 6, 2, generator=generator(0), tied=True))
+    assert tied.decoder is tied.encoder
+
+
+def test_unit_norm_is_kept_and_the_gradient_is_tangent():
+    sae = dictionary.topk_sae(5, 600, 4, generator=generator(0), dtype=torch.float64)
+    sae(random(64, 5)).square().sum().backward()
+    sae.constrain_gradient_()
+    rows, grad = sae.decoder.weight.detach(), sae.decoder.weight.grad
+    assert grad.abs().max() > 0
+    assert (rows * grad).sum(1).abs().max() < 1e-12
+    sae.decoder.weight.data.mul_(7)
+    sae.constrain_()
+    torch.testing.assert_close(sae.decoder.weight.norm(dim=1), torch.ones(600, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dictionary.topk_sae(4, 6, 7, generator=generator(0)), "k=7 .* 1 to n_features=6"),
+        (lambda: dictionary.topk_sae(4, 6, 0, generator=generator(0)), "k=0"),
+        (lambda: member("tied", "loud", "relu"), "gate='loud'.*'hard'"),
+        (lambda: member("tied", "hard", "tanh"), "activation='tanh'.*'relu'"),
+        (lambda: RankOneDictionary(Rows(random(4, 3)), Rows(random(5, 3)), k=1), "encoder has 4 rows and decoder 5"),
+        (lambda: Rows(random(4, 3), down=random(2, 5)), "down has 2 rows"),
+        (lambda: dictionary.secret_moe(4, 4, 3, 5, generator=generator(0)), "k=5"),
+    ],
+)
+def test_bad_parameters_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_secret_moe_trains_every_part():
+    model = dictionary.secret_moe(5, 4, 12, 3, generator=generator(0), router_rank=2, dtype=torch.float64)
+    model(random(400, 5)).square().sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0} == set()
+
+
+# -- SAELens -----------------------------------------------------------------------------------------------------------
+
+
+def test_saelens_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    ours = dictionary.topk_sae(6, 20, 4, generator=generator(0))
+    for parameter in ours.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator(1))
+    x = random(16, 6, dtype=torch.float32)
+    theirs = sae_lens.SAE.load_from_disk(str(dictionary.save_saelens(ours, tmp_path / "ours")))
+    torch.testing.assert_close(theirs(x), ours(x), rtol=1e-5, atol=1e-6)
+    theirs.save_model(tmp_path / "theirs")
+    back = dictionary.load_saelens(tmp_path / "theirs")
+    for (name, a), b in zip(ours.state_dict().items(), back.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_rescaled_saelens_checkpoints_are_folded_exactly(tmp_path, apply_b_dec_to_input):
+    sae_lens = pytest.importorskip("sae_lens")
+    config = sae_lens.TopKSAEConfig(
+        d_in=6, d_sae=20, k=4, rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=apply_b_dec_to_input
+    )
+    theirs = sae_lens.TopKSAE(config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(random(*parameter.shape, dtype=torch.float32))
+    theirs.save_model(tmp_path)
+    ours = dictionary.load_saelens(tmp_path)
+    x = random(16, 6, dtype=torch.float32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_saelens_folders_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ValueError, match="has no cfg.json"):
+        dictionary.load_saelens(tmp_path)
+    dictionary.save_saelens(dictionary.topk_sae(4, 6, 2, generator=generator(0)), tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"architecture": "gated"}))
+    with pytest.raises(ValueError, match="architecture='gated'"):
+        dictionary.load_saelens(tmp_path)
+    with pytest.raises(ValueError, match="router='dense'"):
+        dictionary.save_saelens(member("dense", "hard", "relu"), tmp_path / "no")
+
+
+def test_dictionary_stands_alone():
+    """`dictionary` imports nothing of the project, so that it can be lifted out of it."""
+    code = """
+        import sys
+        import helpers.dictionary
+        print([m for m in sys.modules if m.startswith("helpers.") and m != "helpers.dictionary"])
+    """
+    shown = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

@@ -1,0 +1,65 @@
+"""The three ways to install the book agree: requirements files, pyproject.toml, environment.yml."""
+
+import re
+import tomllib
+from importlib import metadata
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from helpers.settings import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins(name):
+    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    requirements = (Requirement(line) for line in lines if line and not line.startswith("-"))
+    return {canonical(r.name): r for r in requirements}
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-bench.txt"])
+def test_every_requirement_is_pinned_exactly(name):
+    for requirement in pins(name).values():
+        assert [s.operator for s in requirement.specifier] == ["=="], requirement
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_what_runs_here_is_what_is_pinned(name):
+    for package, requirement in pins(name).items():
+        assert metadata.version(package).split("+")[0] in requirement.specifier, requirement
+
+
+def test_the_package_depends_on_nothing_that_is_not_pinned():
+    files = {"dependencies": "requirements.txt", "dev": "requirements-dev.txt"}
+    wanted = {"dependencies": PROJECT["dependencies"], "dev": PROJECT["optional-dependencies"]["dev"]}
+    for group, name in files.items():
+        pinned = pins(name)
+        for requirement in map(Requirement, wanted[group]):
+            pin = pinned[canonical(requirement.name)]
+            (version,) = (s.version for s in pin.specifier)
+            assert Version(version) in requirement.specifier, (requirement, pin)
+    benched = pins("requirements-bench.txt") | pins("requirements-dev.txt")
+    assert {canonical(Requirement(r).name) for r in PROJECT["optional-dependencies"]["bench"]} <= benched.keys()
+
+
+def test_versions_that_must_not_drift():
+    """Version 2 of Jupyter Book ignores `_config.yml`; newer themes show two search boxes."""
+    pinned = pins("requirements.txt")
+    assert all(Version(s.version) < Version("2") for s in pinned["jupyter-book"].specifier)
+    assert str(pinned["sphinx-book-theme"].specifier) == "==1.1.4"
+    assert str(pinned["pydata-sphinx-theme"].specifier) == "==0.15.4"
+    assert str(pinned["torch"].specifier) == "==2.13.0"
+
+
+def test_conda_uses_the_same_file():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    python, pip, *rest = environment
+    assert (python, pip) == (f"python{PROJECT['requires-python']}", "pip")
+    assert rest == [{"pip": ["-r requirements.txt"]}]

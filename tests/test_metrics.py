@@ -1,0 +1,73 @@
+"""Metrics against closed forms and against plain NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import metrics
+from helpers.dictionary import topk_sae
+from helpers.settings import generator
+
+
+def test_fvu_has_its_closed_forms():
+    y = torch.randn(500, 6, generator=generator(0)) + 100
+    assert metrics.fvu(y, y) == 0
+    assert metrics.fvu(y.double().mean(0).float().expand_as(y), y) == pytest.approx(1, rel=1e-5)
+    shifted = y + 1  # a constant offset is an error and must not be forgiven
+    variance = float((y - y.mean(0)).square().sum(1).mean())
+    assert metrics.fvu(shifted, y) == pytest.approx(6 / variance, rel=1e-3)
+    with pytest.raises(ValueError, match="constant"):
+        metrics.fvu(y, torch.ones_like(y))
+
+
+def test_evaluation_equals_a_dense_recount():
+    model = topk_sae(6, 30, 4, generator=generator(0), dtype=torch.float64)
+    x = torch.randn(700, 6, generator=generator(1), dtype=torch.float64)
+    result = metrics.evaluate(model, x.numpy(), batch_size=128)
+    codes = model.encode(x).to_dense(30)
+    assert result.n == 700
+    assert result.fvu == pytest.approx(metrics.fvu(model(x).detach(), x), rel=1e-12)
+    np.testing.assert_allclose(result.rates, (codes != 0).double().mean(0))
+    assert result.dead == pytest.approx(float(((codes != 0).sum(0) == 0).double().mean()))
+    assert result.dense == pytest.approx(float(((codes != 0).double().mean(0) > 0.1).double().mean()))
+    assert result.largest_rate == pytest.approx(float(result.rates.max()))
+    assert result.chosen_but_zero == pytest.approx(1 - float((codes != 0).sum()) / (700 * 4))
+    with pytest.raises(ValueError, match="targets has 3 rows.*700"):
+        metrics.evaluate(model, x, x[:3])
+
+
+def test_ce_recovered():
+    assert metrics.ce_recovered(10.0, 4.0, 3.0) == pytest.approx(6 / 7)
+    with pytest.raises(ValueError, match="ablated=3.0"):
+        metrics.ce_recovered(3.0, 4.0, 3.0)
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(5, 1, size=(300, 40))
+    intervals = [metrics.bootstrap_interval(sample, seed=i, n_resamples=400) for i, sample in enumerate(draws)]
+    covered = np.mean([lo <= 5 <= hi for lo, hi in intervals])
+    assert 0.89 < covered < 0.98
+    with pytest.raises(ValueError, match="1 units"):
+        metrics.bootstrap_interval(np.ones(1))
+
+
+def test_bootstrap_resamples_whole_units():
+    pairs = np.c_[[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]
+    lo, hi = metrics.bootstrap_interval(pairs, lambda a: a[:, 0].sum() / a[:, 1].sum())
+    assert lo == pytest.approx(0.1) and hi == pytest.approx(0.1)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
+def test_by_group_sums(groups):
+    values = torch.arange(len(groups)).double()
+    expected = [sum(v for v, g in zip(values.tolist(), groups, strict=True) if g == u) for u in sorted(set(groups))]
+    assert metrics.by_group(values, torch.tensor(groups)).tolist() == expected
+
+
+def test_max_cosines():
+    truth = torch.eye(3)
+    learned = torch.tensor([[2.0, 0, 0], [5.0, 0, 0], [0, 1.0, 1.0]])
+    np.testing.assert_allclose(metrics.max_cosines(truth, learned), [1, 0.5**0.5, 0.5**0.5], rtol=1e-6)
+    np.testing.assert_allclose(metrics.max_cosines(learned, truth, chunk=2), [1, 1, 0.5**0.5], rtol=1e-6)
