@@ -31,6 +31,7 @@ LOADED = {
     "audio": "src",
     "embed": "src",
 }
+FONT_AHEAD = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
 REMOTE = re.compile(r"^(https?:)?//")
 REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
 
@@ -104,11 +105,13 @@ def build(layout: Layout) -> list[str]:
     jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     command = [*jupyter_book, "build", str(folder), "--path-output", str(folder), *strict]
     with log.open("w", encoding="utf-8") as stream:
-        status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+        plain = os.environ | {"NO_COLOR": "1"}
+        status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=plain, check=False).returncode
     if status:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         wrong = [line for line in lines if "WARNING" in line or "ERROR" in line]
         return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
+    _open_from_disk(folder / "_build" / "html")
     html = layout.root / "_build" / "html"
     shutil.rmtree(html, ignore_errors=True)
     os.replace(folder / "_build" / "html", html)
@@ -138,6 +141,12 @@ def toc_files(node: Any) -> Iterator[str]:
         yield from (str(node[key]) for key in ("root", "file") if key in node)
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         yield from toc_files(child)
+
+
+def _open_from_disk(html: Path) -> None:
+    """The theme fetches its fonts ahead in a way that browsers forbid to pages opened from the disk: take that out."""
+    for path in html.rglob("*.html"):
+        path.write_text(FONT_AHEAD.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _remote(soup: BeautifulSoup) -> Iterator[str]:

@@ -360,6 +360,8 @@ def _progress(job: Job, console: Console) -> Iterator[Callable[..., None]]:
 
         def on_cell_start(cell: Any, cell_index: int) -> None:
             nonlocal seen, last
+            if cell.cell_type != "code":
+                return
             line = (cell.source.strip().splitlines() or [""])[0][:50]
             bar.update(task, completed=seen, description=escape(line))
             seen += 1

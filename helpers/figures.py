@@ -50,6 +50,10 @@ METHODS = {
     "gaussian": Mark(PURPLE, "matched Gaussian", "s", "--"),
     "padding": Mark(WINE, "padding rows", "X", ":"),
     "synthetic": Mark(BLUE, "synthetic", "^"),
+    # the teacher, and what is put in an activation's place
+    "clean": Mark(INK, "intact", "o"),
+    "zero": Mark(WINE, "zero ablation", "s", "--"),
+    "mean": Mark(AMBER, "mean ablation", "^", "-."),
     # yardsticks
     "random": Mark(SLATE, "random", "x", ":"),
     "bound": Mark(INK, "bound", "", "--"),

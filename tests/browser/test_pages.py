@@ -1,0 +1,181 @@
+"""Every page in a real browser, opened from the disk: it is complete, silent, and its sliders obey the keyboard."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import yaml
+from selenium.webdriver import Chrome
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from helpers import settings
+from helpers.book import toc_files
+
+HTML = settings.ROOT / "_build" / "html"
+PAGES = list(toc_files(yaml.safe_load((settings.ROOT / "_toc.yml").read_text(encoding="utf-8"))))
+REQUIRED = os.environ.get("CI") == "true" or os.environ.get("RANK1_REQUIRE_BROWSER") == "1"
+QUIET = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--window-size=1300,1000",
+]
+
+
+def absent(what):
+    """Skip for a reader, fail where the check must run."""
+    (pytest.fail if REQUIRED else pytest.skip)(f"the pages were NOT checked in a browser: {what}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        absent("no Chromium with chromedriver; on Debian: apt install chromium chromium-driver")
+    if not (HTML / "index.html").is_file():
+        absent("there is no book yet; run make book")
+    options = Options()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with tempfile.TemporaryDirectory() as profile:
+        for argument in [*QUIET, f"--user-data-dir={profile}"]:
+            options.add_argument(argument)
+        chrome = Chrome(options=options, service=Service(driver))
+        yield chrome
+        chrome.quit()
+
+
+def open_page(browser, page):
+    """Open from the disk; wait until MathJax and everything else has come to rest."""
+    browser.get("about:blank")  # at its start a browser opens a page of its own, which is not our matter
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get((HTML / f"{page}.html").as_uri())
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.readyState") == "complete")
+    typeset = "const d = arguments[0]; window.MathJax?.startup ? MathJax.startup.promise.then(() => d(true)) : d(true)"
+    browser.execute_async_script(typeset)
+
+
+def requested(browser):
+    """Addresses that the page asked for, whether or not it got them."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.fixture(params=PAGES, scope="module")
+def page(request, browser):
+    open_page(browser, request.param)
+    return request.param
+
+
+def test_a_page_has_its_title_says_nothing_and_asks_the_network_for_nothing(browser, page):
+    heading = browser.find_element(By.CSS_SELECTOR, "article h1").text.rstrip("#").strip()
+    assert heading and heading in browser.title
+    assert [e for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
+    asked = requested(browser)
+    assert asked, "the log of requests is empty: the check would be blind"
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_every_figure_can_be_heard_and_seen(browser, page):
+    images = browser.find_elements(By.CSS_SELECTOR, "article img, article svg[role=img]")
+    for image in images:
+        assert (image.get_attribute("alt") or image.get_attribute("aria-label") or "").strip()
+        if image.tag_name == "img":
+            assert browser.execute_script("return arguments[0].naturalWidth", image) > 0, "an image did not load"
+
+
+def test_mathematics_is_typeset(browser, page):
+    raw = browser.execute_script(
+        r"""const walk = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
+        const found = [];
+        while (walk.nextNode()) {
+          const node = walk.currentNode;
+          if (node.parentElement.closest("pre, code, script, mjx-container, style")) continue;
+          if (/\$[^$]+\$|\\\(|\\\[|\\(frac|sum|mathbb|text)\b/.test(node.data)) found.push(node.data);
+        }
+        return found;"""
+    )
+    assert raw == []
+    assert browser.find_elements(By.CSS_SELECTOR, "mjx-merror") == []
+    sources = len(browser.find_elements(By.CSS_SELECTOR, "article .math"))
+    assert len(browser.find_elements(By.CSS_SELECTOR, "article .math mjx-container")) >= sources
+
+
+def test_sliders_obey_the_keyboard(browser, page):
+    for figure in browser.find_elements(By.CSS_SELECTOR, "figure.book-slider"):
+        image = figure.find_element(By.TAG_NAME, "img")
+        for knob in figure.find_elements(By.CSS_SELECTOR, ".book-slider-knob"):
+            move(browser, figure, image, knob)
+
+
+def move(browser, figure, image, knob):
+    """From one end of a slider to the other, key by key: the value shown, the words and the picture follow."""
+    slider, output = knob.find_element(By.TAG_NAME, "input"), knob.find_element(By.TAG_NAME, "output")
+    assert slider.get_attribute("aria-label").strip()
+    assert knob.find_element(By.TAG_NAME, "label").get_attribute("for") == slider.get_attribute("id")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", slider)
+    assert browser.switch_to.active_element == slider
+    slider.send_keys(Keys.HOME)
+    states = [(output.text, image.get_attribute("alt"), image.get_attribute("src"))]
+    for _ in range(int(slider.get_attribute("max"))):
+        slider.send_keys(Keys.ARROW_RIGHT)
+        states.append((output.text, image.get_attribute("alt"), image.get_attribute("src")))
+        assert slider.get_attribute("aria-valuetext") == output.text
+    texts, alts, sources = (len(set(column)) for column in zip(*states, strict=True))
+    assert texts == len(states), "each step shows its own value"
+    assert alts > 1 and sources > 1, "the figure and its words follow the slider"
+
+
+def test_dark_mode_turns_the_page_and_its_figures(browser):
+    open_page(browser, PAGES[0])
+    for mode in ("light", "dark"):
+        for _ in range(3):
+            if browser.execute_script("return document.documentElement.dataset.theme") == mode:
+                break
+            browser.execute_script("document.querySelector('.theme-switch-button').click()")
+        assert browser.execute_script("return document.documentElement.dataset.theme") == mode
+        lightness = browser.execute_script(
+            "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)"
+        )
+        assert (max(lightness) < 64) == (mode == "dark")
+    with_figure = next(p for p in PAGES if "book-slider" in (HTML / f"{p}.html").read_text(encoding="utf-8"))
+    open_page(browser, with_figure)
+    image = browser.find_element(By.CSS_SELECTOR, "figure.book-slider img")
+    assert browser.execute_script("return document.documentElement.dataset.theme") == "dark", "the choice is kept"
+    assert "invert" in image.value_of_css_property("filter")
+
+
+def test_the_page_fits_a_narrow_screen(browser):
+    browser.set_window_size(500, 900)
+    try:
+        for page in PAGES:
+            open_page(browser, page)
+            wide = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+            assert wide <= 1, f"{page} is {wide} pixels wider than the screen"
+    finally:
+        browser.set_window_size(1300, 1000)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_without_a_browser_the_check_fails_where_it_is_required_and_is_skipped_elsewhere(required):
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", __file__, "-k", "dark_mode"]
+    bare = {"PATH": "", "HOME": os.environ.get("HOME", ""), "RANK1_REQUIRE_BROWSER": str(int(required))}
+    run = subprocess.run(command, env=bare, cwd=settings.ROOT, capture_output=True, text=True, check=False)
+    assert "the pages were NOT checked in a browser: no Chromium" in run.stdout
+    assert run.returncode == int(required)
