@@ -1,7 +1,7 @@
 # make book    set up .venv, run the chapters that changed, build _build/html/index.html   (PROFILE=quick)
 # make test    the same, then every check that CI runs
 # make lab     open the notebooks in JupyterLab
-# make bench   timings beside peers, into results/
+# make bench   timings beside peers, into benchmarks/results/
 # make strip   clear the notebooks' outputs before a commit
 # make setup   only make .venv
 # make clean   remove _build (the cache of models and activations, and .venv, stay)
@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED := 1
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 setup: .venv/.ready
 
@@ -28,7 +28,7 @@ setup: .venv/.ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
 	       "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PIP) install -r requirements.txt -e .
 	@touch $@
@@ -37,8 +37,8 @@ setup: .venv/.ready
 	$(PIP) install -r requirements-dev.txt
 	@touch $@
 
-.venv/.ready-bench: .venv/.ready
-	$(PIP) install -c requirements.txt -e '.[bench]'
+.venv/.ready-bench: .venv/.ready-dev requirements-bench.txt
+	$(PIP) install --no-deps -r requirements-bench.txt
 	@touch $@
 
 book: .venv/.ready
@@ -71,7 +71,7 @@ lab: .venv/.ready
 	$(BIN)/python -m jupyter lab notebooks
 
 bench: .venv/.ready-bench
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python -m benchmarks
 
 strip: .venv/.ready-dev
 	$(BIN)/nbstripout notebooks/*.ipynb
