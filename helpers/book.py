@@ -16,7 +16,9 @@ from typing import Any, get_args
 import nbformat
 import yaml
 from bs4 import BeautifulSoup
+from papermill.exceptions import strip_color
 from rich.console import Console
+from rich.markup import escape
 
 from helpers import chapters, claims
 from helpers.chapters import Job, Layout
@@ -51,7 +53,7 @@ def make(profile: str, console: Console, layout: Layout | None = None) -> int:
     console.print("building the pages (about half a minute)", markup=False)
     faults = build(layout)
     for fault in faults:
-        console.print(f"[bold red]fault[/] {fault}", highlight=False)
+        console.print(f"[bold red]fault[/] {escape(fault)}")
     if not faults:
         seconds = time.perf_counter() - started
         console.print(f"the book is at {layout.root / '_build/html/index.html'} ({seconds:.0f} s)", markup=False)
@@ -105,10 +107,9 @@ def build(layout: Layout) -> list[str]:
     jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     command = [*jupyter_book, "build", str(folder), "--path-output", str(folder), *strict]
     with log.open("w", encoding="utf-8") as stream:
-        plain = os.environ | {"NO_COLOR": "1"}
-        status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=plain, check=False).returncode
+        status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
     if status:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = strip_color(log.read_text(encoding="utf-8", errors="replace")).splitlines()
         wrong = [line for line in lines if "WARNING" in line or "ERROR" in line]
         return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
     _open_from_disk(folder / "_build" / "html")

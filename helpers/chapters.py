@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import nbformat
@@ -33,6 +34,9 @@ from helpers import settings
 
 MACHINERY = ("helpers", "data", "book/claims.yml", "requirements.txt")
 """What every chapter depends on, beside its own notebook and parameters. No finer graph."""
+
+INPUTS = ("teacher", "corpus", "checkpoint")
+"""Parameters that may name a file or folder of the reader's."""
 
 LOG_EVERY = 20.0
 """Seconds between lines of progress where there is no terminal to draw a bar on."""
@@ -248,10 +252,10 @@ def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _files_named(parameters: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """Size and time of the files that parameters such as `corpus` and `teacher` name: editing one is a change too."""
-    inputs = [v for k, v in parameters.items() if isinstance(v, str) and v and k not in ("cache_dir", "results_dir")]
-    found = [p for value in inputs for p in [Path(value).expanduser(), *Path(value).expanduser().rglob("*")]]
-    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found if p.is_file())
+    """Size and time of the files that an input such as `corpus` or `teacher` names: editing one is a change too."""
+    named = [Path(v).expanduser() for k, v in parameters.items() if k in INPUTS and isinstance(v, str) and v]
+    found = [file for path in named for file in [path, *path.rglob("*")] if file.is_file()]
+    return sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found)
 
 
 def _digest(value: Any) -> str:
@@ -354,22 +358,29 @@ def _progress(job: Job, console: Console) -> Iterator[Callable[..., None]]:
     """A bar over the cells on a terminal, else a line now and then; yields papermill's `on_cell_start`."""
     total = sum(c.cell_type == "code" for c in nbformat.read(job.chapter.path, as_version=4).cells) + bool(job.given)
     columns = (TextColumn("      {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    started = last = time.monotonic()
+    begun, line, started, ended = 0, "", time.monotonic(), Event()
+
+    def log_now_and_then() -> None:
+        while not ended.wait(LOG_EVERY):
+            seconds = time.monotonic() - started
+            console.print(f"      {seconds:.0f} s, in code cell {begun} of {total}: {line}", markup=False)
+
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task, seen = bar.add_task("", total=total), 0
+        task = bar.add_task("", total=total)
 
         def on_cell_start(cell: Any, cell_index: int) -> None:
-            nonlocal seen, last
-            if cell.cell_type != "code":
-                return
-            line = (cell.source.strip().splitlines() or [""])[0][:50]
-            bar.update(task, completed=seen, description=escape(line))
-            seen += 1
-            if not console.is_terminal and time.monotonic() - last > LOG_EVERY:
-                last = time.monotonic()
-                console.print(f"      {last - started:.0f} s, code cell {seen} of {total}: {line}", markup=False)
+            nonlocal begun, line
+            if cell.cell_type == "code":
+                line = (cell.source.strip().splitlines() or [""])[0][:60]
+                bar.update(task, completed=begun, description=escape(line))
+                begun += 1
 
-        yield on_cell_start
+        if not console.is_terminal:
+            Thread(target=log_now_and_then, daemon=True).start()
+        try:
+            yield on_cell_start
+        finally:
+            ended.set()
 
 
 @contextmanager

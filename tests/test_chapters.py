@@ -176,6 +176,15 @@ def stamp_valid(layout):
     job.stamp.write_text(json.dumps(stamp))
 
 
+def test_editing_the_readers_own_text_is_a_change(layout):
+    text = layout.root / "my.txt"
+    text.write_text("one")
+    write_chapter(layout.root, "01_first", WRITES_RESULTS, parameters=f"corpus = {str(text)!r}")
+    stamp_valid(layout)
+    text.write_text("two!")
+    assert chapters.stale(chapters.plan(layout=layout)[0]) == ["parameters"]
+
+
 def test_outputs_and_byte_code_are_no_change(layout):
     stamp_valid(layout)
     path = layout.root / "notebooks" / "01_first.ipynb"
@@ -247,6 +256,13 @@ def test_the_kernel_is_the_running_python_whatever_is_registered(layout, tmp_pat
     spec.write_text(json.dumps({"argv": ["/no/such/python"], "display_name": "other", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     assert run(layout)[0] == []
+
+
+def test_a_log_shows_progress_inside_a_long_cell(layout, monkeypatch):
+    monkeypatch.setattr(chapters, "LOG_EVERY", 0.3)
+    write_chapter(layout.root, "01_first", "import time\ntime.sleep(1.5)", WRITES_RESULTS)
+    failures, said = run(layout)
+    assert not failures and "s, in code cell 2 of 3: import time" in said
 
 
 def test_two_runs_at_once_are_refused(layout):

@@ -64,6 +64,7 @@ def test_a_chapter_has_a_title_exercises_and_a_summary(notebook):
     for heading in ("What this page does not say|What the paper does not say", "Exercises", "Summary"):
         assert re.search(rf"^## .*({heading})", prose, re.M), f"no section {heading!r}"
     assert ":class: dropdown" in prose, "solutions are folded"
+    assert "{bibliography}" not in prose, "cite with {cite:t}: there is one bibliography, on a page of its own"
 
 
 def test_cells_are_short_and_plumbing_stays_in_helpers(notebook):
