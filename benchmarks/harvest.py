@@ -1,0 +1,102 @@
+"""Our harvest beside a plain forward with `output_hidden_states`: same texts, same rows, tokens a second and memory."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import common
+from helpers import activations, teachers
+from helpers.teachers import Teacher
+
+LAYER, N_TOKENS, BATCH, MAX_LENGTH = 9, 2048, 16, 256
+SITES = ("resid_pre", "mlp_in", "mlp_out")
+
+
+def ours(teacher: Teacher) -> torch.Tensor:
+    """A whole harvest into an empty cache: tokenising, running, writing three sites. Returns the residual stream."""
+    with tempfile.TemporaryDirectory() as cache:
+        store = activations.harvest(
+            teacher,
+            layer=LAYER,
+            sites=SITES,
+            n_tokens=N_TOKENS,
+            max_length=MAX_LENGTH,
+            batch_size=BATCH,
+            cache_dir=cache,
+        )
+        return store.tensor("resid_pre")
+
+
+@torch.inference_mode()
+def plain(teacher: Teacher, model: torch.nn.Module) -> torch.Tensor:
+    """Every layer of every batch, texts in the order they come, padded to the longest; rows of text kept in memory."""
+    texts = activations.texts(teacher, "wikipedia-sample", n_tokens=N_TOKENS, max_length=MAX_LENGTH)
+    rows = []
+    for start in range(0, len(texts.tokens), BATCH):
+        ids, mask = texts.padded(range(start, min(start + BATCH, len(texts.tokens))))
+        states = model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+        rows.append(states[LAYER][teacher.rows_kept(ids, mask)])
+    return torch.cat(rows)
+
+
+WAYS: dict[str, Callable[[Teacher], torch.Tensor]] = {
+    "our harvest": ours,
+    "plain forward, no logits": lambda teacher: plain(teacher, teacher.model.base_model),
+    "plain forward": lambda teacher: plain(teacher, teacher.model),
+}
+
+
+def peak_bytes(way: str) -> int:
+    """Peak resident memory of a process of its own that does this once."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.harvest", way], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def main(repeats: int = 3) -> None:
+    teacher = teachers.load(device="cpu")
+    rows = {way: run(teacher) for way, run in WAYS.items()}
+    scale = rows["plain forward"].abs().max()
+    difference = max(float((rows["our harvest"] - other).abs().max() / scale) for other in rows.values())
+    seconds = common.interleave(
+        {way: lambda turn, run=run: run(teacher) for way, run in WAYS.items()}, repeats, warmup=0
+    )
+    speed = {way: N_TOKENS / time["median"] for way, time in seconds.items()}
+    memory = {way: peak_bytes(way) / 1e9 for way in WAYS}
+    table = [
+        {"way": way, "tokens / s": speed[way], "iqr (s)": seconds[way]["iqr"], "peak memory (GB)": memory[way]}
+        for way in WAYS
+    ]
+    common.write(
+        "harvest",
+        title="Harvest",
+        question=f"How fast do activations of Gemma 3 270M at layer {LAYER} of {teacher.n_layers} come, float32, "
+        f"{N_TOKENS:,} tokens of the Wikipedia sample in batches of {BATCH}?",
+        rows=table,
+        targets=[
+            common.at_most("largest difference of the residual stream, relative", difference, 1e-4),
+            common.at_least("harvest speed / plain forward", speed["our harvest"] / speed["plain forward"], 2),
+            common.at_least(
+                "harvest speed / plain forward without logits",
+                speed["our harvest"] / speed["plain forward, no logits"],
+                2,
+            ),
+            common.at_most("peak memory of a harvest, GB", memory["our harvest"], 3),
+        ],
+        note="Each way tokenises the same texts. Ours also writes three sites to disk with checksums; the plain "
+        "ways keep one in memory. Memory: peak of a process that does it once, imports and weights included.",
+        device="cpu",
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        WAYS[sys.argv[1]](teachers.load(device="cpu"))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    else:
+        main()
