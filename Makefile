@@ -75,6 +75,7 @@ bench: .venv/.ready-bench
 
 strip: .venv/.ready-dev
 	$(BIN)/nbstripout notebooks/*.ipynb
+	$(BIN)/python -m tests.mark_checked
 
 clean:
 	rm -rf _build
