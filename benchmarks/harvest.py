@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -14,7 +16,7 @@ from benchmarks import common
 from helpers import activations, teachers
 from helpers.teachers import Teacher
 
-LAYER, N_TOKENS, BATCH, MAX_LENGTH = 9, 2048, 16, 256
+LAYER, N_TOKENS, BATCH, MAX_LENGTH = 9, 4096, 16, 256
 SITES = ("resid_pre", "mlp_in", "mlp_out")
 
 
@@ -50,6 +52,14 @@ WAYS: dict[str, Callable[[Teacher], torch.Tensor]] = {
     "plain forward, no logits": lambda teacher: plain(teacher, teacher.model.base_model),
     "plain forward": lambda teacher: plain(teacher, teacher.model),
 }
+
+
+def own_peak() -> int:
+    """Peak resident bytes of this process; `getrusage` would count those of the process that started it as well."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
 
 
 def peak_bytes(way: str) -> int:
@@ -97,6 +107,6 @@ def main(repeats: int = 3) -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         WAYS[sys.argv[1]](teachers.load(device="cpu"))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(own_peak())
     else:
         main()

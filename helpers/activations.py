@@ -24,10 +24,11 @@ from tqdm.auto import tqdm
 from helpers import corpora, settings
 from helpers.teachers import SITES, Splice, Teacher, check_sites
 
-FORMAT = 1
+FORMAT = 2
 """Version of what a harvest writes: raise it when the same parameters give other files."""
 STORE_DTYPES = ("float32", "float16")
 ROW_FIELDS = np.dtype([("article", "<i4"), ("text", "<i4"), ("position", "<i4"), ("token_id", "<i4")])
+FILLED = 0.8
 BLOCK_ROWS = 8192
 CHECKPOINT_BATCHES = 64
 
@@ -50,9 +51,18 @@ class Texts:
         return sum(len(tokens) - self.bos for tokens in self.tokens)
 
     def batches(self, batch_size: int) -> list[list[int]]:
-        """Numbers of the pieces of each batch, sorted by length, the longest first, so that little is padding."""
-        order = np.argsort([-len(tokens) for tokens in self.tokens], kind="stable").tolist()
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        """Numbers of the pieces of each batch, the longest first.
+
+        A batch ends when it is full, or when the next piece is shorter than `FILLED` of its longest: so little of it
+        is padding even where texts are few.
+        """
+        lengths = np.array([len(tokens) for tokens in self.tokens])
+        batches: list[list[int]] = []
+        for i in np.argsort(-lengths, kind="stable").tolist():
+            if not batches or len(batches[-1]) == batch_size or lengths[i] < FILLED * lengths[batches[-1][0]]:
+                batches.append([])
+            batches[-1].append(i)
+        return batches
 
     def padded(
         self, pieces: Iterable[int], pad_id: int = 0, *, left: bool = False

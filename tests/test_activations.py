@@ -112,6 +112,17 @@ def test_second_harvest_reads_the_disk(harvest, monkeypatch):
     assert np.array_equal(again["mlp_out"], first["mlp_out"])
 
 
+@hypothesis_settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 256), min_size=1, max_size=60), st.integers(1, 16))
+def test_batches_hold_every_piece_once_and_little_padding(lengths, batch_size):
+    pieces = activations.Texts([np.zeros(n, np.int32) for n in lengths], np.zeros(len(lengths), np.int32), 0)
+    batches = pieces.batches(batch_size)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        inside = [lengths[i] for i in batch]
+        assert len(batch) <= batch_size and inside[0] == max(inside) and min(inside) >= activations.FILLED * max(inside)
+
+
 def test_new_site_is_added_without_the_old(harvest, monkeypatch):
     harvest(sites=["mlp_in"])
     asked = []
