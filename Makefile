@@ -13,6 +13,9 @@ BIN     := .venv/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 export PYTHONUNBUFFERED := 1
+# as helpers/__init__.py says, for notebooks that import torch first
+export OMP_WAIT_POLICY ?= PASSIVE
+export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help book test lint unit nbval browser lab bench strip setup clean

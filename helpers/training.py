@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -160,7 +160,7 @@ def fit(
     steps: int,
     lr: float | Mapping[str, float] = 1e-3,
     balance: Balance | Mapping[str, Balance] | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | Path | None | Literal[False] = False,
     label: str = "fit",
     log_every: int = 10,
     checkpoint_seconds: float = 60.0,
@@ -170,14 +170,15 @@ def fit(
     """Train one student, or several by name over one stream of batches, and return a `Fit` for each.
 
     Students are trained in place by Adam on the normalised mean squared error; constraints of the family (unit-norm
-    rows) are kept at every step. With `cache_dir` the run is stored under everything that determines it (students'
-    initial parameters, stream, recipe, the code of this loop): a finished run is loaded instead of repeated, an
-    interrupted one goes on from its last checkpoint.
+    rows) are kept at every step. Unless `cache_dir` is False the run is stored under everything that determines it
+    (students' initial parameters, stream, recipe, the code of this loop): a finished run is loaded instead of
+    repeated, an interrupted one goes on from its last checkpoint.
 
     Args:
         students: each on the device where it shall be trained.
         steps, lr, and by keyword schedule, warmup, betas, weight_decay, clip: see `Recipe`. `lr` and `balance` may be
             mappings by the student's name.
+        cache_dir: where runs are stored; None for the user's cache folder, False for nowhere.
         log_every: loss is recorded (and read back from the device) every so many steps.
         autocast: dtype for mixed precision on a GPU; None for the parameters' own.
 
@@ -192,7 +193,7 @@ def fit(
     }
     _check_widths(named, stream)
     run = Run(named, stream, recipes, autocast=autocast, log_every=log_every)
-    store = None if cache_dir is None else settings.cache_dir(cache_dir) / "fits" / f"{run.key()}.pt"
+    store = None if cache_dir is False else settings.cache_dir(cache_dir) / "fits" / f"{run.key()}.pt"
     if store is not None and store.is_file():
         run.load(store)
     run.advance(label, store, checkpoint_seconds)
