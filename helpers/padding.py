@@ -10,6 +10,7 @@ mean and covariance does not, and is measured on draws of it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -27,7 +28,7 @@ QUANTITIES = ("input", "output", "gaussian")
 GRID = np.linspace(0, 0.95, 191)
 COARSE = np.linspace(0, 0.95, 20)
 AROUND = 0.06
-"""How far a resample's share is looked for beside the estimate; its Gaussian curve is measured only there."""
+"""A resample's Gaussian curve costs forward passes, so it is measured only this far beside the estimate."""
 
 
 def released(teacher: str, layer: int) -> dict[str, tuple[float, float, float]] | None:
@@ -130,26 +131,26 @@ def noise(draws: int, d: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     return torch.randn(draws, d, generator=generator), (w / w.square().mean().sqrt()).float()
 
 
-def smallest_share(shares: np.ndarray, variances: np.ndarray, wanted: float) -> float:
-    """The smallest share at which a curve reaches `wanted`, linear between its points.
+def solutions(shares: np.ndarray, variances: np.ndarray, wanted: float) -> list[float]:
+    """Shares at which a curve, linear between its points, takes the value `wanted`; it rises and falls, so often two.
 
-    0 where text alone is there already; the share of the highest point where the curve stays below.
+    0 is among them where text alone is there already; the highest point stands in where the curve stays below.
     """
-    reached = np.flatnonzero(variances >= wanted)
-    if not len(reached):
-        return float(shares[np.argmax(variances)])
-    if (i := reached[0]) == 0:
-        return float(shares[0])
-    return float(np.interp(wanted, variances[i - 1 : i + 1], shares[i - 1 : i + 1]))
+    found = [float(shares[0])] if variances[0] >= wanted else []
+    for i in np.flatnonzero((variances[:-1] < wanted) != (variances[1:] < wanted)):
+        low, high = sorted((i, i + 1), key=lambda j: variances[j])
+        found.append(float(np.interp(wanted, variances[[low, high]], shares[[low, high]])))
+    return found or [float(shares[np.argmax(variances)])]
 
 
 def implied_shares(mixture: Mixture, wanted: Mapping[str, float]) -> dict[str, float]:
-    """For each quantity, the share of padding that gives the wanted variance."""
-    grids = {"gaussian": COARSE}
-    return {
-        quantity: smallest_share(grid := grids.get(quantity, GRID), mixture.curve(quantity, grid), value)
-        for quantity, value in wanted.items()
-    }
+    """For each quantity a share of padding that gives the wanted variance: of all solutions, those that agree best."""
+    found = []
+    for quantity, value in wanted.items():
+        grid = COARSE if quantity == "gaussian" else GRID
+        found.append(solutions(grid, mixture.curve(quantity, grid), value))
+    best = min(itertools.product(*found), key=lambda shares: (max(shares) - min(shares), sum(shares)))
+    return dict(zip(wanted, best, strict=True))
 
 
 def resampled_shares(
@@ -161,13 +162,17 @@ def resampled_shares(
     n_resamples: int,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Implied shares, a column for each quantity, of resamples of the articles (a row each), all from one draw."""
+    """Implied shares, a column for each quantity, of resamples of the articles (a row each).
+
+    Each row's shares come from one draw of articles; of several solutions the one nearest to the estimate is followed.
+    """
     estimate = implied_shares(mixture, wanted)
-    beside = {q: np.unique([0.0, *np.clip([s - AROUND, s, s + AROUND], 0, 0.95)]) for q, s in estimate.items()}
+    beside = {q: np.unique(np.clip([s - AROUND, s, s + AROUND], 0, 0.95)) for q, s in estimate.items()}
     grids = {q: beside[q] if q == "gaussian" else GRID for q in wanted}
     random, rows = np.random.default_rng(seed), []
     for _ in range(n_resamples):
         times = torch.from_numpy(np.bincount(random.integers(len(inputs), size=len(inputs)), minlength=len(inputs)))
         drawn = replace(mixture, inputs=inputs.moments(times), outputs=outputs.moments(times))
-        rows.append({q: smallest_share(grids[q], drawn.curve(q, grids[q]), value) for q, value in wanted.items()})
+        found = {q: solutions(grids[q], drawn.curve(q, grids[q]), value) for q, value in wanted.items()}
+        rows.append({q: min(s, key=lambda share, q=q: abs(share - estimate[q])) for q, s in found.items()})
     return pd.DataFrame(rows)

@@ -57,11 +57,20 @@ def test_a_share_is_found_again(mixture, share):
         assert found == pytest.approx(share, abs=0.005), quantity
 
 
-def test_smallest_share_at_the_ends():
-    shares, rising = np.array([0.0, 0.5, 0.9]), np.array([1.0, 3.0, 2.0])
-    assert padding.smallest_share(shares, rising, 0.5) == 0
-    assert padding.smallest_share(shares, rising, 2.0) == 0.25
-    assert padding.smallest_share(shares, rising, 9.0) == 0.5
+def test_solutions_are_all_crossings():
+    shares, curve = np.array([0.0, 0.5, 0.9]), np.array([1.0, 3.0, 2.0])
+    assert padding.solutions(shares, curve, 2.5) == pytest.approx([0.375, 0.7])
+    assert padding.solutions(shares, curve, 1.5) == [0.125]
+    assert padding.solutions(shares, curve, 0.5) == [0]
+    assert padding.solutions(shares, curve, 9.0) == [0.5]
+
+
+def test_the_solutions_that_agree_are_chosen(mixture):
+    """Beyond the top of a curve the same variance has a smaller share as well, which the other quantities rule out."""
+    wanted = {q: float(mixture.curve(q, np.array([0.7]))[0]) for q in padding.QUANTITIES}
+    first = {q: padding.solutions(padding.GRID, mixture.curve(q, padding.GRID), v)[0] for q, v in wanted.items()}
+    assert min(first.values()) < 0.6
+    assert all(found == pytest.approx(0.7, abs=0.01) for found in padding.implied_shares(mixture, wanted).values())
 
 
 @pytest.mark.parametrize("full", [True, False])
