@@ -1,4 +1,7 @@
-"""Activations of a teacher over a corpus, on disk: harvest once, then stream, shuffle, and match a Gaussian to them."""
+"""Activations of a teacher over a corpus, on disk: harvest once, then stream, and match a Gaussian to them.
+
+`training.Shuffled(store["mlp_in"], fingerprint=store.key, …)` reads shuffled batches without loading the store.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -266,34 +269,6 @@ class ActivationStore:
         with _written(path) as part:
             np.savez(part, n=total.n, mean=total.mean, cov=total.cov, of=mark)
         return total
-
-    def batches(
-        self,
-        batch_size: int,
-        generator: torch.Generator,
-        sites: str | Iterable[str] | None = None,
-        *,
-        buffer_rows: int | None = None,
-    ) -> Iterator[Tensor | tuple[Tensor, ...]]:
-        """One epoch of shuffled batches, float32: a tensor [batch_size, d] for one site, a tuple for several.
-
-        An exact random permutation when the rows fit in half of the memory that is free (or in `buffer_rows`);
-        otherwise blocks of 8192 rows are drawn in random order and rows permuted within a buffer of such blocks. The
-        last incomplete batch is left out.
-        """
-        single, chosen = isinstance(sites, str), check_sites(self.sites if sites is None else sites)
-        if not 1 <= batch_size <= self.n:
-            raise ValueError(f"batch_size={batch_size} cannot be filled; allowed: 1 to {self.n}")
-        if buffer_rows is None:
-            per_row = sum(self[site].nbytes for site in chosen) / self.n
-            buffer_rows = int(free_memory() / 2 / per_row)
-        waiting = np.empty(0, np.int64)
-        for rows in _shuffled(self.n, buffer_rows, generator):
-            waiting = np.concatenate([waiting, rows])
-            while len(waiting) >= batch_size:
-                batch, waiting = waiting[:batch_size], waiting[batch_size:]
-                found = tuple(self.tensor(site, batch) for site in chosen)
-                yield found[0] if single else found
 
     def verify(self) -> None:
         """Read every file and compare checksums; `ValueError` naming the file that is damaged."""
@@ -610,24 +585,3 @@ class _written:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be used without swapping (all of it, where the system does not say)."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 2**40
-
-
-def _shuffled(n: int, buffer_rows: int, generator: torch.Generator) -> Iterator[np.ndarray]:
-    """All row numbers once: permuted exactly if `buffer_rows` ≥ n, else within buffers of whole blocks."""
-    if buffer_rows >= n:
-        yield torch.randperm(n, generator=generator).numpy()
-        return
-    blocks = torch.randperm(-(-n // BLOCK_ROWS), generator=generator).tolist()
-    per_buffer = max(1, buffer_rows // BLOCK_ROWS)
-    for start in range(0, len(blocks), per_buffer):
-        some = [np.arange(b * BLOCK_ROWS, min(n, (b + 1) * BLOCK_ROWS)) for b in blocks[start : start + per_buffer]]
-        rows = np.concatenate(some)
-        yield rows[torch.randperm(len(rows), generator=generator).numpy()]

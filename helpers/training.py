@@ -299,9 +299,9 @@ class Run:
             self.optimisers[name],
             self.fits[name],
         )
-        where = next(student.parameters()).device
-        inputs, targets = inputs.to(where), targets.to(where)
-        with torch.autocast(where.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        like = next(student.parameters())
+        inputs, targets = inputs.to(like.device, like.dtype), targets.to(like.device, like.dtype)
+        with torch.autocast(like.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             trace = student.trace(inputs, score_gradient=recipe.balance.needs_scores)
         loss = normalised_mse(trace.output.to(targets.dtype), targets, self.variance)
         if step % self.log_every == 0 or step == recipe.steps - 1:

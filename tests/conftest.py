@@ -5,5 +5,14 @@ from jaxtyping import install_import_hook
 import tests.typechecking  # noqa: F401 (the hook finds the checker by name)
 
 install_import_hook(
-    ["helpers.dictionary", "helpers.losses", "helpers.metrics", "helpers.training"], "tests.typechecking.check"
+    [
+        "helpers.dictionary",
+        "helpers.losses",
+        "helpers.metrics",
+        "helpers.training",
+        "helpers.activations",
+        "helpers.teachers",
+        "helpers.padding",
+    ],
+    "tests.typechecking.check",
 )

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from helpers import activations, settings, teachers
+from helpers import activations, settings, teachers, training
 from helpers.activations import Moments
 from helpers.teachers import Splice
 from tests import tiny
@@ -238,32 +238,13 @@ def test_gaussian_is_repeatable():
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("buffer_rows", [None, 128, 32, 1])
-def test_an_epoch_has_every_row_once(harvest, monkeypatch, buffer_rows):
-    monkeypatch.setattr(activations, "BLOCK_ROWS", 32)
+def test_shuffled_batches_keep_sites_together_and_read_only_their_rows(teacher, harvest):
     store = harvest()
-    batches = list(store.batches(50, settings.generator(0), "mlp_in", buffer_rows=buffer_rows))
-    assert [len(batch) for batch in batches] == [50] * 10
-    rows, mixed = store.tensor("mlp_in"), torch.cat(batches)
-    assert not torch.equal(mixed, rows)
-    torch.testing.assert_close(*(torch.from_numpy(np.sort(t.numpy(), axis=0)) for t in (mixed, rows)), rtol=0, atol=0)
-
-
-def test_sites_stay_together(teacher, harvest):
-    inputs, outputs = next(harvest().batches(64, settings.generator(0)))
-    torch.testing.assert_close(teacher.mlp(LAYER)(inputs), outputs, rtol=1e-4, atol=1e-5)
-
-
-def test_the_seed_decides_the_order(harvest):
-    store = harvest()
-    one, same, other = (next(store.batches(9, settings.generator(s), "mlp_in")) for s in (0, 0, 1))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-
-
-@pytest.mark.parametrize("batch_size", [0, N + 1])
-def test_batch_that_cannot_be_filled(harvest, batch_size):
-    with pytest.raises(ValueError, match=f"batch_size={batch_size} cannot be filled; allowed: 1 to {N}"):
-        next(harvest().batches(batch_size, settings.generator(0)))
+    stream = training.Shuffled(store["mlp_in"], store["mlp_out"], batch_size=64, fingerprint=store.key)
+    assert isinstance(stream.inputs, np.memmap) and isinstance(stream.targets, np.memmap)
+    for step in (0, 1, stream.steps_per_epoch):
+        inputs, outputs = stream(step)
+        torch.testing.assert_close(teacher.mlp(LAYER)(inputs), outputs, rtol=1e-4, atol=1e-5)
 
 
 # -- what can go wrong on disk -----------------------------------------------------------------------------------------
