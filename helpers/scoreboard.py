@@ -132,7 +132,7 @@ def _card(claim: Claim, board: _Board) -> str:
         for check in claim.checks.values()
         if check.metric not in told
     ]
-    ours = [_line(record) for record, _ in here] + [_line(record, "reference run: ") for record, _ in long]
+    ours = _lines([record for record, _ in here]) + _lines([record for record, _ in long], "reference run: ")
     tested = sorted({chapter for _, chapter in here + long} & board.chapters)
     planned = [claim.chapter] if claim.chapter in board.chapters and claim.chapter not in tested else []
     links = " ".join(f"{{doc}}`/notebooks/{chapter}`" for chapter in tested + planned)
@@ -167,10 +167,25 @@ def _card(claim: Claim, board: _Board) -> str:
 """
 
 
-def _line(record: Record, label: str = "") -> str:
-    parts = [f"asked for {plain(record.expected)}", record.scope, *([plain(record.teacher)] if record.teacher else [])]
-    told = f"{label}{plain(record.metric)}: **{plain(record.measured())}**; {', '.join(parts)}"
-    return f"- {told} {_badge(record.verdict)} {plain(record.note)}".rstrip()
+def _lines(records: list[Record], label: str = "") -> list[str]:
+    """A line for each record; several records of one check share its wording, and stand below it."""
+    lines, together = [], {}
+    for record in records:
+        metric, _, which = record.metric.partition(BETWEEN)
+        together.setdefault((metric, record.expected), []).append((which, record))
+    for (metric, expected), group in together.items():
+        head, asked = f"- {label}{plain(metric)}", f"asked for {plain(expected)}"
+        if len(group) == 1:
+            which, record = group[0]
+            lines.append(f"{head}{BETWEEN + plain(which) if which else ''}: {_told(record, asked)}")
+        else:
+            lines += [f"{head}; {asked}", *(f"  - {plain(which)}: {_told(record)}" for which, record in group)]
+    return lines
+
+
+def _told(record: Record, *first: str) -> str:
+    about = ", ".join([*first, record.scope, *([plain(record.teacher)] if record.teacher else [])])
+    return f"**{plain(record.measured())}**; {about} {_badge(record.verdict)} {plain(record.note)}".rstrip()
 
 
 def _reasons(claim: Claim) -> str:
