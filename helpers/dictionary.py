@@ -324,7 +324,10 @@ class RankOneDictionary(nn.Module):
 
     def decode(self, codes: SparseCodes) -> Float[Tensor, "batch d_out"]:
         """b_out + Σ values · d_j, without the shared part, which needs the input."""
-        output = self.decoder.combine(codes.values, codes.indices)
+        if not self.k:
+            output = codes.values.new_zeros(len(codes.values), self.d_out)
+        else:
+            output = self.decoder.combine(codes.values, codes.indices)
         return output if self.b_out is None else output + self.b_out
 
     def trace(self, x: Float[Tensor, "batch d_in"], *, score_gradient: bool = False) -> Trace:
@@ -333,11 +336,16 @@ class RankOneDictionary(nn.Module):
         With `score_gradient` the dense scores carry a gradient, as losses on all of them need (Switch balancing);
         without, the backward pass touches only the k chosen rows of each sample.
         """
+
         codes, scores = self._encode(x, score_gradient)
         output = self.decode(codes)
         return Trace(output if self.shared is None else output + self.shared(x), codes, scores)
 
     def _encode(self, x: Tensor, score_gradient: bool) -> tuple[SparseCodes, Tensor]:
+        if not self.k:  # a dense network, all of it shared: nothing to choose from
+            return SparseCodes(torch.empty(len(x), 0, dtype=torch.long, device=x.device), x.new_empty(len(x), 0)), x[
+                :, :0
+            ]
         x = x if self.b_in is None else x - self.b_in
         with torch.set_grad_enabled(score_gradient and torch.is_grad_enabled()):
             scores = self.router.scores(x)
@@ -356,6 +364,34 @@ class RankOneDictionary(nn.Module):
             return experts
         inside = torch.arange(self.expert_rank, device=experts.device)
         return (experts[:, :, None] * self.expert_rank + inside).flatten(1)
+
+    @property
+    def active_neurons(self) -> int:
+        """Neurons that work on one input: those of the shared network and the k·expert_rank chosen ones."""
+        return self.k * self.expert_rank + sum(layer.out_features for layer in self._shared_layers()[:-1])
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one input: scoring all routers, the chosen atoms' two products, the shared network.
+
+        A tied router's chosen scores are the atoms' pre-activations, so they are counted once. Choosing the k largest
+        and everything elementwise is left out.
+        """
+        chosen, router = self.k * self.expert_rank, self.router
+        scores = router.weight.numel() + (0 if router.down is None else router.down.numel())
+        encode = 0 if self.router is self.encoder else chosen * self.encoder.weight.shape[1]
+        if self.router is not self.encoder and self.encoder.down is not None:
+            encode += self.encoder.down.numel()
+        shared = sum(layer.weight.numel() for layer in self._shared_layers())
+        return scores + encode + chosen * self.d_out + shared
+
+    @property
+    def n_parameters(self) -> int:
+        """All numbers that training moves; a parameter with two roles counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def _shared_layers(self) -> list[nn.Linear]:
+        return [] if self.shared is None else [layer for layer in self.shared.modules() if isinstance(layer, nn.Linear)]
 
     def constrain_gradient_(self) -> None:
         """Before an optimiser step: what the constraint of `constrain_` makes of the gradient."""
@@ -398,7 +434,7 @@ def _one_of(name: str, given: str, allowed) -> None:
 
 
 def _check_k(k: int, n: int) -> None:
-    if not 1 <= k <= n:
+    if not min(1, n) <= k <= n:
         raise ValueError(f"k={k} cannot be chosen; allowed: 1 to n_features={n}")
 
 
@@ -482,29 +518,46 @@ def secret_moe(
         shared_neurons: width of the shared MLP; `k` if None, 0 for no shared part.
     """
     _check_k(k, n_experts)
-
-    def uniform(rows: int, columns: int, fan_in: int) -> Tensor:
-        noise = torch.rand(rows, columns, generator=generator, device=generator.device, dtype=dtype)
-        return (2 * noise - 1) * fan_in**-0.5
-
-    def linear(rows: int, columns: int) -> nn.Linear:
-        layer = nn.Linear(columns, rows, device=generator.device, dtype=dtype)
-        layer.weight.data, layer.bias.data = uniform(rows, columns, columns), uniform(rows, 1, columns)[:, 0]
-        return layer
-
+    noise = {"generator": generator, "dtype": dtype}
     width = k if shared_neurons is None else shared_neurons
-    shared = nn.Sequential(linear(width, d_in), nn.GELU(), linear(d_out, width)) if width else None
     full = router_rank is None
     router = Rows(
-        uniform(n_experts, d_in if full else router_rank, d_in if full else router_rank),
-        down=None if full else uniform(router_rank, d_in, d_in),
+        _uniform(n_experts, d_in if full else router_rank, **noise),
+        down=None if full else _uniform(router_rank, d_in, **noise),
     )
-    encoder = Rows(uniform(n_experts, d_in, d_in), uniform(n_experts, 1, d_in)[:, 0])
-    decoder = Rows(uniform(n_experts, d_out, k))
+    encoder = Rows(_uniform(n_experts, d_in, **noise), _uniform(n_experts, 1, fan_in=d_in, **noise)[:, 0])
+    decoder = Rows(_uniform(n_experts, d_out, fan_in=k, **noise))
+    shared = _mlp(d_in, width, d_out, **noise) if width else None
     b_out = None if shared is not None else torch.zeros(d_out, device=generator.device, dtype=dtype)
     return RankOneDictionary(
         encoder, decoder, k=k, router=router, gate="softmax", activation="gelu", shared=shared, b_out=b_out
     )
+
+
+def dense_mlp(
+    d_in: int, d_out: int, width: int, *, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> RankOneDictionary:
+    """The dense student of paper C, a GELU MLP with `width` neurons: the family's member without atoms."""
+    if width < 1:
+        raise ValueError(f"width={width} is no network; allowed: at least 1")
+    none = {"device": generator.device, "dtype": dtype}
+    rows = Rows(torch.empty(0, d_in, **none)), Rows(torch.empty(0, d_out, **none))
+    return RankOneDictionary(*rows, k=0, shared=_mlp(d_in, width, d_out, generator=generator, dtype=dtype))
+
+
+def _uniform(rows: int, columns: int, *, generator: torch.Generator, dtype: torch.dtype, fan_in: int = 0) -> Tensor:
+    """Uniform on ±fan_in^−½ (`columns` if not given), PyTorch's start of a linear layer."""
+    noise = torch.rand(rows, columns, generator=generator, device=generator.device, dtype=dtype)
+    return (2 * noise - 1) * (fan_in or columns) ** -0.5
+
+
+def _mlp(d_in: int, width: int, d_out: int, **noise) -> nn.Sequential:
+    layers = [nn.utils.skip_init(nn.Linear, *sizes, dtype=noise["dtype"]) for sizes in ((d_in, width), (width, d_out))]
+    for layer in layers:
+        rows, columns = layer.weight.shape
+        layer.weight.data = _uniform(rows, columns, **noise)
+        layer.bias.data = _uniform(rows, 1, fan_in=columns, **noise)[:, 0]
+    return nn.Sequential(layers[0], nn.GELU(), layers[1])
 
 
 # -- exchange with SAELens ---------------------------------------------------------------------------------------------

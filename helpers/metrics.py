@@ -5,6 +5,7 @@ Definitions follow the book's glossary: FVU is centred on the mean of the same r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ class Evaluation:
     """What a dictionary does on held-out rows.
 
     `squared_error` and `squared_norm` are per row (‖y − ŷ‖² and ‖y − ȳ‖², ȳ the mean of all rows), so that FVU can be
-    resampled over articles; `rates` [n_atoms] is the share of rows on which each atom fires.
+    resampled over articles; `rates` [n_atoms] is the share of rows on which each atom fires. What is said of atoms is
+    NaN for a model without any.
     """
 
     squared_error: Float[Tensor, " rows"]
@@ -52,7 +54,7 @@ class Evaluation:
 
     @property
     def largest_rate(self) -> float:
-        return float(self.rates.max())
+        return float(self.rates.max()) if len(self.rates) else math.nan
 
     @property
     def n(self) -> int:
@@ -80,7 +82,8 @@ def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluati
         fired += trace.codes.firing_counts(model.n_atoms)
         silent += int((~trace.codes.fires).sum())
     slots = len(inputs) * model.k * model.expert_rank
-    return Evaluation(torch.cat(errors), torch.cat(norms), fired.cpu().double() / len(inputs), silent / slots)
+    share = silent / slots if slots else math.nan
+    return Evaluation(torch.cat(errors), torch.cat(norms), fired.cpu().double() / len(inputs), share)
 
 
 def _slices(n: int, size: int) -> list[slice]:

@@ -299,3 +299,48 @@ def test_dictionary_stands_alone():
     """
     shown = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+# -- the dense student, and what a student costs -----------------------------------------------------------------------
+
+
+def test_a_dense_mlp_is_the_member_without_atoms():
+    student = dictionary.dense_mlp(5, 4, 7, generator=generator(0), dtype=torch.float64)
+    x = random(6, 5, seed=1).requires_grad_()
+    first, last = student.shared[0], student.shared[2]
+    slow = torch.nn.functional.gelu(x @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    trace = student.trace(x)
+    torch.testing.assert_close(trace.output, slow)
+    trace.output.sum().backward()
+    assert trace.codes.indices.shape == (6, 0) and all(p.grad is not None for p in student.shared.parameters())
+    with pytest.raises(ValueError, match="width=0"):
+        dictionary.dense_mlp(5, 4, 0, generator=generator(0))
+
+
+def count_by_hand(student):
+    """Multiply-adds of one input as a plain loop over what is multiplied."""
+    total = 0
+    for layer in () if student.shared is None else (student.shared[0], student.shared[2]):
+        total += layer.in_features * layer.out_features
+    if not student.k:
+        return total
+    router = student.router
+    if router.down is not None:
+        total += router.down.shape[0] * student.d_in
+    total += student.n_features * router.weight.shape[1]
+    for _ in range(student.k * student.expert_rank):
+        total += student.d_out if router is student.encoder else student.d_in + student.d_out
+    return total
+
+
+def test_costs_are_those_of_the_products_written_out():
+    moe = dictionary.secret_moe(10, 6, 20, 4, generator=generator(0), router_rank=3, shared_neurons=5)
+    assert moe.multiply_adds == (3 * 10 + 20 * 3) + 4 * (10 + 6) + 5 * (10 + 6) == count_by_hand(moe)
+    assert moe.active_neurons == 4 + 5
+    assert moe.n_parameters == 3 * 10 + 20 * 3 + 20 * (10 + 1 + 6) + 5 * (10 + 1) + 6 * (5 + 1)
+    full = dictionary.secret_moe(10, 6, 20, 4, generator=generator(0), shared_neurons=0)
+    assert full.multiply_adds == 20 * 10 + 4 * 16 == count_by_hand(full) and full.active_neurons == 4
+    sae = dictionary.topk_sae(10, 20, 4, generator=generator(0))
+    assert sae.multiply_adds == 20 * 10 + 4 * 10 == count_by_hand(sae)
+    dense = dictionary.dense_mlp(10, 6, 9, generator=generator(0))
+    assert dense.multiply_adds == 9 * 16 == count_by_hand(dense) and dense.active_neurons == 9
