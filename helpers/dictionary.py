@@ -336,16 +336,14 @@ class RankOneDictionary(nn.Module):
         With `score_gradient` the dense scores carry a gradient, as losses on all of them need (Switch balancing);
         without, the backward pass touches only the k chosen rows of each sample.
         """
-
         codes, scores = self._encode(x, score_gradient)
         output = self.decode(codes)
         return Trace(output if self.shared is None else output + self.shared(x), codes, scores)
 
     def _encode(self, x: Tensor, score_gradient: bool) -> tuple[SparseCodes, Tensor]:
         if not self.k:  # a dense network, all of it shared: nothing to choose from
-            return SparseCodes(torch.empty(len(x), 0, dtype=torch.long, device=x.device), x.new_empty(len(x), 0)), x[
-                :, :0
-            ]
+            nothing = x[:, :0]
+            return SparseCodes(nothing.long(), nothing), nothing
         x = x if self.b_in is None else x - self.b_in
         with torch.set_grad_enabled(score_gradient and torch.is_grad_enabled()):
             scores = self.router.scores(x)
@@ -509,6 +507,7 @@ def secret_moe(
     generator: torch.Generator,
     router_rank: int | None = None,
     shared_neurons: int | None = None,
+    selection_bias: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> RankOneDictionary:
     """The student of paper C: a small shared MLP beside single-neuron GELU experts under a softmax over the k chosen.
@@ -516,6 +515,7 @@ def secret_moe(
     Args:
         router_rank: rank of the router U(Vx); None for a full one.
         shared_neurons: width of the shared MLP; `k` if None, 0 for no shared part.
+        selection_bias: whether choosing is by score plus a bias, as loss-free balancing needs.
     """
     _check_k(k, n_experts)
     noise = {"generator": generator, "dtype": dtype}
@@ -530,7 +530,15 @@ def secret_moe(
     shared = _mlp(d_in, width, d_out, **noise) if width else None
     b_out = None if shared is not None else torch.zeros(d_out, device=generator.device, dtype=dtype)
     return RankOneDictionary(
-        encoder, decoder, k=k, router=router, gate="softmax", activation="gelu", shared=shared, b_out=b_out
+        encoder,
+        decoder,
+        k=k,
+        router=router,
+        gate="softmax",
+        activation="gelu",
+        b_out=b_out,
+        shared=shared,
+        selection_bias=selection_bias,
     )
 
 

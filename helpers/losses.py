@@ -66,3 +66,47 @@ def switch(alpha: float = 0.01, temperature: float = 1.0) -> Switch:
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} is not one; allowed: above 0")
     return Switch(alpha, temperature)
+
+
+@dataclass(frozen=True)
+class ZLoss(Balance):
+    """Router z-loss of ST-MoE (Zoph et al. 2022, eq. 5): coefficient · mean_b (log Σ_j exp s_bj)².
+
+    It keeps scores small; it was made for stability, not for balance.
+    """
+
+    coefficient: float = 1e-3
+    needs_scores: ClassVar[bool] = True
+
+    def loss(self, trace: Trace, target: Tensor) -> Tensor:
+        return self.coefficient * trace.scores.logsumexp(-1).square().mean()
+
+
+@dataclass(frozen=True)
+class LossFree(Balance):
+    """Loss-free balancing (Wang et al. 2024, algorithm 1): b_i += γ·sign(mean load − load_i) behind each step.
+
+    The model chooses by s + b and weighs by s, so it needs a `selection_bias`. Loads are the batch's choices.
+    """
+
+    gamma: float = 1e-3
+
+    @torch.no_grad()
+    def after_step(self, dictionary: RankOneDictionary, trace: Trace, step: int) -> None:
+        bias, chosen = dictionary.selection_bias, trace.codes.indices[:, :: dictionary.expert_rank]
+        if bias is None:
+            raise ValueError("the model has selection_bias=False; allowed with loss-free balancing: True")
+        load = torch.bincount((chosen // dictionary.expert_rank).reshape(-1), minlength=len(bias)).to(bias.dtype)
+        bias += self.gamma * torch.sign(load.mean() - load)
+
+
+def zloss(coefficient: float = 1e-3) -> ZLoss:
+    """Router z-loss with weight `coefficient`."""
+    return ZLoss(coefficient)
+
+
+def loss_free(gamma: float = 1e-3) -> LossFree:
+    """Loss-free balancing with update `gamma` > 0."""
+    if not gamma > 0:
+        raise ValueError(f"gamma={gamma} never moves a bias; allowed: above 0")
+    return LossFree(gamma)
