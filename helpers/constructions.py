@@ -1,0 +1,429 @@
+"""Mixtures that are built and not trained (paper C, Theorems 3.6 and C.6), and the numbers that bound their errors.
+
+Atoms a_1 … a_n are the rows of `atoms`, a support S is a row of k atom numbers, A_S holds its atoms as columns,
+G_S = A_SᵀA_S is their Gram matrix, F_S = A_S A_Sᵀ their frame operator and P_S the projection on their span. A
+polynomial of degree p is f(x) = T[x, …, x], T a tensor with one output index and p input indices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations, islice, permutations, product
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from helpers.dictionary import ACTIVATIONS, RankOneDictionary, Rows, SparseCodes
+
+ACTIVATIONS.setdefault("square", torch.square)
+ACTIVATIONS.setdefault("cube", lambda z: z**3)
+
+POWERS = {1: "identity", 2: "square", 3: "cube"}
+"""Activation z^p for each degree p that is built here."""
+
+RANK_TOLERANCE = 1e-10
+"""Eigenvalues below this share of the largest count as zero."""
+
+GATHER_BYTES = 2**26
+"""Largest temporary for the gathered atoms of a batch of supports."""
+
+
+# -- how far a dictionary is from orthogonal ---------------------------------------------------------------------------
+
+
+def isometry_of(atoms: Float[Tensor, "n d"], supports: Int[Tensor, "batch k"]) -> Float[Tensor, " batch"]:
+    """δ_S = ‖F_S − P_S‖, the largest |λ − 1| over the non-zero eigenvalues λ of G_S; exact, float64."""
+    return torch.cat([_isometry(gram) for _, gram in _grams(atoms, supports)])
+
+
+def restricted_isometry(atoms: Float[Tensor, "n d"], k: int, *, most: int = 2_000_000) -> float:
+    """δ = max over 1 ≤ |S| ≤ k of δ_S, exact, by enumeration.
+
+    All sizes are visited: with linearly dependent atoms δ_S can shrink when S grows. Raises `ValueError` for k outside
+    1 to n, and for more than `most` supports; there, `babel` is an upper and any `isometry_of` a lower bound.
+    """
+    n = len(atoms)
+    _check_size("k", k, n)
+    count = sum(math.comb(n, size) for size in range(1, k + 1))
+    if count > most:
+        raise ValueError(f"k={k} of {n} atoms makes {count:,} supports; allowed: {most:,}. Bound δ by babel instead")
+    gram, worst = _gram(atoms), 0.0
+    for size in range(1, k + 1):
+        rest: Iterator[tuple[int, ...]] = combinations(range(n), size)
+        while part := list(islice(rest, 65_536)):
+            s = torch.tensor(part)
+            worst = max(worst, float(_isometry(gram[s[:, :, None], s[:, None, :]]).max()))
+    return worst
+
+
+def babel(atoms: Float[Tensor, "n d"], k: int, *, chunk: int = 2048) -> float:
+    """Upper bound on δ: max_j (|‖a_j‖² − 1| + the k − 1 largest |a_i·a_j|, i ≠ j), by Gershgorin's discs.
+
+    With unit atoms this is the Babel function μ₁(k − 1) (Tropp 2004).
+    """
+    _check_size("k", k, len(atoms))
+    worst, atoms = 0.0, atoms.detach()
+    for start in range(0, len(atoms), chunk):
+        dots = (atoms[start : start + chunk] @ atoms.T).double().abs()
+        own = torch.arange(len(dots), device=dots.device)
+        diagonal = dots[own, start + own]
+        dots[own, start + own] = 0
+        worst = max(worst, float(((diagonal - 1).abs() + dots.topk(k - 1, dim=1).values.sum(1)).max()))
+    return worst
+
+
+def coherence_bound(atoms: Float[Tensor, "n d"], k: int) -> float:
+    """Upper bound on δ, coarser than `babel`: max_j |‖a_j‖² − 1| + (k − 1) max_{i≠j} |a_i·a_j|."""
+    _check_size("k", k, len(atoms))
+    gram = _gram(atoms)
+    diagonal = gram.diagonal().clone()
+    gram.fill_diagonal_(0)
+    return float((diagonal - 1).abs().max() + (k - 1) * gram.abs().max())
+
+
+def random_atoms_bound(n: int, d: int, k: int, failure: float = 0.05) -> float:
+    """What δ of n random unit vectors in d dimensions exceeds with probability at most `failure`; inf where vacuous.
+
+    With t = √(2 ln(4·C(n,k)/η)/d) and s = √(2 ln(4n/η)/d): max(((1 + √(k/d) + t)/(1 − 1/√d − s))² − 1,
+    1 − (max(0, 1 − √(k/d) − t)/(1 + s))²), of order √(k ln(en/k)/d).
+    """
+    _check_size("k", k, n)
+    supports = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    t = math.sqrt(2 * (supports + math.log(4 / failure)) / d)
+    s = math.sqrt(2 * math.log(4 * n / failure) / d)
+    shortest = 1 - d**-0.5 - s
+    if shortest <= 0:
+        return math.inf
+    above = ((1 + math.sqrt(k / d) + t) / shortest) ** 2 - 1
+    below = 1 - (max(0.0, 1 - math.sqrt(k / d) - t) / (1 + s)) ** 2
+    return max(above, below)
+
+
+def adversarial_supports(
+    atoms: Float[Tensor, "n d"], k: int, starts: int, generator: torch.Generator, *, steps: int = 10
+) -> Int[Tensor, "starts k"]:
+    """Supports with a large λ_max(G_S), by the truncated power method (Yuan & Zhang 2013) from random atoms.
+
+    Each step takes a vector's products with all atoms, keeps the k largest, and sums those atoms. Their δ_S are lower
+    bounds on δ, and nothing says that they reach it.
+    """
+    _check_size("k", k, len(atoms))
+    u = atoms[torch.randint(len(atoms), (starts,), generator=generator, device=generator.device)]
+    for _ in range(steps):
+        dots = u @ atoms.T
+        supports = dots.abs().topk(k, dim=1).indices
+        u = torch.einsum("bk,bkd->bd", dots.gather(1, supports), atoms[supports])
+        u = u / u.norm(dim=1, keepdim=True)
+    return supports
+
+
+def worst_inputs(atoms: Float[Tensor, "n d"], supports: Int[Tensor, "batch k"]) -> Float[Tensor, "batch d"]:
+    """Unit x of span(S) with ‖F_S x − x‖ = δ_S: the eigenvector of F_S whose eigenvalue is furthest from 1."""
+    found = []
+    for rows, gram in _grams(atoms, supports):
+        values, vectors = torch.linalg.eigh(gram)
+        off = torch.where(_non_zero(values), (values - 1).abs(), -1.0)
+        place = off.argmax(1)
+        codes = vectors[torch.arange(len(rows)), :, place] * values.gather(1, place[:, None]).rsqrt()
+        found.append(torch.einsum("bk,bkd->bd", codes, atoms[rows].double()))
+    return torch.cat(found).to(atoms.dtype)
+
+
+def projection(
+    atoms: Float[Tensor, "n d"], supports: Int[Tensor, "batch k"], x: Float[Tensor, "batch d"]
+) -> Float[Tensor, "batch d"]:
+    """P_S x for each row of x with its own support, in float64."""
+    parts = []
+    for (rows, gram), part in zip(_grams(atoms, supports), x.split(_rows_at_once(atoms, supports)), strict=True):
+        chosen = atoms[rows].double()
+        dots = torch.einsum("bkd,bd->bk", chosen, part.double())
+        codes = torch.linalg.pinv(gram, rtol=RANK_TOLERANCE, hermitian=True) @ dots[:, :, None]
+        parts.append(torch.einsum("bk,bkd->bd", codes[:, :, 0], chosen))
+    return torch.cat(parts)
+
+
+def _grams(atoms: Tensor, supports: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Supports, a block at a time, with their Gram matrices in float64."""
+    for rows in supports.split(_rows_at_once(atoms, supports)):
+        chosen = atoms.detach()[rows].double()
+        yield rows, chosen @ chosen.transpose(1, 2)
+
+
+def _rows_at_once(atoms: Tensor, supports: Tensor) -> int:
+    return max(1, GATHER_BYTES // (8 * supports.shape[1] * atoms.shape[1]))
+
+
+def _gram(atoms: Tensor) -> Tensor:
+    atoms = atoms.detach().double()
+    return atoms @ atoms.T
+
+
+def _non_zero(values: Tensor) -> Tensor:
+    return values > RANK_TOLERANCE * values.amax(1, keepdim=True)
+
+
+def _isometry(grams: Tensor) -> Tensor:
+    values = torch.linalg.eigvalsh(grams)
+    return torch.where(_non_zero(values), (values - 1).abs(), 0.0).amax(1)
+
+
+def _check_size(name: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise ValueError(f"{name}={value} cannot be chosen; allowed: 1 to {most}, the number of atoms")
+
+
+# -- dictionaries ------------------------------------------------------------------------------------------------------
+
+
+def clustered_atoms(
+    clusters: int, size: int, d: int, cosine: float, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Float[Tensor, "n d"]:
+    """Unit atoms in clusters: two of the same one have exactly this cosine, the clusters stand at random.
+
+    A support inside one cluster has δ_S = (|S| − 1)·cosine, far more than random atoms have. Raises `ValueError` unless
+    0 ≤ cosine < 1 and size < d.
+    """
+    if not (0 <= cosine < 1 and size < d):
+        raise ValueError(f"cosine={cosine}, size={size}; allowed: 0 ≤ cosine < 1 and size < d={d}")
+    how = {"generator": generator, "device": generator.device, "dtype": dtype}
+    frames = torch.linalg.qr(torch.randn(clusters, d, size + 1, **how)).Q.transpose(1, 2)
+    centre, own = frames[:, :1], frames[:, 1:]
+    return (math.sqrt(cosine) * centre + math.sqrt(1 - cosine) * own).flatten(0, 1)
+
+
+# -- linear maps: one neuron per atom (Theorem 3.6) --------------------------------------------------------------------
+
+
+def linear_moe(
+    atoms: Float[Tensor, "n d"], matrix: Float[Tensor, "m d"], k: int, *, signed: bool = False
+) -> RankOneDictionary:
+    """The mixture of Theorem 3.6 for x ↦ A x: expert j is the linear neuron x ↦ (a_j·x) A a_j.
+
+    Gates are 1: the paper's hard gates weigh by 1/k, which its experts make up for by a factor k, and the sum is the
+    same. The router's rows are the atoms, so TopK chooses the largest a_j·x; with `signed` it has ±a_j (2n experts,
+    of which j and n + j are the same function) and chooses the largest |a_j·x|. For gates that an oracle sets use
+    `gated_by`.
+    """
+    rows = torch.cat([atoms, -atoms]) if signed else atoms
+    return RankOneDictionary(Rows(rows.clone()), Rows(rows @ matrix.T), k=k, activation="identity")
+
+
+def gated_by(
+    model: RankOneDictionary, x: Float[Tensor, "batch d_in"], supports: Int[Tensor, "batch k"]
+) -> Float[Tensor, "batch d_out"]:
+    """The output of a hard-gated mixture when an oracle sets the gates: exactly the experts `supports` are active.
+
+    Raises `ValueError` for soft gates or a shared part, which an oracle for supports leaves open.
+    """
+    if model.gate != "hard" or model.shared is not None:
+        raise ValueError(f"gate={model.gate!r}, shared={model.shared is not None}; allowed: 'hard' and no shared part")
+    inside = torch.arange(model.expert_rank, device=supports.device)
+    neurons = (supports[:, :, None] * model.expert_rank + inside).flatten(1)
+    with torch.no_grad():
+        x = x if model.b_in is None else x - model.b_in
+        values = ACTIVATIONS[model.activation](model.encoder.chosen(x, neurons))
+        return model.decode(SparseCodes(neurons, values))
+
+
+def linear_bound(
+    atoms: Float[Tensor, "n d"], supports: Int[Tensor, "batch k"], x: Float[Tensor, "batch d"], norm: float = 1.0
+) -> Float[Tensor, " batch"]:
+    """Per sample, what the error of `linear_moe` with these gates may not exceed: ‖A‖ √(δ_S² ‖P_S x‖² + ‖x − P_S x‖²).
+
+    `norm` is ‖A‖, the largest singular value. It holds for ANY gates, right or wrong: an input outside span(S), or a
+    wrong S, costs its distance from span(S). Where x lies in span(S) it is Theorem 3.6's δ_S ‖A‖ ‖x‖.
+    """
+    inside = projection(atoms, supports, x)
+    outside = (x.double() - inside).norm(dim=1)
+    return norm * torch.hypot(isometry_of(atoms, supports) * inside.norm(dim=1), outside)
+
+
+# -- products of p linear forms as sums of p-th powers (Lemma C.10) ----------------------------------------------------
+
+
+def interpolation(p: int) -> tuple[Float[Tensor, " terms"], Float[Tensor, "terms p"]]:
+    """Weights ω and nodes β with z_1 ⋯ z_p = Σ_t ω_t (Σ_i β_ti z_i)^p, as in Lemma C.10: (p + 1)^p terms.
+
+    In each variable the weights c of p + 1 nodes b solve the Vandermonde system Σ_b c_b b^m = [m = 1], m = 0 … p; then
+    ω_t = Π_i c(β_ti) / p!.
+    """
+    nodes = np.arange(p + 1) - p / 2
+    c = np.linalg.solve(np.vander(nodes, increasing=True).T, np.arange(p + 1) == 1)
+    weights = [math.prod(term) / math.factorial(p) for term in product(c, repeat=p)]
+    return torch.tensor(weights, dtype=torch.float64), torch.tensor(list(product(nodes, repeat=p)), dtype=torch.float64)
+
+
+def polarisation(p: int) -> tuple[Float[Tensor, " terms"], Float[Tensor, "terms p"]]:
+    """The same identity from signs alone: 2^(p−1) terms, β_t1 = 1, β_ti = ±1, ω_t = Π_i β_ti / (2^(p−1) p!)."""
+    signs = torch.tensor(list(product([1.0, -1.0], repeat=p - 1)), dtype=torch.float64).reshape(2 ** (p - 1), p - 1)
+    signs = torch.cat([torch.ones(len(signs), 1, dtype=torch.float64), signs], 1)
+    return signs.prod(1) / (2 ** (p - 1) * math.factorial(p)), signs
+
+
+METHODS: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
+    "interpolation": interpolation,
+    "polarisation": polarisation,
+}
+"""Ways to write a product as a sum of powers: the paper's, and the one with the fewest terms."""
+
+
+def symmetric_decomposition(
+    outputs: Float[Tensor, "terms m"], factors: Float[Tensor, "terms p d"], how: str = "polarisation"
+) -> tuple[Float[Tensor, "powers m"], Float[Tensor, "powers d"]]:
+    """Lemma C.10: Sym(Σ_l u_l ⊗ v_l1 ⊗ … ⊗ v_lp) = Σ_t w_t ⊗ s_t^{⊗p}; returns the w_t and the s_t.
+
+    Sym averages over the orders of the p inputs and leaves x ↦ T[x, …, x] as it is. There are (p + 1)^p or 2^(p−1)
+    powers for each term, in the order of the terms.
+    """
+    if how not in METHODS:
+        raise ValueError(f"how={how!r} is unknown; allowed: {', '.join(map(repr, METHODS))}")
+    weights, nodes = (part.to(factors) for part in METHODS[how](factors.shape[1]))
+    powers = torch.einsum("tp,lpd->ltd", nodes, factors).flatten(0, 1)
+    return torch.einsum("t,lm->ltm", weights, outputs).flatten(0, 1), powers
+
+
+# -- polynomials: one small network per atom (Theorem C.6) -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """f(x) = Σ_l u_l Π_i (v_li·x), homogeneous of degree p: its tensor is T = Σ_l u_l ⊗ v_l1 ⊗ … ⊗ v_lp.
+
+    Args:
+        outputs: [terms, m], the u_l.
+        factors: [terms, p, d], the v_li. Every tensor is such a sum.
+    """
+
+    outputs: Float[Tensor, "terms m"]
+    factors: Float[Tensor, "terms p d"]
+
+    def __post_init__(self):
+        if len(self.outputs) != len(self.factors):
+            raise ValueError(f"outputs has {len(self.outputs)} terms; allowed: {len(self.factors)}, as many as factors")
+        if self.degree not in POWERS:
+            raise ValueError(f"degree={self.degree} has no activation; allowed: {', '.join(map(str, POWERS))}")
+
+    @property
+    def degree(self) -> int:
+        return self.factors.shape[1]
+
+    def __call__(self, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch m"]:
+        return torch.einsum("lpd,bd->blp", self.factors, x).prod(2) @ self.outputs
+
+    def tensor(self, symmetric: bool = False) -> Float[np.ndarray, "m ..."]:
+        """T, or Sym(T), as an array of shape [m, d, …, d]; for small d."""
+        letters = "abc"[: self.degree]
+        parts = [self.factors[:, i].numpy() for i in range(self.degree)]
+        orders = list(permutations(range(self.degree))) if symmetric else [tuple(range(self.degree))]
+        terms = ",".join(["lm", *("l" + letter for letter in letters)])
+        return sum(
+            np.einsum(f"{terms}->m{letters}", self.outputs.numpy(), *[parts[i] for i in order]) for order in orders
+        ) / len(orders)
+
+    def interactions(self, atoms: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n r m"], Float[Tensor, "n r q d"]]:
+        """T a_j for each atom (T contracted with a_j at its last index) as a sum of r terms, q = p − 1 factors each.
+
+        For p ≤ 2, r is the largest rank of the T a_j, from singular values. For p = 3, whose rank is NP-hard, it is the
+        largest number of terms l with v_lp·a_j ≠ 0: an upper bound on the rank. Missing terms are zeros.
+        """
+        dots = self.factors[:, -1] @ atoms.T
+        if self.degree == 1:
+            return (dots.T @ self.outputs)[:, None], atoms.new_zeros(len(atoms), 1, 0, atoms.shape[1])
+        if self.degree == 2:
+            matrices = torch.einsum("lj,lm,ld->jmd", dots, self.outputs, self.factors[:, 0])
+            left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+            rank = max(1, int((values > 1e-10 * values.max()).sum(1).max()))
+            return (left * values[:, None]).transpose(1, 2)[:, :rank], right[:, :rank, None]
+        there = dots.abs() > 1e-12 * dots.abs().max()
+        rank = max(1, int(there.sum(0).max()))
+        terms = there.T.double().topk(rank, dim=1).indices
+        scale = (dots * there).T.gather(1, terms)
+        return scale[:, :, None] * self.outputs[terms], self.factors[terms][:, :, :-1]
+
+
+def local_polynomial(
+    d: int, p: int, block: int, rank: int, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Polynomial:
+    """A polynomial map of d inputs and d outputs in which a coordinate meets only the others of its block.
+
+    Each of the d/block blocks has `rank` terms, so T e_j has rank at most `rank` for every basis vector e_j. Outputs
+    u_l and first factors v_l1 are orthonormal and the other factors unit vectors, so ‖T‖ = 1 (max over unit vectors of
+    T[u, x_1, …, x_p]). Raises `ValueError` unless block divides d and rank ≤ block.
+    """
+    if d % block or not 1 <= rank <= block:
+        raise ValueError(f"block={block}, rank={rank}; allowed: a divisor of d={d}, and rank from 1 to block")
+    blocks, how = d // block, {"generator": generator, "device": generator.device, "dtype": dtype}
+    first = torch.linalg.qr(torch.randn(blocks, block, rank, **how)).Q.transpose(1, 2)[:, :, None]
+    rest = torch.nn.functional.normalize(torch.randn(blocks, rank, p - 1, block, **how), dim=3)
+    inside = torch.cat([first, rest], 2)
+    factors = torch.zeros(blocks, rank, p, blocks, block, dtype=dtype, device=generator.device)
+    own = torch.arange(blocks)
+    factors[own, :, :, own] = inside
+    outputs = torch.linalg.qr(torch.randn(d, blocks * rank, **how)).Q.T
+    return Polynomial(outputs, factors.reshape(blocks * rank, p, d))
+
+
+def polynomial_moe(
+    atoms: Float[Tensor, "n d"], polynomial: Polynomial, k: int, how: str = "polarisation"
+) -> RankOneDictionary:
+    """The mixture of Theorem C.6: expert j computes x ↦ (a_j·x) · (T a_j)[x, …, x] by neurons with activation z^p.
+
+    Expert j is the symmetric decomposition (`how`) of T a_j ⊗ a_j: r·2^(p−1), or r·(p+1)^p, neurons. Its knob
+    `expert_rank` holds that number, and k times it are active.
+    """
+    outputs, factors = polynomial.interactions(atoms)
+    n, r, _ = outputs.shape
+    with_atom = torch.cat([factors, atoms[:, None, None].expand(n, r, 1, -1)], 2)
+    written, read = symmetric_decomposition(outputs.flatten(0, 1), with_atom.flatten(0, 1), how)
+    return RankOneDictionary(
+        Rows(read),
+        Rows(written),
+        k=k,
+        router=Rows(atoms.clone()),
+        activation=POWERS[polynomial.degree],
+        expert_rank=len(read) // n,
+    )
+
+
+def active_neurons(model: RankOneDictionary) -> int:
+    """Neurons that compute for one input."""
+    return model.k * model.expert_rank
+
+
+# -- what a dense network needs ----------------------------------------------------------------------------------------
+
+
+def flattening_rank(polynomial: Polynomial, tolerance: float = 1e-6) -> int:
+    """The largest rank of a flattening of Sym(T): a lower bound on the width of any dense MLP that computes f.
+
+    Flattenings keep the output and a of the inputs as rows, p − a inputs as columns, a = 0 … p − 1. With Sym(T) =
+    Σ_t w_t ⊗ s_t^{⊗p} a flattening is XᵀY, the rows of X and Y being rank-one tensors, so its singular values are those
+    of √(XXᵀ)√(YYᵀ), and these Gram matrices are products of powers of (w_t·w_u) and (s_t·s_u): no tensor is built.
+    Singular values below `tolerance` of the largest count as zero, which can only lower the bound.
+    """
+    written, read = symmetric_decomposition(polynomial.outputs.double(), polynomial.factors.double())
+    p, outer, inner = polynomial.degree, written @ written.T, read @ read.T
+    return max(_joint_rank(outer * inner**a, inner ** (p - a), tolerance) for a in range(p))
+
+
+def generic_width(d: int, m: int, p: int) -> int:
+    """Width below which a dense MLP computes almost no polynomial map of degree p from d to m dimensions.
+
+    Symmetric tensors have m·C(d+p−1, p) coordinates; w neurons reach a set of dimension at most w(m + d − 1), as the
+    scale of a neuron's input can be moved to its output.
+    """
+    return -(-m * math.comb(d + p - 1, p) // (m + d - 1))
+
+
+def _joint_rank(left: Tensor, right: Tensor, tolerance: float) -> int:
+    values = torch.linalg.svdvals(_root(left) @ _root(right))
+    return int((values > tolerance * values[0]).sum())
+
+
+def _root(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
