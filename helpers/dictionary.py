@@ -252,7 +252,13 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Gate weights from the k chosen scores: all one, a softmax over the k, or the score itself."""
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda z: z, "relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "square": torch.square,
+    "cube": lambda z: z**3,
+}
 
 
 class RankOneDictionary(nn.Module):

@@ -138,3 +138,27 @@ def max_cosines(of: Float[Tensor, "a d"], among: Float[Tensor, "b d"], *, chunk:
     """
     among = torch.nn.functional.normalize(among, dim=1)
     return torch.cat([(torch.nn.functional.normalize(rows, dim=1) @ among.T).amax(1) for rows in of.split(chunk)])
+
+
+def crossed_interval(
+    data: Float[np.ndarray, "seeds units ..."],
+    statistic: Callable[[np.ndarray], float],
+    *,
+    seed: int = 0,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap that resamples the first two axes, each as a whole: seeds, and units such as articles.
+
+    With one seed only the units are resampled, and the interval says nothing about seeds.
+    """
+    data = np.asarray(data)
+    if data.ndim < 2 or data.shape[1] < 2:
+        raise ValueError(f"data has shape {data.shape}; allowed: [seeds, units, ...] with at least 2 units to resample")
+    random, (seeds, units) = np.random.default_rng(seed), data.shape[:2]
+    values = [
+        statistic(data[random.integers(seeds, size=seeds)][:, random.integers(units, size=units)])
+        for _ in range(n_resamples)
+    ]
+    lo, hi = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(lo), float(hi)

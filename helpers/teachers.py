@@ -38,7 +38,8 @@ LOGIT_ROWS = 256
 class Splice:
     """`function` takes the activations of `site` at `layer` and returns what the model goes on with.
 
-    It is given one row per token that a harvest keeps (no padding, no BOS) and must return the same shape.
+    It is given one row per token that a harvest keeps (no padding, no BOS) and must return the same shape. At the site
+    `"mlp"` it stands for the MLP itself: it is given what enters the MLP, and returns what leaves it.
     """
 
     layer: int
@@ -174,9 +175,8 @@ class Teacher:
         input_ids = input_ids.to(self.device)
         hooks = contextlib.nullcontext()
         if splice is not None:
-            check_sites([splice.site])
             kept = self.rows_kept(input_ids, attention_mask).to(self.device)
-            hooks = self._hook(splice.layer, splice.site, lambda value: _replace_rows(value, kept, splice.function))
+            hooks = self._splice(splice, kept)
         with hooks:
             hidden = self._base(input_ids, attention_mask)[:, :-1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
@@ -209,6 +209,21 @@ class Teacher:
         logits = self.model.get_output_embeddings()(hidden)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @contextlib.contextmanager
+    def _splice(self, splice: Splice, kept: Bool[Tensor, "batch seq"]) -> Iterator[None]:
+        if splice.site != "mlp":
+            check_sites([splice.site])
+            with self._hook(splice.layer, splice.site, lambda value: _replace_rows(value, kept, splice.function)):
+                yield
+            return
+        entered: list[Tensor] = []
+
+        def stand_in(value: Tensor) -> Tensor:
+            return _replace_rows(value, kept, lambda _: splice.function(entered.pop()[kept]))
+
+        with self._hook(splice.layer, "mlp_in", entered.append), self._hook(splice.layer, "mlp_out", stand_in):
+            yield
 
     @contextlib.contextmanager
     def _hook(self, layer: int, site: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:

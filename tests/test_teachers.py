@@ -1,5 +1,6 @@
 """Sites are where they claim to be, the forward stops there, and a splice changes just what it says."""
 
+import copy
 import multiprocessing
 import operator
 import shutil
@@ -122,6 +123,16 @@ def test_zero_splice_is_zero_ablation_of_the_text(teacher):
     zero = teacher.loss(ids, mask, Splice.zero(LAYER, "mlp_out"))
     assert zero.nats[0].mean().item() == pytest.approx(by_hand, rel=1e-5)
     assert zero.mean != teacher.loss(ids, mask).mean
+
+
+def test_a_splice_of_the_whole_mlp_is_given_its_inputs(teacher):
+    ids, mask = sentences(teacher, LONG, SHORT)
+    clean = teacher.loss(ids, mask).nats
+    itself = teacher.loss(ids, mask, Splice(LAYER, "mlp", copy.deepcopy(teacher.mlp(LAYER))))
+    torch.testing.assert_close(itself.nats, clean)
+    zero = teacher.loss(ids, mask, Splice(LAYER, "mlp", torch.zeros_like)).nats
+    torch.testing.assert_close(zero, teacher.loss(ids, mask, Splice.zero(LAYER, "mlp_out")).nats)
+    assert not torch.allclose(zero, clean)
 
 
 def test_splice_is_given_text_only(teacher):
