@@ -1,0 +1,170 @@
+"""How well N regions with w linear measurements each can reconstruct a Gaussian: Theorem 3.3 of paper C, made explicit.
+
+For x ~ N(0, I_d) and any model that divides the inputs into N regions and on each of them is a function of w linear
+measurements of x,
+
+    kl(w/d ‖ 1 − FVU) ≤ 2 ln N / d    where FVU ≤ 1 − w/d,    kl(p ‖ q) = p ln(p/q) + (1 − p) ln((1 − p)/(1 − q)).
+
+Everything is in nats and float64. N is passed as ln N: C(100 000, 64) does not fit a float.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+from scipy import special
+from torch import Tensor
+
+from helpers.dictionary import RankOneDictionary
+
+BISECTIONS = 80
+"""Halvings of the bracket in ln F: more than float64 can tell apart."""
+
+
+# -- the bound ---------------------------------------------------------------------------------------------------------
+
+
+def log_configurations(n_experts: ArrayLike, k: ArrayLike) -> np.ndarray:
+    """ln C(E, k), in nats: how many sets of k experts out of E there are.
+
+    Raises `ValueError` for k outside 0 to n_experts.
+    """
+    n, k = np.broadcast_arrays(np.asarray(n_experts, float), np.asarray(k, float))
+    if ((k < 0) | (k > n)).any():
+        raise ValueError(f"k={k} experts cannot be chosen; allowed: 0 to n_experts={n}")
+    return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
+
+
+def binary_kl(p: ArrayLike, q: ArrayLike) -> np.ndarray:
+    """kl(p ‖ q) in nats, between coins that land heads with probability p and q; 0 ln 0 = 0.
+
+    Raises `ValueError` for p or q outside 0 to 1.
+    """
+    p, q = np.asarray(p, float), np.asarray(q, float)
+    for name, value in {"p": p, "q": q}.items():
+        if not ((value >= 0) & (value <= 1)).all():
+            raise ValueError(f"{name}={value} is no probability; allowed: 0 to 1")
+    return special.rel_entr(p, q) + special.rel_entr(1 - p, 1 - q)
+
+
+def fvu_bound(w: ArrayLike, d: ArrayLike, log_n: ArrayLike) -> np.ndarray:
+    """The smallest FVU that the theorem allows: the root F ≤ 1 − w/d of kl(w/d ‖ 1 − F) = 2 ln N / d.
+
+    Args:
+        w: linear measurements in each region; at w ≥ d the bound is 0.
+        d: dimensions of the Gaussian.
+        log_n: ln N in nats, or the entropy of the region, which is no larger (the proof uses only that).
+
+    Returns the lower end of the last bracket, so rounding never overstates the bound. Arguments are broadcast.
+    Raises `ValueError` for a negative w or log_n and for d below 1.
+    """
+    w, d, log_n = np.broadcast_arrays(*(np.asarray(value, float) for value in (w, d, log_n)))
+    for name, value, least in (("w", w, 0), ("d", d, 1), ("log_n", log_n, 0)):
+        if not (value >= least).all():
+            raise ValueError(f"{name}={value}; allowed: at least {least}")
+    p, budget = np.minimum(w / d, 1.0), 2 * log_n / d
+    inside = p < 1
+    p, budget = np.where(inside, p, 0.0), np.where(inside, budget, 0.0)
+    high = np.log1p(-p)
+    low = high - (budget - special.xlogy(p, p)) / (1 - p)  # 1 − F ≤ 1 in the first term: kl is at least the budget here
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        above = _kl_of_log(p, middle) > budget  # the error is still too small
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    # at ln N = 0 the root is a double one, which bisection finds to half the digits only
+    return np.where(inside, np.where(budget == 0, 1 - p, np.exp(low)), 0.0)
+
+
+def _kl_of_log(p: np.ndarray, log_f: np.ndarray) -> np.ndarray:
+    """kl(p ‖ 1 − F) from ln F, which may be far below the smallest float."""
+    with np.errstate(divide="ignore"):
+        log_rest = np.where(log_f < 0, np.log(-np.expm1(np.minimum(log_f, 0))), -np.inf)
+    first = np.where(p > 0, special.xlogy(p, p) - p * np.where(p > 0, log_rest, 0.0), 0.0)
+    return first + special.xlogy(1 - p, 1 - p) - (1 - p) * log_f
+
+
+def measurements(model: RankOneDictionary) -> int:
+    """w of a model of the family: linear measurements of x that its output needs once the chosen experts are known.
+
+    Every active neuron reads one, e_j·x, the shared network's too. A gate that is not hard reads the k chosen scores
+    as well, at most as many as a low-rank router has dimensions, and none that the neurons have read already (a tied
+    router).
+    """
+    tied = model.router.weight is model.encoder.weight
+    gate = 0 if model.gate == "hard" or tied or not model.k else min(model.k, model.router.weight.shape[1])
+    return model.active_neurons + gate
+
+
+def model_bound(model: RankOneDictionary) -> float:
+    """The smallest FVU that the theorem allows `model` as a reconstruction of x ~ N(0, I), d = `model.d_in`.
+
+    N = C(n, k). Raises `ValueError` where inputs and outputs differ in number, since the target is x.
+    """
+    if model.d_in != model.d_out:
+        raise ValueError(f"d_out={model.d_out} cannot be compared with the input; allowed: d_in={model.d_in}")
+    return float(fvu_bound(measurements(model), model.d_in, log_configurations(model.n_features, model.k)))
+
+
+# -- challengers: the best of N subspaces, chosen for each sample by an oracle -----------------------------------------
+
+
+def random_subspaces(n: int, w: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d w"]:
+    """n orthonormal bases of w-dimensional subspaces, evenly drawn; float64. Raises `ValueError` unless w ≤ d."""
+    if not 1 <= w <= d:
+        raise ValueError(f"w={w} dimensions do not fit; allowed: 1 to d={d}")
+    noise = torch.randn(n, d, w, generator=generator, device=generator.device, dtype=torch.float64)
+    return torch.linalg.qr(noise).Q
+
+
+def nearest_subspace(
+    x: Float[Tensor, "batch d"], bases: Float[Tensor, "n d w"]
+) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """For each row the subspace that holds most of it, and ‖x − P x‖² there: N regions, w measurements in each."""
+    held = torch.stack([(x @ basis).square().sum(1) for basis in bases.to(x.dtype)], dim=1)
+    most, nearest = held.max(1)
+    return nearest, (x.square().sum(1) - most).clamp_min(0)
+
+
+def fit_subspaces(
+    x: Float[Tensor, "rows d"], bases: Float[Tensor, "n d w"], rounds: int = 10
+) -> Float[Tensor, "n d w"]:
+    """Learned subspaces: give each row to its nearest subspace, refit each to its rows, and repeat (k-subspaces).
+
+    A subspace that got fewer than w rows stays as it is.
+    """
+    bases, w = bases.clone(), bases.shape[2]
+    for _ in range(rounds):
+        nearest, _ = nearest_subspace(x, bases)
+        for j in range(len(bases)):
+            rows = x[nearest == j].to(bases.dtype)
+            if len(rows) >= w:
+                bases[j] = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -w:]
+    return bases
+
+
+def random_subspaces_fvu(w: int, d: int, log_n: float, *, points: int = 8001) -> float:
+    """FVU that the oracle's choice among N random subspaces has on average over the subspaces, for any N.
+
+    The share of x left outside an even random subspace is Beta((d − w)/2, w/2), whatever x is, and the smallest of N
+    such shares has mean ∫ (1 − G(t))^N dt, G their distribution function. Trapezoid rule in ln(t/(1 − t)).
+
+    Raises `ValueError` unless 1 ≤ w < d and log_n ≥ 0.
+    """
+    if not 1 <= w < d:
+        raise ValueError(f"w={w}; allowed: 1 to d - 1 = {d - 1}")
+    if not log_n >= 0:
+        raise ValueError(f"log_n={log_n}; allowed: at least 0")
+    a, b = (d - w) / 2, w / 2
+    # G(t) ≤ t^a / (a B(a, b)) · max(1, (1 − t)^(b − 1)): below this t the integrand is 1 to rounding
+    start = min(-1.0, (math.log(a) + float(special.betaln(a, b)) - log_n - 40) / a)
+    logit = np.linspace(start, 80.0, points)
+    t, rest = special.expit(logit), special.expit(-logit)
+    below, above = special.betainc(a, b, t), special.betainc(b, a, rest)  # G and 1 − G, each accurate where small
+    with np.errstate(divide="ignore"):
+        hazard = -np.where(below < 0.5, np.log1p(-below), np.log(above))  # −ln(1 − G)
+        integrand = np.exp(-np.exp(np.minimum(log_n + np.log(hazard), 700.0)))
+    return float(t[0] + np.trapezoid(integrand * t * rest, logit))
