@@ -127,19 +127,23 @@ class Pairs:
     """Rows in and out of the MLP; `group` is the article each row comes from, or took the place of."""
 
     inputs: Float[Tensor, "n d_in"]
-    outputs: Float[np.ndarray, "n d_out"]
+    outputs: Float[Tensor, "n d_out"]
     group: Int[Tensor, " n"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a student learns and is judged by. `fingerprint` names all that determines the training rows."""
+    """What a student learns and is judged by. `fingerprint` names all that determines the training rows.
+
+    Outputs are the MLP's divided by `scale`: FVU does not depend on it, but where training starts does.
+    """
 
     name: str
     train: Pairs
     validation: Pairs
     test: Pairs
     fingerprint: str
+    scale: float = 1.0
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -153,16 +157,19 @@ def task(
     change: Change = REAL,
     *,
     judged_on: Change | None = None,
+    scaled: bool = True,
     cache_dir: str | Path | None = None,
 ) -> Task:
     """The MLP's inputs, changed, with what the MLP itself returns for them: computed once, for every student.
 
     The three splits are changed with draws of their own. What the MLP returns is kept in the cache folder (4·n·d bytes
-    for each change) and read from there by batches; the inputs are in memory.
+    for each change); inputs and outputs are held in memory (8·n·d bytes).
 
     Args:
         stores: `train`, `validation` and `test`, with the site `mlp_in` of this teacher and layer.
         judged_on: another change for validation and test (`REAL` for students that trained with padding).
+        scaled: divide outputs by the standard deviation of the training ones (one number, the root of their mean
+            variance over dimensions), so that a student with PyTorch's usual start begins with outputs of their size.
     """
     if missing := {"train", "validation", "test"} - set(stores):
         raise ValueError(f"stores has no {', '.join(sorted(missing))}; allowed: train, validation and test")
@@ -173,12 +180,15 @@ def task(
         inputs = how.apply(store.tensor("mlp_in"), settings.generator(seed))
         name = hashlib.sha256(f"{store.key} {how.name} {seed}".encode()).hexdigest()[:24]
         outputs = _kept(folder / f"{name}.npy", partial(outputs_of, teacher.mlp(layer), inputs), inputs)
-        splits[split] = Pairs(inputs, outputs, torch.from_numpy(np.array(store.article, np.int64)))
-    return Task(change.name, **splits, fingerprint=f"{change.name} of {stores['train'].key}")
+        if split == "train":
+            scale = float(outputs.var(0).mean()) ** 0.5 if scaled else 1.0
+        splits[split] = Pairs(inputs, outputs.div_(scale), torch.from_numpy(np.array(store.article, np.int64)))
+    name = change.name if scaled else f"{change.name}, unscaled"
+    return Task(name, **splits, fingerprint=f"{name} of {stores['train'].key}", scale=scale)
 
 
-def _kept(path: Path, make: Callable[[], Tensor], inputs: Tensor) -> Float[np.ndarray, "n d_out"]:
-    """The array of a file that is made when it is not there, or when it belongs to other inputs."""
+def _kept(path: Path, make: Callable[[], Tensor], inputs: Tensor) -> Float[Tensor, "n d_out"]:
+    """The rows of a file that is made when it is not there, or when it belongs to other inputs."""
     mark = hashlib.sha256(inputs[:: max(1, len(inputs) // 64)].contiguous().numpy().tobytes()).hexdigest()
     about = path.with_suffix(".txt")
     if not (path.is_file() and about.is_file() and about.read_text() == mark):
@@ -191,7 +201,7 @@ def _kept(path: Path, make: Callable[[], Tensor], inputs: Tensor) -> Float[np.nd
             about.write_text(mark)
         finally:
             aside.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
+    return torch.from_numpy(np.load(path))
 
 
 @torch.no_grad()

@@ -119,13 +119,15 @@ def test_targets_are_the_mlps_own_and_computed_once(setting, monkeypatch):
     teacher, stores, folder = setting
     noise = distillation.gaussian(stores["train"].moments("mlp_in"))
     given = distillation.task(teacher, 1, stores, noise, cache_dir=folder)
-    torch.testing.assert_close(
-        torch.from_numpy(np.array(given.test.outputs)), teacher.mlp(1)(given.test.inputs), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(given.test.outputs * given.scale, teacher.mlp(1)(given.test.inputs))
+    assert float(given.train.outputs.var(0).mean()) == pytest.approx(1, rel=1e-4)
+    raw = distillation.task(teacher, 1, stores, noise, scaled=False, cache_dir=folder)
+    torch.testing.assert_close(raw.test.outputs, given.test.outputs * given.scale)
+    assert raw.fingerprint != given.fingerprint
     assert not torch.equal(given.validation.inputs[:100], given.test.inputs[:100])
     monkeypatch.setattr(distillation, "outputs_of", lambda *_: pytest.fail("computed twice"))
     again = distillation.task(teacher, 1, stores, noise, cache_dir=folder)
-    np.testing.assert_array_equal(again.train.outputs, given.train.outputs)
+    assert torch.equal(again.train.outputs, given.train.outputs)
 
 
 def test_students_with_padding_are_judged_on_text(setting):
@@ -144,7 +146,7 @@ def test_the_learning_rate_is_chosen_on_validation_and_test_sums_are_by_article(
     assert set(found.validation) == {1e-4, 1e-2} and found.lr == min(found.validation, key=found.validation.get)
     assert [s.lr for s in found.students] == [found.lr] * 2
     student = found.students[1].fit.student
-    expected, y = student(given.test.inputs), torch.from_numpy(np.array(given.test.outputs))
+    expected, y = student(given.test.inputs), given.test.outputs
     slow = float((expected - y).square().sum() / (y - y.mean(0)).square().sum())
     assert found.students[1].fvu == pytest.approx(slow, rel=1e-5)
     assert found.errors.sum(1) / found.norms.sum() == pytest.approx([s.fvu for s in found.students])
