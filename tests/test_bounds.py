@@ -141,7 +141,9 @@ def test_random_subspaces_meet_the_bound_as_the_dimension_grows():
 def models():
     g = generator(0)
     options = {"generator": g, "dtype": torch.float64}
+    atoms = [dictionary.Rows(torch.randn(40, 24, **options)) for _ in range(3)]
     return {
+        "hard, own router": (dictionary.RankOneDictionary(*atoms[:2], k=4, router=atoms[2], activation="gelu"), 4, 4),
         "dense": (dictionary.dense_mlp(24, 24, 5, **options), 5, 5),
         "sae": (dictionary.topk_sae(24, 40, 4, activation="identity", **options), 4, 4),
         "rank-1 moe": (dictionary.rank1_moe(24, 40, 4, activation="identity", **options), 4, 4),
