@@ -368,6 +368,8 @@ class Chapter:
         self.path = settings.results_dir(results_dir) / f"{slug}.json"
         self.environment = environment(self.parameters.get("device", "auto"))
         self.records: list[Record] = []
+        self.points: dict[str, list[dict[str, Any]]] = {}
+        """Points of the chapter's curves by name, kept in its results file so that a longer run can be drawn beside."""
         self._started = time.perf_counter()
 
     def record(
@@ -432,6 +434,7 @@ class Chapter:
                 "environment": self.environment,
                 "seconds": round(time.perf_counter() - self._started, 2),
                 "records": [asdict(record) for record in self.records],
+                **({"points": self.points} if self.points else {}),
             },
         )
         return self
@@ -572,6 +575,29 @@ class Results(BaseModel):
     environment: dict[str, Any]
     seconds: float
     records: list[_Row]
+    points: dict[str, list[dict[str, Any]]] = {}
+
+    @property
+    def origin(self) -> str:
+        """Where the numbers come from, for a caption: profile, device, threads and date."""
+        run = self.environment
+        device = f"{run.get('threads')} CPU threads" if run.get("device") == "cpu" else run.get("device")
+        return f"{self.profile} run, {device}, {str(run.get('date'))[:10]}, commit {run.get('commit')}"
+
+
+def reference(slug: str, folder: Path = REFERENCE) -> Results | None:
+    """The longer run of a chapter that is kept in the repository, or None: its `points` stand beside the chapter's own.
+
+    Raises `ValueError` for a damaged file, naming it.
+    """
+    path = Path(folder) / f"{slug}.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged ({error}); restore it from the repository") from error
+    return validated(Results, content, path.name)
 
 
 def load_results(folder: Path, book: Register | None = None) -> list[tuple[Results, list[Record]]]:
