@@ -7,7 +7,7 @@ import time
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import common
+from benchmarks import common, students
 from helpers import performance
 
 
@@ -95,3 +95,8 @@ def test_a_truncated_file_is_named(results):
 def test_an_unknown_benchmark_is_refused(capsys):
     assert bench.main(["nothing"]) == 2
     assert "no benchmark nothing; there are: " in capsys.readouterr().err
+
+
+def test_the_gathering_student_is_the_same_function():
+    outputs, gradients = students.differences(200, 8)
+    assert outputs < 1e-5 and gradients < 1e-4
