@@ -289,12 +289,13 @@ class Distilled:
 @dataclass(frozen=True)
 class Distillation:
     """Students of one kind on one task: one for each seed. For every learning rate that was tried with the first seed,
-    its FVU on validation rows and its curve (steps, training loss)."""
+    its FVU on validation rows, its FVU on test rows (which choose nothing) and its curve (steps, training loss)."""
 
     task: str
     spec: Spec
     students: list[Distilled]
     validation: dict[float, float]
+    on_test: dict[float, float]
     curves: dict[float, tuple[list[int], list[float]]]
 
     @property
@@ -305,6 +306,11 @@ class Distillation:
     def fvu(self) -> float:
         """Mean over seeds of the test FVU."""
         return float(np.mean([student.fvu for student in self.students]))
+
+    def interval(self, **bootstrap) -> tuple[float, float]:
+        """95 % interval of `fvu`, resampling seeds and articles."""
+        both = np.stack([self.errors, np.broadcast_to(self.norms, self.errors.shape)], axis=-1)
+        return crossed_interval(both, lambda sums: sums[..., 0].sum() / sums[..., 1].sum(), **bootstrap)
 
     @property
     def errors(self) -> Float[np.ndarray, "seeds articles"]:
@@ -328,8 +334,10 @@ class Distillation:
             "balance": type(self.spec.balance).__name__,
             "lr": self.lr,
             "validation": {f"{lr:g}": value for lr, value in self.validation.items()},
+            "on_test": {f"{lr:g}": value for lr, value in self.on_test.items()},
             "seeds": [s.seed for s in self.students],
             "fvu": [test.fvu for test in tests],
+            "ci": self.interval(),
             "dead": [test.dead if self.spec.experts else None for test in tests],
             "largest_rate": [test.largest_rate if self.spec.experts else None for test in tests],
             "multiply_adds": student.multiply_adds,
@@ -374,8 +382,9 @@ def distil(
         test, groups = judge("test", trained.student), given.test.group
         sums = (by_group(part, groups) for part in (test.squared_error, test.squared_norm))
         students.append(Distilled(spec, seed, best, trained, test, *sums))
+    on_test = {lr: judge("test", fit.student).fvu for lr, fit in first.items()}
     curves = {lr: (each.steps, each.loss) for lr, each in first.items()}
-    return Distillation(given.name, spec, students, validation, curves)
+    return Distillation(given.name, spec, students, validation, on_test, curves)
 
 
 def _train(given: Task, spec: Spec, lrs, seed: int, *, steps, batch_size, device, cache_dir, **recipe) -> dict:

@@ -150,6 +150,9 @@ def test_the_learning_rate_is_chosen_on_validation_and_test_sums_are_by_article(
     slow = float((expected - y).square().sum() / (y - y.mean(0)).square().sum())
     assert found.students[1].fvu == pytest.approx(slow, rel=1e-5)
     assert found.errors.sum(1) / found.norms.sum() == pytest.approx([s.fvu for s in found.students])
+    assert found.on_test[found.lr] == found.students[0].fvu
+    low, high = found.interval()
+    assert low < found.fvu < high
     assert found.errors.shape == (2, len(set(given.test.group.tolist())))
     row = found.row()
     assert row["multiply_adds"] == student.multiply_adds and row["steps"] == 60 and len(row["fvu"]) == 2
@@ -180,7 +183,7 @@ def made_up(active, errors, experts=0, task="real"):
         distillation.Distilled(spec, seed, 1e-3, fit, evaluation, np.asarray(e, float), np.ones(len(e)))
         for seed, e in enumerate(errors)
     ]
-    return distillation.Distillation(task, spec, students, {1e-3: 0.1}, {1e-3: ([0], [1.0])})
+    return distillation.Distillation(task, spec, students, {1e-3: 0.1}, {1e-3: 0.1}, {1e-3: ([0], [1.0])})
 
 
 def test_gain_at_equal_neurons_is_the_ratio_of_errors():
