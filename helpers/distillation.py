@@ -439,6 +439,30 @@ def gain(dense: Sequence[Distillation], sparse: Distillation, equal: str = "neur
     Raises:
         ValueError: when the sparse student costs less or more than every dense one, or tasks or seeds differ.
     """
+    errors, ratio, width = _compared(dense, sparse, equal)
+    return _gain(errors, ratio, width, bootstrap)
+
+
+def contrast(
+    dense: Sequence[Sequence[Distillation]], sparse: Sequence[Distillation], equal: str = "neurons", **bootstrap
+) -> Gain:
+    """The gain on the first task over the gain on the second, as `dense` and `sparse` are given: two tasks in turn.
+
+    Seeds and articles are resampled together for both (a Gaussian's "articles" are the rows in their places).
+    """
+    (one, first, width), (two, second, _) = (_compared(d, s, equal) for d, s in zip(dense, sparse, strict=True))
+    cut = one.shape[-1]
+    both = np.concatenate([one, two], axis=-1)
+    return _gain(both, lambda errors: first(errors[..., :cut]) / second(errors[..., cut:]), width, bootstrap)
+
+
+def _gain(errors: np.ndarray, ratio: Callable[[np.ndarray], float], width: float, bootstrap: dict) -> Gain:
+    by_seed = [ratio(errors[i : i + 1]) for i in range(len(errors))]
+    return Gain(ratio(errors), crossed_interval(errors, ratio, **bootstrap), by_seed, width, errors[..., 0].size)
+
+
+def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str):
+    """Errors [seeds, articles, dense students and the sparse one], their ratio at equal cost, the dense width there."""
     if equal not in COSTS:
         raise ValueError(f"equal={equal!r} is unknown; allowed: {', '.join(map(repr, COSTS))}")
     dense = sorted(dense, key=lambda each: each.spec.active)
@@ -454,17 +478,11 @@ def gain(dense: Sequence[Distillation], sparse: Distillation, equal: str = "neur
         raise ValueError(
             f"{sparse.spec.label} has {wanted:,} {equal}; allowed: {costs[0]:,} to {costs[-1]:,}, as dense"
         )
-    data = np.stack([each.errors for each in (*dense, sparse)], axis=-1)
+    errors = np.stack([each.errors for each in (*dense, sparse)], axis=-1)
 
-    def ratio(errors: np.ndarray) -> float:
-        *wide, ours = errors.sum((0, 1))
+    def ratio(some: np.ndarray) -> float:
+        *wide, ours = some.sum((0, 1))
         return float(np.exp(np.interp(np.log(wanted), np.log(costs), np.log(wide))) / ours)
 
-    width = np.exp(np.interp(np.log(wanted), np.log(costs), np.log([each.spec.active for each in dense])))
-    return Gain(
-        ratio(data),
-        crossed_interval(data, ratio, **bootstrap),
-        [ratio(data[i : i + 1]) for i in range(len(data))],
-        float(width),
-        data.shape[0] * data.shape[1],
-    )
+    widths = np.log([each.spec.active for each in dense])
+    return errors, ratio, float(np.exp(np.interp(np.log(wanted), np.log(costs), widths)))

@@ -203,6 +203,13 @@ def test_gain_at_equal_multiply_adds_reads_between_the_widths():
     assert found.value == pytest.approx(6.0 ** (1 - between) * 1.5**between / 3.0)
 
 
+def test_contrast_is_the_ratio_of_two_gains():
+    dense = [[made_up(4, [[4.0, 2.0]], task=task)] for task in ("real", "gaussian")]
+    sparse = [made_up(4, [[2.0, 1.0]], 8, "real"), made_up(4, [[4.0, 4.0]], 8, "gaussian")]
+    found = distillation.contrast(dense, sparse)
+    assert found.value == pytest.approx(2.0 / 0.75) and found.ci == pytest.approx((2.0, 4.0))
+
+
 def test_gain_refuses_what_cannot_be_compared():
     dense, sparse = [made_up(4, [[4.0, 2.0]]), made_up(5, [[1.0, 1.0]])], made_up(4, [[2.0, 1.0]], experts=8)
     with pytest.raises(ValueError, match="76 multiply_adds; allowed: 48 to 60"):
