@@ -199,17 +199,32 @@ def clustered_atoms(
 
 
 def linear_moe(
-    atoms: Float[Tensor, "n d"], matrix: Float[Tensor, "m d"], k: int, *, signed: bool = False
+    atoms: Float[Tensor, "n d"],
+    matrix: Float[Tensor, "m d"] | None,
+    k: int,
+    *,
+    signed: bool = False,
+    router: Float[Tensor, "n d"] | None = None,
 ) -> RankOneDictionary:
     """The mixture of Theorem 3.6 for x ↦ A x: expert j is the linear neuron x ↦ (a_j·x) A a_j.
 
     Gates are 1: the paper's hard gates weigh by 1/k, which its experts make up for by a factor k, and the sum is the
-    same. The router's rows are the atoms, so TopK chooses the largest a_j·x; with `signed` it has ±a_j (2n experts,
-    of which j and n + j are the same function) and chooses the largest |a_j·x|. For gates that an oracle sets use
-    `gated_by`.
+    same. For gates that an oracle sets use `gated_by`.
+
+    Args:
+        matrix: A; None for the identity, whose decoder is tied to its encoder.
+        signed: let the router have rows ±r_j and 2n experts, of which j and n + j are the same function, so that TopK
+            chooses the largest |r_j·x| in the place of the largest r_j·x.
+        router: the rows r_j; the atoms themselves if None.
     """
-    rows = torch.cat([atoms, -atoms]) if signed else atoms
-    return RankOneDictionary(Rows(rows.clone()), Rows(rows @ matrix.T), k=k, activation="identity")
+
+    def rows(one_way: Tensor) -> Tensor:
+        return torch.cat([one_way, -one_way]) if signed else one_way.clone()
+
+    encoder = Rows(rows(atoms))
+    decoder = encoder if matrix is None else Rows(rows(atoms @ matrix.T))
+    chooses = None if router is None else Rows(rows(router))
+    return RankOneDictionary(encoder, decoder, k=k, router=chooses, activation="identity")
 
 
 def gated_by(
@@ -395,6 +410,18 @@ def active_neurons(model: RankOneDictionary) -> int:
 
 
 # -- what a dense network needs ----------------------------------------------------------------------------------------
+
+
+def least_fvu(x: Float[Tensor, "rows d"]) -> Float[Tensor, " widths"]:
+    """FVU below which no network with w hidden neurons reconstructs THESE rows, for w = 0 … d.
+
+    Its outputs lie in an affine space of dimension w, whatever its activation and its parameters, so the best it can do
+    is the projection on the w principal axes: the variances along the others, over all variance (Eckart and Young).
+    """
+    x = x.detach().double()
+    values = torch.linalg.svdvals(x - x.mean(0)).square()
+    values = torch.cat([values, values.new_zeros(x.shape[1] - len(values))])
+    return 1 - torch.cat([values.new_zeros(1), values.cumsum(0)]) / values.sum()
 
 
 def flattening_rank(polynomial: Polynomial, tolerance: float = 1e-6) -> int:

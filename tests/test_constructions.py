@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from helpers import constructions as c
 from helpers.dictionary import RankOneDictionary, Rows
+from helpers.metrics import fvu
 from helpers.settings import generator
 from helpers.synthetic import SparseSource, random_atoms
 from tests.reference import constructions_numpy as reference
@@ -146,6 +147,14 @@ def test_the_router_chooses_the_largest_products_and_signed_ones_their_absolute_
     torch.testing.assert_close(signed(x), torch.tensor([[0, -3.0, 2.0, 0, 0, 0]], dtype=F64))
 
 
+def test_a_router_of_its_own_chooses_and_the_experts_stay():
+    atoms, router, x = unit(9, 5), randn(9, 5, seed=1), randn(30, 5)
+    model = c.linear_moe(atoms, None, 3, router=router, signed=True)
+    chosen = (x @ router.T).abs().topk(3, dim=1).indices
+    assert torch.equal(model.encode(x).indices.remainder(9).sort(1).values, chosen.sort(1).values)
+    torch.testing.assert_close(model(x), c.gated_by(c.linear_moe(atoms, torch.eye(5, dtype=F64), 3), x, chosen))
+
+
 def test_the_check_of_the_bound_can_fail():
     """Gates 1/k that nobody makes up for, and experts that read the wrong atom."""
     atoms = unit(64, 256)
@@ -270,6 +279,17 @@ def test_flattening_rank_without_the_tensor_is_that_of_the_tensor(terms, p, m, d
     f = polynomial(terms, p, m, d, seed)
     slow = reference.flattening_rank(reference.tensor(f.outputs.numpy(), f.factors.numpy(), symmetric=True))
     assert c.flattening_rank(f) == slow
+
+
+def test_least_fvu_is_the_best_projection_and_no_network_beats_it():
+    x = randn(80, 6) * torch.arange(1.0, 7.0) + 3
+    least, values = c.least_fvu(x), np.linalg.eigvalsh(np.cov(x.numpy().T))
+    np.testing.assert_allclose(least, [values[: 6 - w].sum() / values.sum() for w in range(7)], atol=1e-12)
+    for width in range(6):  # any hidden layer at all, with the best output layer for it
+        hidden = torch.cat([torch.relu(x @ randn(6, 6, seed=width))[:, :width], torch.ones(80, 1, dtype=F64)], 1)
+        output = hidden @ torch.linalg.lstsq(hidden, x).solution
+        assert fvu(output, x) >= least[width] - ROUNDING
+    assert len(c.least_fvu(x[:3])) == 7 and c.least_fvu(x[:3])[2] == pytest.approx(0, abs=1e-12)
 
 
 def test_no_sum_of_fewer_powers_than_the_flattening_rank():
