@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -26,18 +25,12 @@ from helpers.activations import ActivationStore, Moments
 from helpers.dictionary import RankOneDictionary, dense_mlp, secret_moe
 from helpers.losses import Balance, LossFree
 from helpers.metrics import Evaluation, by_group, crossed_interval, evaluate
+from helpers.padding import released_runs as released  # noqa: F401
 from helpers.teachers import Teacher
 from helpers.training import Fit, Shuffled, fit
 
-RELEASED = settings.ROOT / "data" / "secret_moe_released.csv"
 ROWS = 8192
 """Rows that pass through the teacher's MLP at once."""
-
-
-def released(model: str, layer: int) -> pd.DataFrame:
-    """Final figures that paper C's author released for a layer of a model (best learning rate on the TEST set)."""
-    table = pd.read_csv(RELEASED, comment="#")
-    return table[(table.model == model.rsplit("/", 1)[-1].lower()) & (table.layer == layer)].reset_index(drop=True)
 
 
 # -- what is done to the inputs ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch import Tensor
 from helpers import settings
 from helpers.activations import Moments
 
-RELEASED = settings.ROOT / "data" / "secret_moe_released_variances.csv"
+RELEASED = settings.ROOT / "data" / "secret_moe_released.csv"
 QUANTITIES = ("input", "output", "gaussian")
 GRID = np.linspace(0, 0.95, 191)
 COARSE = np.linspace(0, 0.95, 20)
@@ -37,12 +37,24 @@ def released(teacher: str, layer: int) -> dict[str, tuple[float, float, float]] 
     By quantity: `input`, `output`, and `gaussian`, the output for the matched Gaussian. None where the paper did not
     study this layer of this model.
     """
-    table = pd.read_csv(RELEASED, comment="#").set_index(["teacher", "layer"])
-    name = (teacher.rsplit("/", 1)[-1].lower(), layer)
-    if name not in table.index:
+    runs = released_runs(teacher, layer)
+    if runs.empty:
         return None
-    row = table.loc[name]
-    return {q: tuple(float(row[f"{q}_{part}"]) for part in ("median", "lowest", "highest")) for q in QUANTITIES}
+    text, noise = (runs[runs.inputs == inputs] for inputs in ("activations", "gaussian"))
+    columns = (text.val_input_variance, text.val_output_variance, noise.val_output_variance)
+    return {
+        quantity: (float(column.median()), float(column.min()), float(column.max()))
+        for quantity, column in zip(QUANTITIES, columns, strict=True)
+    }
+
+
+def released_runs(teacher: str, layer: int) -> pd.DataFrame:
+    """Final figures of the runs that paper C's author released for a layer of a model; no rows where there are none.
+
+    `fvu_best_lr` is at the best of the author's learning rates ON the rows that are reported.
+    """
+    table = pd.read_csv(RELEASED, comment="#")
+    return table[(table.model == teacher.rsplit("/", 1)[-1].lower()) & (table.layer == layer)].reset_index(drop=True)
 
 
 class ByArticle:

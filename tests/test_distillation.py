@@ -218,10 +218,3 @@ def test_gain_refuses_what_cannot_be_compared():
         distillation.gain(dense, dataclasses.replace(sparse, task="gaussian"))
     with pytest.raises(ValueError, match="equal='time'"):
         distillation.gain(dense, sparse, "time")
-
-
-def test_released_figures_are_there():
-    table = distillation.released("google/gemma-3-270m", 9)
-    point = table[(table.active_neurons == 128) & (table.experts == 100_000) & (table.inputs == "activations")]
-    assert point[point.student == "moe-lowrank-router"].fvu_best_lr.tolist() == [0.01756, 0.01745]
-    assert distillation.released("nobody/none", 9).empty

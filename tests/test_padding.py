@@ -122,6 +122,9 @@ def test_released_variances_of_the_papers_layers():
     assert all(low <= median <= high for median, low, high in found.values())
     assert 0.231 <= found["input"][0] <= 0.234 and 0.0195 <= found["output"][0] <= 0.0196
     assert padding.released("EleutherAI/pythia-70m", 3) is not None
+    table = padding.released_runs("google/gemma-3-270m", 9)
+    point = table[(table.active_neurons == 128) & (table.experts == 100_000) & (table.inputs == "activations")]
+    assert point[point.student == "moe-lowrank-router"].fvu_best_lr.tolist() == [0.01756, 0.01745]
     assert padding.released("gemma-3-270m", 8) is None and padding.released("gpt2", 9) is None
 
 
