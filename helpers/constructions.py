@@ -19,9 +19,6 @@ from torch import Tensor
 
 from helpers.dictionary import ACTIVATIONS, RankOneDictionary, Rows, SparseCodes
 
-ACTIVATIONS.setdefault("square", torch.square)
-ACTIVATIONS.setdefault("cube", lambda z: z**3)
-
 POWERS = {1: "identity", 2: "square", 3: "cube"}
 """Activation z^p for each degree p that is built here."""
 
