@@ -311,7 +311,7 @@ class Polynomial:
     """
 
     outputs: Float[Tensor, "terms m"]
-    factors: Float[Tensor, "terms p d"]
+    factors: Float[Tensor, "_ p d"]  # as many terms: checked below, by name
 
     def __post_init__(self):
         if len(self.outputs) != len(self.factors):

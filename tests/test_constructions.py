@@ -106,7 +106,9 @@ def test_the_bound_for_random_atoms_holds_and_has_the_rate():
     for seed in range(20):
         atoms = unit(40, 400, seed)
         assert c.restricted_isometry(atoms, 2) <= c.random_atoms_bound(40, 400, 2)
-    values = [c.random_atoms_bound(4 * d, d, 8) / math.sqrt(8 * math.log(math.e * 4 * d / 8) / d) for d in (1e5, 1e8)]
+    values = [
+        c.random_atoms_bound(4 * d, d, 8) / math.sqrt(8 * math.log(math.e * 4 * d / 8) / d) for d in (10**5, 10**8)
+    ]
     assert c.random_atoms_bound(64, 16, 8) == math.inf and all(2 < v < 6 for v in values)
 
 
