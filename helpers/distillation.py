@@ -427,10 +427,11 @@ class Gain:
 def gain(dense: Sequence[Distillation], sparse: Distillation, equal: str = "neurons", **bootstrap) -> Gain:
     """How many times the sparse student's error a dense student of equal cost makes.
 
-    The dense student's error at that cost is interpolated, linearly in logarithms, between the widths there are.
+    The dense student's error at that cost is interpolated, linearly in logarithms, between the widths there are. The
+    seeds are those that all of them were trained with, in the same order.
 
     Raises:
-        ValueError: when the sparse student costs less or more than every dense one, or tasks or seeds differ.
+        ValueError: when the sparse student costs less or more than every dense one, or tasks differ.
     """
     errors, ratio, width = _compared(dense, sparse, equal)
     return _gain(errors, ratio, width, bootstrap)
@@ -441,12 +442,22 @@ def contrast(
 ) -> Gain:
     """The gain on the first task over the gain on the second, as `dense` and `sparse` are given: two tasks in turn.
 
-    Seeds and articles are resampled together for both (a Gaussian's "articles" are the rows in their places).
+    Seeds (those that all have) and articles are resampled together for both; a Gaussian's "articles" are the rows that
+    stand in their places.
     """
-    (one, first, width), (two, second, _) = (_compared(d, s, equal) for d, s in zip(dense, sparse, strict=True))
+    seeds = _common([*dense[0], *dense[1], *sparse])
+    (one, first, width), (two, second, _) = (_compared(d, s, equal, seeds) for d, s in zip(dense, sparse, strict=True))
     cut = one.shape[-1]
     both = np.concatenate([one, two], axis=-1)
     return _gain(both, lambda errors: first(errors[..., :cut]) / second(errors[..., cut:]), width, bootstrap)
+
+
+def _common(students: Sequence[Distillation]) -> set[int]:
+    """The seeds that all of them were trained with."""
+    common = set.intersection(*({student.seed for student in each.students} for each in students))
+    if not common:
+        raise ValueError(f"no seed is common to {[each.spec.label for each in students]}; allowed: at least one")
+    return common
 
 
 def _gain(errors: np.ndarray, ratio: Callable[[np.ndarray], float], width: float, bootstrap: dict) -> Gain:
@@ -454,16 +465,14 @@ def _gain(errors: np.ndarray, ratio: Callable[[np.ndarray], float], width: float
     return Gain(ratio(errors), crossed_interval(errors, ratio, **bootstrap), by_seed, width, errors[..., 0].size)
 
 
-def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str):
+def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str, seeds: set[int] | None = None):
     """Errors [seeds, articles, dense students and the sparse one], their ratio at equal cost, the dense width there."""
     if equal not in COSTS:
         raise ValueError(f"equal={equal!r} is unknown; allowed: {', '.join(map(repr, COSTS))}")
     dense = sorted(dense, key=lambda each: each.spec.active)
-    seeds = [[student.seed for student in each.students] for each in (*dense, sparse)]
-    if any(each.task != sparse.task for each in dense) or any(other != seeds[-1] for other in seeds):
-        raise ValueError(
-            f"dense and sparse differ in task or seeds; allowed: task {sparse.task!r} and seeds {seeds[-1]}"
-        )
+    if any(each.task != sparse.task for each in dense):
+        raise ValueError(f"dense students are of task {dense[0].task!r}; allowed: {sparse.task!r}, as the sparse ones")
+    seeds = seeds or _common([*dense, sparse])
     cost = COSTS[equal]
     costs = [cost(each.students[0].fit.student) for each in dense]
     wanted = cost(sparse.students[0].fit.student)
@@ -471,7 +480,9 @@ def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str):
         raise ValueError(
             f"{sparse.spec.label} has {wanted:,} {equal}; allowed: {costs[0]:,} to {costs[-1]:,}, as dense"
         )
-    errors = np.stack([each.errors for each in (*dense, sparse)], axis=-1)
+    errors = np.stack(
+        [[s.errors for s in each.students if s.seed in seeds] for each in (*dense, sparse)], axis=-1
+    )  # [seeds, articles, students]
 
     def ratio(some: np.ndarray) -> float:
         *wide, ours = some.sum((0, 1))

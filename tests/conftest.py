@@ -13,6 +13,8 @@ install_import_hook(
         "helpers.activations",
         "helpers.teachers",
         "helpers.padding",
+        "helpers.bounds",
+        "helpers.constructions",
         "helpers.synthetic",
         "helpers.distillation",
     ],

@@ -203,6 +203,12 @@ def test_gain_at_equal_multiply_adds_reads_between_the_widths():
     assert found.value == pytest.approx(6.0 ** (1 - between) * 1.5**between / 3.0)
 
 
+def test_gain_is_over_the_seeds_that_all_have():
+    dense = [made_up(4, [[4.0, 2.0], [9.0, 9.0]])]
+    found = distillation.gain(dense, made_up(4, [[2.0, 1.0]], experts=8))
+    assert found.value == pytest.approx(2.0) and found.by_seed == pytest.approx([2.0]) and found.n == 2
+
+
 def test_contrast_is_the_ratio_of_two_gains():
     dense = [[made_up(4, [[4.0, 2.0]], task=task)] for task in ("real", "gaussian")]
     sparse = [made_up(4, [[2.0, 1.0]], 8, "real"), made_up(4, [[4.0, 4.0]], 8, "gaussian")]
@@ -214,7 +220,7 @@ def test_gain_refuses_what_cannot_be_compared():
     dense, sparse = [made_up(4, [[4.0, 2.0]]), made_up(5, [[1.0, 1.0]])], made_up(4, [[2.0, 1.0]], experts=8)
     with pytest.raises(ValueError, match="76 multiply_adds; allowed: 48 to 60"):
         distillation.gain(dense, sparse, "multiply_adds")
-    with pytest.raises(ValueError, match="task or seeds"):
+    with pytest.raises(ValueError, match="of task 'real'; allowed: 'gaussian'"):
         distillation.gain(dense, dataclasses.replace(sparse, task="gaussian"))
     with pytest.raises(ValueError, match="equal='time'"):
         distillation.gain(dense, sparse, "time")
