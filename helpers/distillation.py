@@ -25,7 +25,6 @@ from helpers.activations import ActivationStore, Moments
 from helpers.dictionary import RankOneDictionary, dense_mlp, secret_moe
 from helpers.losses import Balance, LossFree
 from helpers.metrics import Evaluation, by_group, crossed_interval, evaluate
-from helpers.padding import released_runs as released  # noqa: F401
 from helpers.teachers import Teacher
 from helpers.training import Fit, Shuffled, fit
 

@@ -37,7 +37,7 @@ METHODS = {
     "anneal": Mark(INDIGO, "k annealed", "<"),
     "center": Mark(WINE, "centred", "P"),
     "switch": Mark(VERMILION, "Switch", "o"),
-    "bias": Mark(AMBER, "loss-free bias", "v"),
+    "bias": Mark(AMBER, "loss-free bias", "p"),
     "zloss": Mark(INDIGO, "z-loss", "X"),
     # models
     "sae": Mark(BLUE, "TopK SAE", "o"),
