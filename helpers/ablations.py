@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,25 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helpers.dictionary import RankOneDictionary, Rows
-from helpers.distillation import Distillation, Distilled, Spec, Task, _judge, _train
-from helpers.metrics import by_group, crossed_interval
+from helpers.distillation import Comparison, Distillation, Spec, Task, judge, judged, train
+from helpers.metrics import crossed_interval
 from helpers.training import Fit
 
 # -- errors in pairs ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A number made of several students' errors: 95 % interval over seeds and articles, and for each seed alone."""
-
-    value: float
-    ci: tuple[float, float]
-    by_seed: list[float]
-    n: int
-
-    @property
-    def resampled(self) -> Literal["articles", "seed × article"]:
-        return "articles" if len(self.by_seed) == 1 else "seed × article"
 
 
 def compare(
@@ -82,14 +67,10 @@ def every_rate(
     if not lrs or not seeds:
         raise ValueError(f"lrs={list(lrs)}, seeds={list(seeds)}; allowed: at least one of each")
     how = {"steps": steps, "batch_size": batch_size, "device": device, "cache_dir": cache_dir, **recipe}
-    fits, found = {seed: _train(given, spec, lrs, seed, **how) for seed in seeds}, {}
+    fits, found = {seed: train(given, spec, lrs, seed, **how) for seed in seeds}, {}
     for lr in lrs:
-        students, first = [], fits[seeds[0]][lr]
-        for seed in seeds:
-            test = _judge(given, "test", fits[seed][lr].student)
-            sums = (by_group(part, given.test.group) for part in (test.squared_error, test.squared_norm))
-            students.append(Distilled(spec, seed, lr, fits[seed][lr], test, *sums))
-        validation = {lr: _judge(given, "validation", first.student).fvu}
+        first, students = fits[seeds[0]][lr], [judged(given, spec, seed, lr, fits[seed][lr]) for seed in seeds]
+        validation = {lr: judge(given, "validation", first.student).fvu}
         on_test, curves = {lr: students[0].fvu}, {lr: (first.steps, first.loss)}
         found[lr] = Distillation(given.name, spec, students, validation, on_test, curves)
     return found

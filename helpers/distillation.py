@@ -363,23 +363,21 @@ def distil(
     """
     if not lrs or not seeds:
         raise ValueError(f"lrs={list(lrs)}, seeds={list(seeds)}; allowed: at least one of each")
-    run = partial(_train, given, spec, steps=steps, batch_size=batch_size, device=device, cache_dir=cache_dir, **recipe)
+    run = partial(train, given, spec, steps=steps, batch_size=batch_size, device=device, cache_dir=cache_dir, **recipe)
     first = run(lrs, seeds[0])
-    judge = partial(_judge, given)
-    validation = {lr: judge("validation", fit.student).fvu for lr, fit in first.items()}
+    validation = {lr: judge(given, "validation", fit.student).fvu for lr, fit in first.items()}
     best = min(validation, key=validation.get)
     fits = {seeds[0]: first[best]} | {seed: run([best], seed)[best] for seed in seeds[1:]}
-    students = []
-    for seed, trained in fits.items():
-        test, groups = judge("test", trained.student), given.test.group
-        sums = (by_group(part, groups) for part in (test.squared_error, test.squared_norm))
-        students.append(Distilled(spec, seed, best, trained, test, *sums))
-    on_test = {lr: judge("test", fit.student).fvu for lr, fit in first.items()}
+    students = [judged(given, spec, seed, best, trained) for seed, trained in fits.items()]
+    on_test = {lr: judge(given, "test", fit.student).fvu for lr, fit in first.items()}
     curves = {lr: (each.steps, each.loss) for lr, each in first.items()}
     return Distillation(given.name, spec, students, validation, on_test, curves)
 
 
-def _train(given: Task, spec: Spec, lrs, seed: int, *, steps, batch_size, device, cache_dir, **recipe) -> dict:
+def train(
+    given: Task, spec: Spec, lrs: Sequence[float], seed: int, *, steps, batch_size, device, cache_dir, **recipe
+) -> dict[float, Fit]:
+    """One student for each learning rate, from one start, over one stream of batches."""
     students = {
         f"{lr:g}": spec.build(*given.widths, settings.generator(seed)).to(device) for lr in lrs
     }  # each lr starts alike
@@ -394,7 +392,15 @@ def _train(given: Task, spec: Spec, lrs, seed: int, *, steps, batch_size, device
     return {lr: fits[f"{lr:g}"] for lr in lrs}
 
 
-def _judge(given: Task, split: str, student: RankOneDictionary) -> Evaluation:
+def judged(given: Task, spec: Spec, seed: int, lr: float, trained: Fit) -> Distilled:
+    """A trained student with its errors on the test rows."""
+    test, groups = judge(given, "test", trained.student), given.test.group
+    sums = (by_group(part, groups) for part in (test.squared_error, test.squared_norm))
+    return Distilled(spec, seed, lr, trained, test, *sums)
+
+
+def judge(given: Task, split: str, student: RankOneDictionary) -> Evaluation:
+    """A student on the rows of `split`."""
     pairs = getattr(given, split)
     return evaluate(student, pairs.inputs, pairs.outputs)
 
@@ -410,17 +416,24 @@ COSTS = {
 
 
 @dataclass(frozen=True)
-class Gain:
-    """FVU of a dense student over FVU of a sparse one of the same cost, with a 95 % interval over seeds and articles.
-
-    `by_seed` is the same ratio for each seed alone; `width` is that of the dense student.
-    """
+class Comparison:
+    """A number made of several students' errors: 95 % interval over seeds and articles, and for each seed alone."""
 
     value: float
     ci: tuple[float, float]
     by_seed: list[float]
-    width: float
     n: int
+
+    @property
+    def resampled(self) -> Literal["articles", "seed × article"]:
+        return "articles" if len(self.by_seed) == 1 else "seed × article"
+
+
+@dataclass(frozen=True)
+class Gain(Comparison):
+    """FVU of a dense student over FVU of a sparse one of the same cost; `width` is the dense student's."""
+
+    width: float
 
 
 def gain(dense: Sequence[Distillation], sparse: Distillation, equal: str = "neurons", **bootstrap) -> Gain:
@@ -461,7 +474,7 @@ def _common(students: Sequence[Distillation]) -> set[int]:
 
 def _gain(errors: np.ndarray, ratio: Callable[[np.ndarray], float], width: float, bootstrap: dict) -> Gain:
     by_seed = [ratio(errors[i : i + 1]) for i in range(len(errors))]
-    return Gain(ratio(errors), crossed_interval(errors, ratio, **bootstrap), by_seed, width, errors[..., 0].size)
+    return Gain(ratio(errors), crossed_interval(errors, ratio, **bootstrap), by_seed, errors[..., 0].size, width)
 
 
 def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str, seeds: set[int] | None = None):

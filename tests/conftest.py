@@ -15,6 +15,7 @@ install_import_hook(
         "helpers.padding",
         "helpers.bounds",
         "helpers.constructions",
+        "helpers.ablations",
         "helpers.synthetic",
         "helpers.distillation",
     ],
