@@ -439,13 +439,13 @@ class Gain(Comparison):
 def gain(dense: Sequence[Distillation], sparse: Distillation, equal: str = "neurons", **bootstrap) -> Gain:
     """How many times the sparse student's error a dense student of equal cost makes.
 
-    The dense student's error at that cost is interpolated, linearly in logarithms, between the widths there are. The
-    seeds are those that all of them were trained with, in the same order.
+    The dense student's error at that cost is that of the dense student that has it, or else interpolated, linearly in
+    logarithms, between the next below and above. The seeds are those that these were all trained with.
 
     Raises:
         ValueError: when the sparse student costs less or more than every dense one, or tasks differ.
     """
-    errors, ratio, width = _compared(dense, sparse, equal)
+    errors, ratio, width, _ = _compared(dense, sparse, equal)
     return _gain(errors, ratio, width, bootstrap)
 
 
@@ -457,19 +457,19 @@ def contrast(
     Seeds (those that all have) and articles are resampled together for both; a Gaussian's "articles" are the rows that
     stand in their places.
     """
-    seeds = _common([*dense[0], *dense[1], *sparse])
-    (one, first, width), (two, second, _) = (_compared(d, s, equal, seeds) for d, s in zip(dense, sparse, strict=True))
-    cut = one.shape[-1]
-    both = np.concatenate([one, two], axis=-1)
+    parts = [_compared(d, s, equal) for d, s in zip(dense, sparse, strict=True)]
+    (one, first, width, here), (two, second, _, there) = parts
+    cut, both_have = one.shape[-1], sorted({*here} & {*there})
+    both = np.concatenate([one[[here.index(i) for i in both_have]], two[[there.index(i) for i in both_have]]], axis=-1)
     return _gain(both, lambda errors: first(errors[..., :cut]) / second(errors[..., cut:]), width, bootstrap)
 
 
-def _common(students: Sequence[Distillation]) -> set[int]:
+def _common(students: Sequence[Distillation]) -> list[int]:
     """The seeds that all of them were trained with."""
     common = set.intersection(*({student.seed for student in each.students} for each in students))
     if not common:
         raise ValueError(f"no seed is common to {[each.spec.label for each in students]}; allowed: at least one")
-    return common
+    return sorted(common)
 
 
 def _gain(errors: np.ndarray, ratio: Callable[[np.ndarray], float], width: float, bootstrap: dict) -> Gain:
@@ -477,14 +477,14 @@ def _gain(errors: np.ndarray, ratio: Callable[[np.ndarray], float], width: float
     return Gain(ratio(errors), crossed_interval(errors, ratio, **bootstrap), by_seed, errors[..., 0].size, width)
 
 
-def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str, seeds: set[int] | None = None):
-    """Errors [seeds, articles, dense students and the sparse one], their ratio at equal cost, the dense width there."""
+def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str):
+    """Errors [seeds, articles, dense students and the sparse one], their ratio at equal cost, the dense width there,
+    and the seeds."""
     if equal not in COSTS:
         raise ValueError(f"equal={equal!r} is unknown; allowed: {', '.join(map(repr, COSTS))}")
     dense = sorted(dense, key=lambda each: each.spec.active)
     if any(each.task != sparse.task for each in dense):
         raise ValueError(f"dense students are of task {dense[0].task!r}; allowed: {sparse.task!r}, as the sparse ones")
-    seeds = seeds or _common([*dense, sparse])
     cost = COSTS[equal]
     costs = [cost(each.students[0].fit.student) for each in dense]
     wanted = cost(sparse.students[0].fit.student)
@@ -492,8 +492,12 @@ def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str, s
         raise ValueError(
             f"{sparse.spec.label} has {wanted:,} {equal}; allowed: {costs[0]:,} to {costs[-1]:,}, as dense"
         )
+    below, above = max(c for c in costs if c <= wanted), min(c for c in costs if c >= wanted)
+    dense, costs = zip(*((each, c) for each, c in zip(dense, costs, strict=True) if c in (below, above)), strict=True)
+    seeds = _common([*dense, sparse])
     errors = np.stack(
-        [[s.errors for s in each.students if s.seed in seeds] for each in (*dense, sparse)], axis=-1
+        [[next(s.errors for s in each.students if s.seed == seed) for seed in seeds] for each in (*dense, sparse)],
+        axis=-1,
     )  # [seeds, articles, students]
 
     def ratio(some: np.ndarray) -> float:
@@ -501,4 +505,4 @@ def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str, s
         return float(np.exp(np.interp(np.log(wanted), np.log(costs), np.log(wide))) / ours)
 
     widths = np.log([each.spec.active for each in dense])
-    return errors, ratio, float(np.exp(np.interp(np.log(wanted), np.log(costs), widths)))
+    return errors, ratio, float(np.exp(np.interp(np.log(wanted), np.log(costs), widths))), seeds

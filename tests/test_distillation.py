@@ -207,6 +207,10 @@ def test_gain_is_over_the_seeds_that_all_have():
     dense = [made_up(4, [[4.0, 2.0], [9.0, 9.0]])]
     found = distillation.gain(dense, made_up(4, [[2.0, 1.0]], experts=8))
     assert found.value == pytest.approx(2.0) and found.by_seed == pytest.approx([2.0]) and found.n == 2
+    wider = made_up(16, [[1.0, 1.0]])  # its one seed does not matter where another width is exactly as large
+    both = made_up(4, [[2.0, 1.0], [3.0, 3.0]], experts=8)
+    assert distillation.gain([*dense, wider], both).by_seed == pytest.approx([2.0, 3.0])
+    assert distillation.contrast([dense, dense], [both, made_up(4, [[1.0, 1.0]], experts=8)]).by_seed == [2 / 3]
 
 
 def test_contrast_is_the_ratio_of_two_gains():
