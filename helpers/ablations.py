@@ -197,6 +197,6 @@ def strongest(
     return [row[order[a : min(b, a + count)]] for a, b in itertools.pairwise(starts)]
 
 
-def concentration(rows: Sequence[Int[np.ndarray, " rows"]], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " a"]:
+def concentration(rows: Sequence[Int[np.ndarray, " _"]], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " a"]:
     """For each list of rows, the share of its commonest label (token, article)."""
     return np.array([np.unique(labels[some], return_counts=True)[1].max() / len(some) for some in rows])
