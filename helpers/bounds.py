@@ -28,7 +28,7 @@ BISECTIONS = 80
 # -- the bound ---------------------------------------------------------------------------------------------------------
 
 
-def log_configurations(n_experts: ArrayLike, k: ArrayLike) -> np.ndarray:
+def log_configurations(n_experts: ArrayLike, k: ArrayLike) -> np.ndarray | np.floating:
     """ln C(E, k), in nats: how many sets of k experts out of E there are.
 
     Raises `ValueError` for k outside 0 to n_experts.
@@ -39,7 +39,7 @@ def log_configurations(n_experts: ArrayLike, k: ArrayLike) -> np.ndarray:
     return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
 
 
-def binary_kl(p: ArrayLike, q: ArrayLike) -> np.ndarray:
+def binary_kl(p: ArrayLike, q: ArrayLike) -> np.ndarray | np.floating:
     """kl(p ‖ q) in nats, between coins that land heads with probability p and q; 0 ln 0 = 0.
 
     Raises `ValueError` for p or q outside 0 to 1.
@@ -51,7 +51,7 @@ def binary_kl(p: ArrayLike, q: ArrayLike) -> np.ndarray:
     return special.rel_entr(p, q) + special.rel_entr(1 - p, 1 - q)
 
 
-def fvu_bound(w: ArrayLike, d: ArrayLike, log_n: ArrayLike) -> np.ndarray:
+def fvu_bound(w: ArrayLike, d: ArrayLike, log_n: ArrayLike) -> np.ndarray | np.floating:
     """The smallest FVU that the theorem allows: the root F ≤ 1 − w/d of kl(w/d ‖ 1 − F) = 2 ln N / d.
 
     Args:
@@ -79,7 +79,7 @@ def fvu_bound(w: ArrayLike, d: ArrayLike, log_n: ArrayLike) -> np.ndarray:
     return np.where(inside, np.where(budget == 0, 1 - p, np.exp(low)), 0.0)
 
 
-def _kl_of_log(p: np.ndarray, log_f: np.ndarray) -> np.ndarray:
+def _kl_of_log(p: np.ndarray | np.floating, log_f: np.ndarray | np.floating) -> np.ndarray | np.floating:
     """kl(p ‖ 1 − F) from ln F, which may be far below the smallest float."""
     with np.errstate(divide="ignore"):
         log_rest = np.where(log_f < 0, np.log(-np.expm1(np.minimum(log_f, 0))), -np.inf)
