@@ -54,6 +54,7 @@ def gather_dots(
     `known` holds these products when a dense pass has already computed them; they are then not computed again,
     but the gradient is still the sparse one.
     """
+    known = known if known is None else known.to(weight.dtype)  # under autocast a dense pass is half precision
     return _GatherDots.apply(x.to(weight.dtype), weight, indices, known)
 
 

@@ -381,6 +381,8 @@ def train(
     students = {
         f"{lr:g}": spec.build(*given.widths, settings.generator(seed)).to(device) for lr in lrs
     }  # each lr starts alike
+    # matrix products in bfloat16 where there are units for them, float32 parameters and sums everywhere
+    recipe.setdefault("autocast", torch.bfloat16 if torch.device(device).type == "cuda" else None)
     pairs = given.train
     stream = Shuffled(
         pairs.inputs, pairs.outputs, batch_size=batch_size, seed=seed, device=device, fingerprint=given.fingerprint

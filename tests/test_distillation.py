@@ -161,6 +161,18 @@ def test_the_learning_rate_is_chosen_on_validation_and_test_sums_are_by_article(
     assert [s.fvu for s in again.students] == [s.fvu for s in found.students]
 
 
+def test_mixed_precision_learns_the_same(setting):
+    teacher, stores, folder = setting
+    given = distillation.task(teacher, 1, stores, cache_dir=folder)
+    how = dict(lrs=[1e-2], seeds=[0], steps=60, batch_size=64, cache_dir=False)
+    full, mixed = (
+        distillation.distil(given, Spec(8, 30, router_rank=4), autocast=dtype, **how)
+        for dtype in (None, torch.bfloat16)
+    )
+    assert mixed.fvu == pytest.approx(full.fvu, rel=0.1) and mixed.fvu != full.fvu
+    assert all(p.dtype == torch.float32 for p in mixed.students[0].fit.student.parameters())
+
+
 def test_a_bias_is_there_where_the_balance_needs_one(setting):
     teacher, stores, folder = setting
     given = distillation.task(teacher, 1, stores, cache_dir=folder)
