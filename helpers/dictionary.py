@@ -199,9 +199,11 @@ class Rows(nn.Module):
         """Length of the vectors that the rows act on."""
         return (self.weight if self.down is None else self.down).shape[1]
 
-    def scores(self, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch n"]:
-        """w_j·x + bias_j for all n rows: one matrix product."""
-        return _linear(self._project(x), self.weight, self.bias)
+    def scores(self, x: Float[Tensor, "batch d"], only: Int[Tensor, " n"] | None = None) -> Float[Tensor, "batch n"]:
+        """w_j·x + bias_j for all rows, or for the same few (`only`) whatever the sample: one matrix product."""
+        if only is None:
+            return _linear(self._project(x), self.weight, self.bias)
+        return _linear(self._project(x), self.weight[only], None if self.bias is None else self.bias[only])
 
     def chosen(
         self, x: Float[Tensor, "batch d"], indices: Int[Tensor, "batch k"], known: Tensor | None = None
@@ -455,6 +457,7 @@ def topk_sae(
     b_dec: Float[Tensor, " d_model"] | None = None,
     tied: bool = False,
     activation: str = "relu",
+    selection_bias: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> RankOneDictionary:
     """A TopK SAE with unit-norm decoder (Makhzani & Frey 2013; Gao et al. 2024).
@@ -464,6 +467,7 @@ def topk_sae(
     Args:
         b_dec: where the decoder's bias starts, best the mean of the data; zero if None.
         tied: keep e_j = d_j during training.
+        selection_bias: whether choosing is by score plus a bias, as loss-free balancing needs.
     """
     _check_k(k, n_features)
     device = generator.device
@@ -473,7 +477,8 @@ def topk_sae(
     start = torch.zeros(d_model, device=device, dtype=dtype) if b_dec is None else b_dec.to(device, dtype).clone()
     bias = nn.Parameter(start)
     decoder = encoder if tied else Rows(atoms)
-    return RankOneDictionary(encoder, decoder, k=k, activation=activation, b_in=bias, b_out=bias, unit_norm=True)
+    options = {"activation": activation, "selection_bias": selection_bias, "unit_norm": True}
+    return RankOneDictionary(encoder, decoder, k=k, b_in=bias, b_out=bias, **options)
 
 
 def rank1_moe(d_model: int, n_experts: int, k: int, *, generator: torch.Generator, **options) -> RankOneDictionary:

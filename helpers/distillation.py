@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from helpers import settings
 from helpers.activations import ActivationStore, Moments
 from helpers.dictionary import RankOneDictionary, dense_mlp, secret_moe
-from helpers.losses import Balance, LossFree
+from helpers.losses import Balance
 from helpers.metrics import Evaluation, by_group, crossed_interval, evaluate
 from helpers.teachers import Teacher
 from helpers.training import Fit, Shuffled, fit
@@ -257,7 +257,7 @@ class Spec:
             generator=generator,
             router_rank=self.router_rank,
             shared_neurons=self.active - self.k,
-            selection_bias=isinstance(self.balance, LossFree),
+            selection_bias=self.balance.needs_bias,
         )
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def fvu(output: Float[Tensor, "rows d"], target: Float[Tensor, "rows d"]) -> float:
@@ -138,6 +140,60 @@ def max_cosines(of: Float[Tensor, "a d"], among: Float[Tensor, "b d"], *, chunk:
     """
     among = torch.nn.functional.normalize(among, dim=1)
     return torch.cat([(torch.nn.functional.normalize(rows, dim=1) @ among.T).amax(1) for rows in of.split(chunk)])
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How well learned directions match true ones, in both directions.
+
+    `of_truth` [n_true] is each true feature's largest cosine over the learned ones, `of_learned` [n_learned] each
+    learned one's over the true ones, and `twin` [n_learned] its largest cosine with another learned one.
+    """
+
+    of_truth: Float[Tensor, " n_true"]
+    of_learned: Float[Tensor, " n_learned"]
+    twin: Float[Tensor, " n_learned"]
+    mcc: float
+    threshold: float = 0.9
+
+    @property
+    def found(self) -> float:
+        """Share of the true features that some learned one matches (recall)."""
+        return float((self.of_truth > self.threshold).double().mean())
+
+    @property
+    def matched(self) -> float:
+        """Share of the learned features that match some true one (precision)."""
+        return float((self.of_learned > self.threshold).double().mean()) if len(self.of_learned) else math.nan
+
+    @property
+    def mmcs(self) -> float:
+        """Mean over true features of the largest cosine; it ignores duplicates."""
+        return float(self.of_truth.double().mean())
+
+    @property
+    def duplicates(self) -> float:
+        """Share of the learned features that have a twin among the others."""
+        return float((self.twin > self.threshold).double().mean()) if len(self.twin) else math.nan
+
+
+def recovery(
+    learned: Float[Tensor, "n_learned d"], truth: Float[Tensor, "n_true d"], *, threshold: float = 0.9
+) -> Recovery:
+    """Compare learned directions (those of LIVE features) with the true ones; a match is a cosine above `threshold`.
+
+    MCC is the mean cosine of the best one-to-one matching (Hungarian), summed over min(n_learned, n_true) pairs and
+    divided by n_true, so that a true feature without a partner counts 0.
+    """
+    cosines = F.normalize(truth, dim=1) @ F.normalize(learned, dim=1).T
+    if not learned.shape[0]:
+        nothing = learned.new_zeros(0)
+        return Recovery(learned.new_zeros(len(truth)), nothing, nothing, 0.0, threshold)
+    pairs = linear_sum_assignment(cosines.double().cpu().numpy(), maximize=True)
+    mcc = float(cosines[pairs].double().clamp(min=0).sum() / len(truth))
+    among = F.normalize(learned, dim=1) @ F.normalize(learned, dim=1).T
+    among.fill_diagonal_(-1)
+    return Recovery(cosines.amax(1), cosines.amax(0), among.amax(1), mcc, threshold)
 
 
 def crossed_interval(

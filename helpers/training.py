@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from helpers import dictionary, losses, settings
 from helpers.dictionary import RankOneDictionary
-from helpers.losses import Balance, normalised_mse
+from helpers.losses import Balance, Moment, normalised_mse
 from helpers.metrics import as_tensor
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -192,6 +193,9 @@ def fit(
         name: Recipe(steps, lr=_of(lr, name), balance=_of(balance, name) or Balance(), **recipe) for name in named
     }
     _check_widths(named, stream)
+    for name, student in named.items():
+        if recipes[name].balance.needs_bias and student.selection_bias is None:
+            raise ValueError(f"student {name!r} has selection_bias=False; allowed with {recipes[name].balance}: True")
     run = Run(named, stream, recipes, autocast=autocast, log_every=log_every)
     store = None if cache_dir is False else settings.cache_dir(cache_dir) / "fits" / f"{run.key()}.pt"
     if store is not None and store.is_file():
@@ -244,6 +248,11 @@ class Run:
             for name, student in students.items()
         }
         self.fits = {name: Fit(student) for name, student in students.items()}
+        self.ks = {name: student.k for name, student in students.items()}
+        self.silent = {
+            name: torch.zeros(student.n_atoms, dtype=torch.long, device=next(student.parameters()).device)
+            for name, student in students.items()
+        }
 
     def key(self) -> str:
         """Hash of everything that determines the outcome."""
@@ -256,7 +265,9 @@ class Run:
             for name, s in self.students.items()
         }
         where = {name: next(s.parameters()).device.type for name, s in self.students.items()}
-        code = [Path(module.__file__).read_bytes() for module in (dictionary, losses)] + [Path(__file__).read_bytes()]
+        modules = {dictionary.__name__, losses.__name__, __name__}
+        modules |= {type(recipe.balance).__module__ for recipe in self.recipes.values()}
+        code = [Path(sys.modules[module].__file__).read_bytes() for module in sorted(modules)]
         text = json.dumps(
             [parts, where, self.stream.fingerprint, str(self.autocast), self.log_every, torch.__version__]
         )
@@ -301,16 +312,21 @@ class Run:
         )
         like = next(student.parameters())
         inputs, targets = inputs.to(like.device, like.dtype), targets.to(like.device, like.dtype)
+        student.k = min(recipe.balance.k_at(self.ks[name], step / recipe.steps), student.n_features)
         with torch.autocast(like.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             trace = student.trace(inputs, score_gradient=recipe.balance.needs_scores)
+        student.k = self.ks[name]
         loss = normalised_mse(trace.output.to(targets.dtype), targets, self.variance)
+        silent = self.silent[name].add_(1)
+        silent[trace.codes.indices[trace.codes.fires]] = 0
+        now = Moment(student, inputs, targets, trace, loss, silent, step, recipe.steps, optimiser)
         if step % self.log_every == 0 or step == recipe.steps - 1:
             fit.steps.append(step)
             fit.loss.append(float(loss.detach()))
             if not math.isfinite(fit.loss[-1]):
                 raise FloatingPointError(f"the loss of student {name!r} is {fit.loss[-1]} at step {step}; lower lr")
         optimiser.zero_grad(set_to_none=True)
-        (loss + recipe.balance.loss(trace, targets)).backward()
+        (loss + recipe.balance.loss(now)).backward()
         student.constrain_gradient_()
         if recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.clip)
@@ -318,7 +334,7 @@ class Run:
             group["lr"] = recipe.lr_at(step)
         optimiser.step()
         student.constrain_()
-        recipe.balance.after_step(student, trace, step)
+        recipe.balance.after_step(now)
 
     def save(self, store: Path) -> None:
         """Write aside and move into place: a killed process leaves the last good file."""
@@ -328,6 +344,7 @@ class Run:
             "students": {name: s.state_dict() for name, s in self.students.items()},
             "optimisers": None if done else {name: o.state_dict() for name, o in self.optimisers.items()},
             "fits": {name: (f.steps, f.loss, f.seconds) for name, f in self.fits.items()},
+            "silent": self.silent,
         }
         store.parent.mkdir(parents=True, exist_ok=True)
         aside = store.with_suffix(f".{os.getpid()}.part")
@@ -348,6 +365,7 @@ class Run:
             student.load_state_dict(state["students"][name])
             if state["optimisers"] is not None:
                 self.optimisers[name].load_state_dict(state["optimisers"][name])
+            self.silent[name].copy_(state["silent"][name])
             steps, loss, seconds = state["fits"][name]
             self.fits[name] = Fit(student, steps, loss, seconds, from_cache=state["optimisers"] is None)
 
