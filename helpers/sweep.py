@@ -1,0 +1,98 @@
+"""A grid of runs on Dask: processes on this machine by default, a cluster by its address."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+ADDRESS = "RANK1_SCHEDULER"
+"""Environment variable with a Dask scheduler's address, such as tcp://host:8786; every sweep then goes there."""
+
+
+def sweep(
+    task: Callable[..., T],
+    cells: Sequence[Mapping[str, Any]],
+    *,
+    label: str = "sweep",
+    workers: int | None = None,
+    address: str | None = None,
+) -> list[T]:
+    """`[task(**cell) for cell in cells]`, in that order, each cell on one thread of one worker.
+
+    Runs of small models do not fill several cores, so cells side by side finish sooner than threads within one. Cells
+    that store what they have done (`fit` does) are not repeated by a sweep that is started again.
+
+    Args:
+        task: a function of an importable module; its arguments and result travel between processes.
+        workers: processes on this machine; one a core if None, and 1 runs the cells here, one after another.
+        address: of a Dask scheduler, whose workers must have this repository installed and see the same cache folder;
+            `RANK1_SCHEDULER` if None. It wins over `workers`.
+
+    Raises:
+        ValueError: for workers below 1.
+        RuntimeError: naming the cell that failed, from its error; cells that have not begun are given up.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} does nothing; allowed: at least 1, or None for one a core")
+    address = address or os.environ.get(ADDRESS)
+    workers = min(workers or len(os.sched_getaffinity(0)), max(1, len(cells)))
+    if address is None and workers == 1:
+        return [_alone(task, cell) for cell in tqdm(cells, label, mininterval=2, delay=2)]
+    from distributed import as_completed
+
+    client = _client(address, workers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cells that carry arrays are large; that is meant
+        futures = [client.submit(_alone, task, dict(cell), pure=False) for cell in cells]
+    try:
+        for done in tqdm(as_completed(futures), label, total=len(futures), mininterval=2, delay=2):
+            done.result()
+        return [future.result() for future in futures]
+    finally:
+        client.cancel(futures)
+
+
+@cache
+def _client(address: str | None, workers: int):
+    """A connection that lasts as long as this process: starting workers takes seconds, most of it `import torch`."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    if address is not None:
+        return Client(address)
+    scratch = tempfile.TemporaryDirectory(prefix="rank1-sweep-")
+    with dask.config.set(temporary_directory=scratch.name):
+        cluster = LocalCluster(
+            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=50
+        )
+    atexit.register(scratch.cleanup)
+    atexit.register(cluster.close)
+    return Client(cluster)
+
+
+def _named(task: Callable[..., T], cell: Mapping[str, Any]) -> T:
+    try:
+        return task(**cell)
+    except Exception as error:
+        told = ", ".join(f"{name}={value!r}" for name, value in cell.items())
+        raise RuntimeError(f"{task.__name__}({told[:500]}) failed: {error}") from error
+
+
+def _alone(task: Callable[..., T], cell: Mapping[str, Any]) -> T:
+    """One thread whatever runs beside it, so that a cell's numbers do not depend on the number of workers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _named(task, cell)
+    finally:
+        torch.set_num_threads(threads)
