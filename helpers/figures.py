@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#00875F", "#B0569A"
 AMBER, WINE, INDIGO, SLATE, INK = "#A87400", "#882255", "#4B4BC3", "#6B7280", "#1F2328"
+BROWN = "#8A4B2A"
 """Okabe and Ito's hues, darkened until each stands 3:1 or more against white; INK is for text, bounds and oracles."""
 
 
@@ -38,7 +39,8 @@ METHODS = {
     "center": Mark(WINE, "centred", "P"),
     "switch": Mark(VERMILION, "Switch", "o"),
     "bias": Mark(AMBER, "loss-free bias", "p"),
-    "zloss": Mark(INDIGO, "z-loss", "X"),
+    "zloss": Mark(BROWN, "z-loss", "X"),
+    "both": Mark(INK, "Switch and another", "*"),
     # models
     "sae": Mark(BLUE, "TopK SAE", "o"),
     "moe": Mark(VERMILION, "MoE", "s"),

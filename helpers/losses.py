@@ -325,7 +325,7 @@ class Resample(Balance):
         model = now.dictionary
         residual = now.residual
         chances = residual.double().square().sum(1).square()
-        random = settings.generator((self.seed << 32) + now.step, chances.device)
+        random = settings.generator(settings.mix(self.seed, now.step), chances.device)
         rows = torch.multinomial(chances, len(dead), replacement=True, generator=random)
         if self.toward == "residual":
             start = residual[rows]

@@ -2,22 +2,27 @@
 
 A `Problem` is a kind of world and the student that shall learn it; a `Setting` is a remedy with its strength and
 learning rate. `trial` trains every setting of one seed over one stream and judges each on rows that no training saw.
+`contest` is a grid of trials with the same number of candidates for every method; what follows it chooses among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from helpers import settings
+from helpers import losses, settings
 from helpers.dictionary import RankOneDictionary, topk_sae
 from helpers.losses import Balance
-from helpers.metrics import evaluate, recovery
+from helpers.metrics import bootstrap_interval, evaluate, recovery
+from helpers.sweep import sweep
 from helpers.synthetic import World, world
 from helpers.training import Fresh, fit
 
@@ -158,3 +163,170 @@ def judge(
         match.duplicates,
         seconds,
     )
+
+
+# -- a contest of methods ----------------------------------------------------------------------------------------------
+
+METHODS: dict[str, Callable[[float, int], Balance]] = {
+    "none": lambda strength, steps: Balance(),
+    "auxk": lambda strength, steps: losses.auxk(strength, silent_for=max(1, steps // 20)),
+    "ghost": lambda strength, steps: losses.ghost(strength, silent_for=max(1, steps // 20)),
+    "resample": lambda strength, steps: losses.resample(max(2, steps // 8), strength, until=0.7),
+    "anneal": lambda strength, steps: losses.anneal(strength),
+    "zloss": lambda strength, steps: losses.zloss(strength),
+    "bias": lambda strength, steps: losses.loss_free(strength),
+    "switch": lambda strength, steps: losses.switch(strength),
+}
+"""A remedy by its strength and the run's length, to which waits and intervals are scaled."""
+
+STRENGTHS: dict[str, tuple[float, ...]] = {
+    "auxk": (1 / 32, 1.0),
+    "ghost": (0.1, 1.0),
+    "resample": (0.2, 1.0),
+    "anneal": (2.0, 4.0),
+    "zloss": (1e-4, 1e-3),
+    "bias": (1e-3, 1e-2),
+    "switch": (0.01, 0.1),
+}
+"""As many strengths for each: its authors' own value, where they give one that fits, and one more."""
+
+CANDIDATE = ["method", "strength", "lr", "centred"]
+"""The columns of a contest that name a candidate."""
+
+
+def candidates(lrs: Sequence[float], extra_lrs: Sequence[float], centred: Sequence[bool] = (False, True)) -> list[dict]:
+    """Every method at each of its strengths, learning rates and centrings, as rows of `CANDIDATE`.
+
+    "none" has no strength: it gets `extra_lrs` besides, as many as make its number of candidates that of the others.
+    """
+    each = len(next(iter(STRENGTHS.values())))
+    if len(lrs) + len(extra_lrs) != each * len(lrs):
+        raise ValueError(
+            f"extra_lrs has {len(extra_lrs)} values; allowed: {(each - 1) * len(lrs)}, so that doing nothing is tuned "
+            "as much as anything else"
+        )
+    rows = [
+        {"method": method, "strength": strength, "lr": lr, "centred": centre}
+        for centre in centred
+        for method, strengths in STRENGTHS.items()
+        for strength in strengths
+        for lr in lrs
+    ]
+    nothing = [
+        {"method": "none", "strength": 0.0, "lr": lr, "centred": centre}
+        for centre in centred
+        for lr in sorted([*lrs, *extra_lrs])
+    ]
+    return nothing + rows
+
+
+def setting(row: Mapping[str, float | str | bool], steps: int) -> Setting:
+    """The `Setting` of a candidate; a method `a+b` with strength (x, y) is both at once."""
+    names, strengths = str(row["method"]).split("+"), np.atleast_1d(row["strength"]).tolist()
+    parts = [METHODS[name](strength, steps) for name, strength in zip(names, strengths, strict=True)]
+    balance = parts[0] if len(parts) == 1 else losses.together(*parts)
+    return Setting(balance, float(row["lr"]), bool(row["centred"]))
+
+
+def contest(
+    problem: Problem,
+    rows: Mapping[int, Sequence[Mapping]] | Sequence[Mapping],
+    *,
+    ks: Sequence[int],
+    seeds: Sequence[int],
+    cache_dir: str | Path | None | Literal[False] = None,
+    **options,
+) -> pd.DataFrame:
+    """Train every candidate at each k and seed; a line each, with k, seed, the candidate and its `Outcome`.
+
+    `rows` may differ by k. One cell of the sweep is one k and seed; `options` go to `sweep`.
+    """
+    grid = [(k, seed) for k in ks for seed in seeds]
+    given = {k: list(rows[k] if isinstance(rows, Mapping) else rows) for k in ks}
+    cells = [
+        {
+            "problem": replace(problem, k=k),
+            "seed": seed,
+            "given": {str(i): setting(row, problem.steps) for i, row in enumerate(given[k])},
+            "cache_dir": cache_dir,
+        }
+        for k, seed in grid
+    ]
+    results = sweep(trial, cells, **{"label": "contest"} | options)
+    lines = [
+        {"k": k, "seed": seed} | dict(row) | asdict(outcomes[str(i)])
+        for (k, seed), outcomes in zip(grid, results, strict=True)
+        for i, row in enumerate(given[k])
+    ]
+    return pd.DataFrame(lines)
+
+
+def choose(frame: pd.DataFrame, tolerance: float = 0.01) -> tuple:
+    """The candidate (a tuple of `CANDIDATE`) with the lowest validation FVU, means over seeds; candidates within
+    `tolerance` of it count as equal, and of them the one with the fewest dead on validation rows is taken."""
+    means = _means(frame)
+    near = means[means.validation_fvu <= (1 + tolerance) * means.validation_fvu.min()]
+    return near.sort_values(["validation_dead", "validation_fvu"]).index[0]
+
+
+def front(frame: pd.DataFrame) -> list[tuple]:
+    """Candidates that no other beats in both validation FVU and dead share (means over seeds), by rising FVU."""
+    means = _means(frame).sort_values(["validation_fvu", "validation_dead"])
+    best, kept = math.inf, []
+    for candidate, line in means.iterrows():
+        if line.validation_dead < best:
+            best = line.validation_dead
+            kept.append(candidate)
+    return kept
+
+
+def of(frame: pd.DataFrame, candidate: tuple) -> pd.DataFrame:
+    """The lines of one candidate, a seed each, in the order of the seeds."""
+    same = np.logical_and.reduce([frame[name] == value for name, value in zip(CANDIDATE, candidate, strict=True)])
+    return frame[same].sort_values("seed")
+
+
+def fewest_dead(frame: pd.DataFrame, fvu: float, tolerance: float = 0.01) -> tuple | None:
+    """Of the candidates whose validation FVU is at most `fvu`·(1 + tolerance), the one with the fewest dead."""
+    means = _means(frame)
+    near = means[means.validation_fvu <= (1 + tolerance) * fvu]
+    return None if near.empty else near.sort_values(["validation_dead", "validation_fvu"]).index[0]
+
+
+def lowest_fvu(frame: pd.DataFrame, dead: float) -> tuple | None:
+    """Of the candidates whose validation dead share is at most `dead`, the one with the lowest validation FVU."""
+    means = _means(frame)
+    near = means[means.validation_dead <= dead]
+    return None if near.empty else near.validation_fvu.idxmin()
+
+
+def validation(frame: pd.DataFrame, candidate: tuple) -> tuple[float, float]:
+    """FVU and dead share of a candidate on validation rows, means over seeds."""
+    lines = of(frame, candidate)
+    return float(lines.validation_fvu.mean()), float(lines.validation_dead.mean())
+
+
+def over_seeds(values: Sequence[float] | np.ndarray, **bootstrap) -> tuple[float, float, float]:
+    """Mean over the seeds with its bootstrap interval: (mean, low, high)."""
+    values = np.asarray(values, dtype=float)
+    return (float(values.mean()), *bootstrap_interval(values, **bootstrap))
+
+
+def times_fewer(
+    more: pd.DataFrame, fewer: pd.DataFrame, n_features: int, **bootstrap
+) -> tuple[float, tuple[float, float], bool]:
+    """Dead features of the first candidate over those of the second, summed over paired seeds, on test rows.
+
+    Returns the ratio, its bootstrap interval over seeds, and whether it is only a lower bound. A count of zero is
+    taken as one, which makes the ratio a lower bound.
+    """
+    pairs = np.c_[more.sort_values("seed").dead, fewer.sort_values("seed").dead] * n_features
+
+    def ratio(counts: np.ndarray) -> float:
+        return float(counts[:, 0].sum() / max(counts[:, 1].sum(), 1.0))
+
+    return ratio(pairs), bootstrap_interval(pairs, ratio, **bootstrap), bool(pairs[:, 1].sum() < 1)
+
+
+def _means(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.groupby(CANDIDATE, sort=False)[["validation_fvu", "validation_dead"]].mean()

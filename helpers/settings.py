@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from platformdirs import user_cache_path
 
@@ -21,6 +22,14 @@ def cache_dir(folder: str | Path | None = None) -> Path:
     path = Path(chosen).expanduser().resolve()
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def mix(seed: int, counter: int) -> int:
+    """A well-spread seed for each (seed, counter), so that neighbouring streams do not overlap.
+
+    PyTorch's CPU generator reads only the low 32 bits of a seed; all of them depend on both numbers here.
+    """
+    return int(np.random.SeedSequence([seed, counter]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def profile() -> str:

@@ -77,7 +77,7 @@ class Shuffled:
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (
                 epoch,
-                torch.randperm(len(self.inputs), generator=settings.generator(_mix(self.seed, epoch))),
+                torch.randperm(len(self.inputs), generator=settings.generator(settings.mix(self.seed, epoch))),
             )
         rows = self._epoch[1][position * self.batch_size : (position + 1) * self.batch_size].numpy()
         inputs = as_tensor(self.inputs, rows).to(self.device)
@@ -98,13 +98,8 @@ class Fresh:
         self.fingerprint = f"fresh({fingerprint}, batch={batch_size}, seed={seed})"
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        drawn = self.draw(self.batch_size, settings.generator(_mix(self.seed, step), self.device))
+        drawn = self.draw(self.batch_size, settings.generator(settings.mix(self.seed, step), self.device))
         return drawn if isinstance(drawn, tuple) else (drawn, drawn)
-
-
-def _mix(seed: int, counter: int) -> int:
-    """A well-spread seed for each (seed, counter), so that neighbouring streams do not overlap."""
-    return int(np.random.SeedSequence([seed, counter]).generate_state(1, np.uint64)[0] >> 1)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
