@@ -7,7 +7,7 @@ reads like the sentence. What it may look at and change is a `Moment`: one step 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -153,9 +153,9 @@ def during(what: Balance, start: float = 0.0, stop: float = 1.0) -> During:
 # -- from mixtures of experts ------------------------------------------------------------------------------------------
 
 
-def load_shares(indices: Int[Tensor, "batch k"], n: int) -> Float[Tensor, " n"]:
+def load_shares(indices: Int[Tensor, "batch k"], n: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
     """f_i: the share of the batch's k·T choices that fell on i. Sums to 1."""
-    return torch.bincount(indices.reshape(-1), minlength=n) / indices.numel()
+    return torch.bincount(indices.reshape(-1), minlength=n).to(dtype) / indices.numel()
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Switch(Balance):
 
     def loss(self, now: Moment) -> Tensor:
         scores = now.trace.scores
-        share = load_shares(now.trace.codes.indices, scores.shape[1]).to(scores.dtype)
+        share = load_shares(now.trace.codes.indices, scores.shape[1], scores.dtype)
         probability = (scores / self.temperature).softmax(-1).mean(0)
         return self.alpha * len(share) * (share * probability).sum()
 
@@ -313,7 +313,7 @@ class Resample(Balance):
     every: int = 250
     scale: float = 0.2
     until: float = 0.8
-    toward: Literal["input", "residual"] = "input"
+    toward: str = "input"
     seed: int = 0
 
     @torch.no_grad()
@@ -353,7 +353,7 @@ def resample(
     every: int = 250,
     scale: float = 0.2,
     until: float = 0.8,
-    toward: Literal["input", "residual"] = "input",
+    toward: str = "input",
     seed: int = 0,
 ) -> Resample:
     """Resampling every `every` steps until the share `until` of the run, toward badly reconstructed inputs."""

@@ -141,7 +141,8 @@ class World:
         atoms: [n_true, d] unit features.
         rates: [n_true] marginal firing rates, float64.
         groups: [n_true] number of each feature's group.
-        parents: [n_true], −1 for a feature without a parent; a parent has none itself and fires more often.
+        parents: [n_true], −1 for a feature without a parent; a parent has none itself, is of another group and fires
+            more often.
         mean: [d], added to every sample.
     """
 
@@ -217,7 +218,8 @@ def world(
         active: how many features fire on average.
         zipf: exponent of the firing rates (`zipf_rates`); 0 makes all alike.
         group_size, correlation: groups are drawn at random and fire together with this latent correlation in [0, 1).
-        hierarchy: share of the features, drawn at random, that get a parent among the others of higher rate.
+        hierarchy: share of the features, drawn at random, that get a parent of higher rate among the others, where
+            there is one outside their own group.
         magnitudes: a name in `MAGNITUDES`.
         noise: standard deviation per dimension.
         mean: length of the constant that is added to every sample, where a feature's mean contribution has length 1.
@@ -241,7 +243,7 @@ def world(
     shuffled = torch.randperm(n_true, generator=generator, device=generator.device).cpu().tolist()
     children, roots = sorted(shuffled[: round(hierarchy * n_true)]), sorted(shuffled[round(hierarchy * n_true) :])
     for child in children:
-        above = [root for root in roots if rates[root] > rates[child]]
+        above = [root for root in roots if rates[root] > rates[child] and groups[root] != groups[child]]
         if above:
             drawn = torch.randint(len(above), (1,), generator=generator, device=generator.device)
             parents[child] = above[int(drawn)]
