@@ -190,6 +190,9 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
 }
 """As many strengths for each: its authors' own value, where they give one that fits, and one more."""
 
+CELL = 16
+"""Students trained side by side: they share the cost of drawing samples, and their state still fits in a cache."""
+
 CANDIDATE = ["method", "strength", "lr", "centred"]
 """The columns of a contest that name a candidate."""
 
@@ -239,24 +242,25 @@ def contest(
 ) -> pd.DataFrame:
     """Train every candidate at each k and seed; a line each, with k, seed, the candidate and its `Outcome`.
 
-    `rows` may differ by k. One cell of the sweep is one k and seed; `options` go to `sweep`.
+    `rows` may differ by k. A cell of the sweep trains up to `CELL` candidates of one k and seed over one stream;
+    `options` go to `sweep`.
     """
-    grid = [(k, seed) for k in ks for seed in seeds]
     given = {k: list(rows[k] if isinstance(rows, Mapping) else rows) for k in ks}
+    grid = [(k, seed, given[k][i : i + CELL]) for k in ks for seed in seeds for i in range(0, len(given[k]), CELL)]
     cells = [
         {
             "problem": replace(problem, k=k),
             "seed": seed,
-            "given": {str(i): setting(row, problem.steps) for i, row in enumerate(given[k])},
+            "given": {str(i): setting(row, problem.steps) for i, row in enumerate(part)},
             "cache_dir": cache_dir,
         }
-        for k, seed in grid
+        for k, seed, part in grid
     ]
     results = sweep(trial, cells, **{"label": "contest"} | options)
     lines = [
         {"k": k, "seed": seed} | dict(row) | asdict(outcomes[str(i)])
-        for (k, seed), outcomes in zip(grid, results, strict=True)
-        for i, row in enumerate(given[k])
+        for (k, seed, part), outcomes in zip(grid, results, strict=True)
+        for i, row in enumerate(part)
     ]
     return pd.DataFrame(lines)
 
