@@ -18,6 +18,8 @@ install_import_hook(
         "helpers.ablations",
         "helpers.synthetic",
         "helpers.distillation",
+        "helpers.remedies",
+        "helpers.sweep",
     ],
     "tests.typechecking.check",
 )
