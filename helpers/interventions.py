@@ -93,7 +93,7 @@ class Pinned(Balance):
             b_in = now.dictionary.b_in
             centred = now.inputs if b_in is None else now.inputs - b_in.detach()
             indices = (centred @ rows.T).topk(indices.shape[1], dim=1).indices
-        share = load_shares(indices, n).to(scores.dtype)
+        share = load_shares(indices, n, scores.dtype)
         if self.load == "permuted":
             order = torch.randperm(n, generator=settings.generator(settings.mix(self.seed, now.step)))
             share = share[order.to(share.device)]

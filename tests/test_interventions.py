@@ -59,7 +59,7 @@ def test_the_pull_is_the_gradient_of_the_switch_loss(temperature):
     scores = now.trace.scores.detach().requires_grad_()
     now.trace = type(now.trace)(now.trace.output, now.trace.codes, scores)
     remedy.loss(now).backward()
-    load = losses.load_shares(now.trace.codes.indices, scores.shape[1]).to(DOUBLE)
+    load = losses.load_shares(now.trace.codes.indices, scores.shape[1], DOUBLE)
     force = pull(scores.detach(), load, 0.7, temperature)
     torch.testing.assert_close(force, scores.grad, rtol=0, atol=1e-15)
     slow = slow_pull(scores.detach().numpy(), load.numpy(), 0.7, temperature)
