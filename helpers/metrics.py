@@ -189,8 +189,8 @@ def recovery(
     if not learned.shape[0]:
         nothing = learned.new_zeros(0)
         return Recovery(learned.new_zeros(len(truth)), nothing, nothing, 0.0, threshold)
-    pairs = linear_sum_assignment(cosines.double().cpu().numpy(), maximize=True)
-    mcc = float(cosines[pairs].double().clamp(min=0).sum() / len(truth))
+    pairs = linear_sum_assignment(cosines.clamp(min=0).double().cpu().numpy(), maximize=True)
+    mcc = float(cosines[pairs].clamp(min=0).double().sum() / len(truth))
     among = F.normalize(learned, dim=1) @ F.normalize(learned, dim=1).T
     among.fill_diagonal_(-1)
     return Recovery(cosines.amax(1), cosines.amax(0), among.amax(1), mcc, threshold)

@@ -316,21 +316,128 @@ def over_seeds(values: Sequence[float] | np.ndarray, **bootstrap) -> tuple[float
     return (float(values.mean()), *bootstrap_interval(values, **bootstrap))
 
 
-def times_fewer(
-    more: pd.DataFrame, fewer: pd.DataFrame, n_features: int, **bootstrap
-) -> tuple[float, tuple[float, float], bool]:
+def _means(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.groupby(CANDIDATE, sort=False)[["validation_fvu", "validation_dead"]].mean()
+
+
+# -- comparisons -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A number from paired seeds with its bootstrap interval. `bound`: the number is only a lower bound."""
+
+    value: float
+    ci: tuple[float, float]
+    n: int
+    bound: bool = False
+
+
+def paired(
+    first: pd.DataFrame, second: pd.DataFrame, column: str, how: Literal["ratio", "difference"] = "ratio", **bootstrap
+) -> Paired:
+    """Mean of `column` of the first candidate over (or minus) that of the second, seeds resampled in pairs."""
+    pairs = np.c_[first.sort_values("seed")[column], second.sort_values("seed")[column]].astype(float)
+
+    def statistic(data: np.ndarray) -> float:
+        a, b = data.mean(0)
+        return float(a / b if how == "ratio" else a - b)
+
+    return Paired(statistic(pairs), bootstrap_interval(pairs, statistic, **bootstrap), len(pairs))
+
+
+def times_fewer(more: pd.DataFrame, fewer: pd.DataFrame, n_features: int, **bootstrap) -> Paired:
     """Dead features of the first candidate over those of the second, summed over paired seeds, on test rows.
 
-    Returns the ratio, its bootstrap interval over seeds, and whether it is only a lower bound. A count of zero is
-    taken as one, which makes the ratio a lower bound.
+    A count of zero is taken as one, on both sides: below, it makes the ratio a lower bound.
     """
     pairs = np.c_[more.sort_values("seed").dead, fewer.sort_values("seed").dead] * n_features
 
     def ratio(counts: np.ndarray) -> float:
-        return float(counts[:, 0].sum() / max(counts[:, 1].sum(), 1.0))
+        return float(max(counts[:, 0].sum(), 1.0) / max(counts[:, 1].sum(), 1.0))
 
-    return ratio(pairs), bootstrap_interval(pairs, ratio, **bootstrap), bool(pairs[:, 1].sum() < 1)
+    none_dead = bool(pairs[:, 1].sum() < 0.5)
+    return Paired(ratio(pairs), bootstrap_interval(pairs, ratio, **bootstrap), len(pairs), none_dead)
 
 
-def _means(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.groupby(CANDIDATE, sort=False)[["validation_fvu", "validation_dead"]].mean()
+def matched(frame: pd.DataFrame, method: str = "switch") -> tuple[tuple, tuple, bool]:
+    """A method's chosen candidate, the other methods' with the fewest dead at no larger FVU, and whether there is one.
+
+    All by validation rows. Where no other method comes within 1 % of that FVU, the one that comes nearest stands in.
+    """
+    mine = choose(frame[frame.method == method])
+    others = frame[~frame.method.str.contains(method)]
+    rival = fewest_dead(others, validation(frame, mine)[0])
+    return mine, rival or _means(others).validation_fvu.idxmin(), rival is not None
+
+
+def dominance(frame: pd.DataFrame, n_features: int, method: str = "switch") -> tuple[tuple, tuple]:
+    """The candidate of the other methods' Pareto front that is hardest to match, and the method's answer to it.
+
+    For each candidate on that front the answer is the method's candidate of lowest validation FVU with at most one
+    dead feature more (or its fewest dead, if none has so few); hardest is where the answer's FVU is largest in ratio.
+    """
+    mine, others = frame[frame.method == method], frame[~frame.method.str.contains(method)]
+    pairs = []
+    for rival in front(others):
+        fvu, dead = validation(frame, rival)
+        answer = lowest_fvu(mine, dead + 1 / n_features) or _means(mine).validation_dead.idxmin()
+        pairs.append((validation(frame, answer)[0] / fvu, rival, answer))
+    _, rival, answer = max(pairs, key=lambda pair: pair[0])
+    return rival, answer
+
+
+def finalists(frame: pd.DataFrame, method: str = "switch") -> dict[str, tuple]:
+    """Chosen candidates, each by the rule: nothing done, the method, the best of the others, and it with the method."""
+    other = frame[~frame.method.str.contains(method) & (frame.method != "none")]
+    found = {"none": frame[frame.method == "none"], method: frame[frame.method == method], "other": other}
+    found["both"] = frame[frame.method.str.contains("+", regex=False)]
+    return {name: choose(part) for name, part in found.items() if len(part)}
+
+
+def packed(frame: pd.DataFrame) -> list[dict]:
+    """A contest as points for a results file: one entry a candidate and k, its outcomes as lists over seeds."""
+    keys = [name for name in frame if name in ("situation", "k", *CANDIDATE)]
+    points = []
+    for values, lines in frame.groupby(keys, sort=False):
+        rest = lines.sort_values("seed").drop(columns=keys)
+        points.append(dict(zip(keys, values, strict=True)) | {n: [_short(v) for v in rest[n].tolist()] for n in rest})
+    return points
+
+
+def unpacked(points: Sequence[Mapping]) -> pd.DataFrame:
+    """The inverse of `packed`."""
+    lines = []
+    for point in points:
+        keys = {name: value for name, value in point.items() if not isinstance(value, list) or name == "strength"}
+        if isinstance(keys["strength"], list):
+            keys["strength"] = tuple(keys["strength"])
+        lists = {name: value for name, value in point.items() if name not in keys}
+        lines += [keys | dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+    return pd.DataFrame(lines)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def regimes(
+    axes: Mapping[str, Mapping[float | str, tuple[Problem, Setting]]],
+    seeds: Sequence[int],
+    *,
+    cache_dir: str | Path | None | Literal[False] = None,
+    **options,
+) -> pd.DataFrame:
+    """Outcomes of one setting under changed conditions: a line for each axis, its value, and the seed."""
+    grid = [(axis, value, seed) for axis, values in axes.items() for value in values for seed in seeds]
+    cells = [
+        {"problem": problem, "seed": seed, "given": {"": given}, "cache_dir": cache_dir}
+        for axis, value, seed in grid
+        for problem, given in (axes[axis][value],)
+    ]
+    results = sweep(trial, cells, **{"label": "regimes"} | options)
+    lines = [
+        {"axis": axis, "value": value, "seed": seed} | {n: _short(v) for n, v in asdict(outcome[""]).items()}
+        for (axis, value, seed), outcome in zip(grid, results, strict=True)
+    ]
+    return pd.DataFrame(lines)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import common, students
+from benchmarks import common, runs, students
 from helpers import performance
 
 
@@ -100,3 +100,7 @@ def test_an_unknown_benchmark_is_refused(capsys):
 def test_the_gathering_student_is_the_same_function():
     outputs, gradients = students.differences(200, 8)
     assert outputs < 1e-5 and gradients < 1e-4
+
+
+def test_a_leading_run_axis_trains_the_same_models():
+    assert runs.difference(40, 8, 3, 32) < 1e-4
