@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from helpers import metrics
 from helpers.dictionary import topk_sae
 from helpers.settings import generator
+from tests.reference.metrics_numpy import slow_recovery
 
 
 def test_fvu_has_its_closed_forms():
@@ -71,3 +72,43 @@ def test_max_cosines():
     learned = torch.tensor([[2.0, 0, 0], [5.0, 0, 0], [0, 1.0, 1.0]])
     np.testing.assert_allclose(metrics.max_cosines(truth, learned), [1, 0.5**0.5, 0.5**0.5], rtol=1e-6)
     np.testing.assert_allclose(metrics.max_cosines(learned, truth, chunk=2), [1, 1, 0.5**0.5], rtol=1e-6)
+
+
+SHAPES = [(1, 1), (3, 5), (5, 3), (5, 5), (6, 2), (2, 6), (4, 0)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("n_true", "n_learned"), SHAPES)
+def test_recovery_equals_the_slow_version_over_all_matchings(n_true, n_learned, seed):
+    truth = torch.randn(n_true, 3, generator=generator(seed), dtype=torch.float64)
+    learned = torch.randn(n_learned, 3, generator=generator(100 + seed), dtype=torch.float64)
+    result = metrics.recovery(learned, truth, threshold=0.6)
+    expected = slow_recovery(learned.numpy(), truth.numpy(), 0.6)
+    found = {name: getattr(result, name) for name in expected}
+    assert found == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    assert (len(result.of_truth), len(result.of_learned), len(result.twin)) == (n_true, n_learned, n_learned)
+
+
+def test_recovery_counts_both_directions_and_duplicates():
+    truth = torch.eye(4)
+    learned = torch.tensor([[3.0, 0, 0, 0], [1, 0.1, 0, 0], [0, -2, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0.2]])
+    result = metrics.recovery(learned, truth)
+    assert result.found == 2 / 4  # the first by two learned ones, the second by the last; a sign is not forgiven
+    assert result.matched == 3 / 5
+    assert result.duplicates == 2 / 5
+    cosines = [1, 1 / 1.04**0.5, 0.5**0.5, 0]
+    assert result.mcc == pytest.approx(sum(cosines) / 4)
+    assert result.mmcs == pytest.approx((1 + 1 / 1.04**0.5 + 0.5**0.5 + 0.5**0.5) / 4)
+
+
+def test_recovery_does_not_depend_on_lengths_or_order():
+    truth, learned = (torch.randn(n, 4, generator=generator(n), dtype=torch.float64) for n in (7, 9))
+    order = torch.randperm(9, generator=generator(0))
+    one = metrics.recovery(learned, truth, threshold=0.5)
+    other = metrics.recovery(5 * learned[order], truth / 3, threshold=0.5)
+    torch.testing.assert_close(one.of_learned[order], other.of_learned)
+    assert [one.found, one.matched, one.mmcs, one.mcc, one.duplicates] == pytest.approx(
+        [other.found, other.matched, other.mmcs, other.mcc, other.duplicates]
+    )
+    perfect = metrics.recovery(2 * truth.flip(0), truth)
+    assert [perfect.found, perfect.matched, perfect.mmcs, perfect.mcc] == pytest.approx([1, 1, 1, 1])

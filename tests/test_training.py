@@ -159,6 +159,61 @@ def test_a_killed_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights, expected_weights, strict=True))
 
 
+class Cut:
+    """A stream that breaks off before one step, as a killed process does; the fingerprint is the whole one's."""
+
+    def __init__(self, stream, at):
+        self.stream, self.at, self.fingerprint = stream, at, stream.fingerprint
+
+    def __call__(self, step):
+        if step == self.at:
+            raise KeyboardInterrupt
+        return self.stream(step)
+
+
+@pytest.mark.parametrize("at", [37, 40])
+def test_a_resumed_run_remembers_how_long_features_were_silent(tmp_path, at):
+    """AuxK and resampling read those counts; `at` is between two resamplings, and behind one."""
+    stream = Shuffled(rows(), batch_size=64)
+    given = {
+        "auxk": losses.auxk(silent_for=12),
+        "both": losses.together(losses.auxk(silent_for=12, k_aux=3), losses.resample(every=20, until=0.9)),
+        "none": losses.Balance(),
+    }
+
+    def run(stream, folder):
+        students = {name: sae(k=1) for name in given}
+        for student in students.values():
+            with torch.no_grad():
+                student.encoder.weight[:20] *= 0.01  # silent, until a remedy finds them
+        return fit(students, stream, steps=70, lr=1e-2, balance=given, cache_dir=folder, checkpoint_seconds=0.0)
+
+    quiet = run(stream, tmp_path / "quiet")
+    with pytest.raises(KeyboardInterrupt):
+        run(Cut(stream, at), tmp_path / "cut")
+    (stored,) = (tmp_path / "cut" / "fits").glob("*.pt")
+    state = torch.load(stored)
+    assert state["step"] == at and state["silent"]["none"].max() == at
+    resumed = run(stream, tmp_path / "cut")
+    for name in given:
+        assert resumed[name].loss == quiet[name].loss
+        assert same_parameters(resumed[name].student, quiet[name].student)
+    ends = [quiet[name].student for name in given]
+    assert not same_parameters(ends[0], ends[2]) and not same_parameters(ends[1], ends[0])  # each remedy acted
+
+
+@pytest.mark.parametrize(
+    "remedy",
+    [losses.loss_free(), losses.together(losses.auxk(), losses.loss_free()), losses.during(losses.loss_free(), 0.5)],
+)
+def test_a_missing_selection_bias_is_named_before_training(remedy):
+    student = sae()
+    before = [p.detach().clone() for p in student.parameters()]
+    with pytest.raises(ValueError, match="student 'b' has selection_bias=False; allowed with .*LossFree.*: True"):
+        fit({"b": student}, Shuffled(rows(), batch_size=64), steps=5, balance={"b": remedy})
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+
+
 def test_a_damaged_store_is_named(tmp_path):
     stream = Shuffled(rows(), batch_size=64)
     fit(sae(), stream, steps=3, cache_dir=tmp_path)

@@ -25,7 +25,7 @@ def decoder(p):
 def output(p, x, k):
     """TopK SAE: b + Σ over the k largest z_j of max(0, z_j) d_j."""
     rows = []
-    for sample, z in zip(x, scores(p, x), strict=True):
+    for z in scores(p, x):
         y = p["b"].copy()
         for j in sorted(range(len(z)), key=lambda j: -z[j])[:k]:
             y = y + max(0.0, z[j]) * decoder(p)[j]

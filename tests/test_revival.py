@@ -1,0 +1,103 @@
+"""No straw men: each remedy revives features, or keeps them alive, where its authors say it does.
+
+In a world of 32 features in 32 dimensions (not orthogonal), half of the student's 32 start where they cannot fire. Left alone they stay
+dead. `quiet`: encoder rows ×1/100, so that they lose every choice. `deep`: a bias of −4, so that ReLU hides them too.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+from helpers import losses
+from helpers.dictionary import topk_sae
+from helpers.metrics import evaluate, recovery
+from helpers.settings import generator
+from helpers.synthetic import world
+from helpers.training import Fresh, fit
+
+N, D, K, STEPS = 32, 32, 3, 300
+
+REMEDIES = {
+    "quiet": {
+        "none": losses.Balance(),
+        "auxk": losses.auxk(silent_for=20),
+        "switch": losses.switch(0.1, temperature=0.5),
+        "loss_free": losses.loss_free(0.02),
+        "anneal": losses.anneal(8.0, over=0.5),
+        "resample": losses.resample(every=50),
+    },
+    "deep": {
+        "none": losses.Balance(),
+        "ghost": losses.ghost(silent_for=20),
+        "resample": losses.resample(every=50),
+        "toward residual": losses.resample(every=50, toward="residual"),
+    },
+}
+
+
+def student(start, selection_bias, seed, b_dec=None):
+    sae = topk_sae(D, N, K, generator=generator(seed + 1), b_dec=b_dec, selection_bias=selection_bias)
+    with torch.no_grad():
+        if start == "quiet":
+            sae.encoder.weight[: N // 2] *= 0.01
+        if start == "deep":
+            sae.encoder.bias[: N // 2] = -4.0
+    return sae
+
+
+def judged(sae, source):
+    """Share of dead features, FVU and share of true features found, on rows no training saw."""
+    result = evaluate(sae, source.sample(2000, generator(7)))
+    match = recovery(sae.decoder.weight.detach()[result.rates > 0], source.atoms)
+    return result.dead, result.fvu, match.found
+
+
+def source(seed, **more):
+    return world(N, D, generator=generator(seed), active=3.0, zipf=0.0, magnitudes="constant", **more)
+
+
+@cache
+def trained(start, name, seed=0):
+    given, remedy = source(seed), REMEDIES[start][name]
+    sae = student(start, remedy.needs_bias, seed)
+    stream = Fresh(given.sample, batch_size=64, fingerprint="revival", seed=seed)
+    return judged(fit(sae, stream, steps=STEPS, lr=1e-2, balance=remedy).student, given)
+
+
+# how much of the dead share may be left, and whether 300 steps are enough for a better reconstruction too
+LEFT = {
+    "auxk": 0.2,
+    "switch": 0.2,
+    "loss_free": 0.2,
+    "anneal": 0.2,
+    "resample": 0.8,
+    "toward residual": 0.8,
+    "ghost": 0.9,
+}
+CASES = [(start, name) for start, remedies in REMEDIES.items() for name in remedies if name != "none"]
+
+
+@pytest.mark.parametrize(("start", "name"), CASES)
+def test_a_remedy_revives_what_would_stay_dead(start, name):
+    (dead, fvu, found), (dead_alone, fvu_alone, found_alone) = trained(start, name), trained(start, "none")
+    assert dead_alone > 0.3
+    assert dead < LEFT[name] * dead_alone
+    if name not in ("anneal", "ghost"):
+        assert fvu < fvu_alone
+        assert found > found_alone
+
+
+@cache
+def centred(at_mean, seed=0):
+    given = source(seed, mean=10.0)
+    sae = student("plain", False, seed, given.sample(2000, generator(8)).mean(0) if at_mean else None)
+    stream = Fresh(given.sample, batch_size=64, fingerprint="centring", seed=seed)
+    return judged(fit(sae, stream, steps=200, lr=3e-3).student, given)
+
+
+def test_b_dec_at_the_mean_prevents_dead_features_where_the_mean_is_large():
+    (dead, fvu, _), (dead_alone, fvu_alone, _) = centred(True), centred(False)
+    assert dead_alone > 0.3
+    assert dead < 0.1
+    assert fvu < fvu_alone
