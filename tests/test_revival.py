@@ -1,7 +1,8 @@
 """No straw men: each remedy revives features, or keeps them alive, where its authors say it does.
 
-In a world of 32 features in 32 dimensions (not orthogonal), half of the student's 32 start where they cannot fire. Left alone they stay
-dead. `quiet`: encoder rows ×1/100, so that they lose every choice. `deep`: a bias of −4, so that ReLU hides them too.
+In a world of 32 features in 32 dimensions (not orthogonal), half of the student's 32 start where they cannot fire. Left
+alone they stay dead. `quiet`: encoder rows ×1/100, so that they lose every choice. `deep`: a bias of −4, so that ReLU
+hides them too.
 """
 
 from functools import cache

@@ -182,7 +182,7 @@ def test_zipf_rates_sum_to_active_under_the_cap_by_a_power_law(n, share, exponen
     free = (rates < cap).nonzero()[:, 0]
     if len(free) > 1:
         first = int(free[0])
-        law = ((free + 1) / (first + 1)).double() ** -exponent
+        law = ((free + 1).double() / (first + 1)) ** -exponent
         np.testing.assert_allclose(rates[free] / rates[first], law, rtol=1e-9)
 
 
