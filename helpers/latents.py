@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from helpers import dictionary, losses, settings, training
 from helpers.activations import ActivationStore
@@ -402,10 +403,12 @@ def at_other_k(
     workers: int | None = None,
 ) -> dict[tuple[str, bool, str, int], Trial]:
     """What `contest` chose, trained once more (first seed) with another k; nothing is chosen anew."""
+    first = {key: entry.trials[0] for key, entry in found.items() if key[2] in names}
     cells = {
-        (*key, k): {"bench": replace(entry.trials[0].bench, k=k), "setting": entry.setting, "seed": entry.trials[0].seed}
-        for k in ks for key, entry in found.items() if key[2] in names
-    }  # fmt: skip
+        (*key, k): {"bench": replace(each.bench, k=k), "setting": each.setting, "seed": each.seed}
+        for k in ks
+        for key, each in first.items()
+    }
     options = {"device": device, "cache_dir": cache_dir}
     trials = sweep(trial, [cell | options for cell in cells.values()], label="other k", workers=workers)
     return dict(zip(cells, trials, strict=True))
@@ -413,7 +416,11 @@ def at_other_k(
 
 @dataclass(frozen=True)
 class Comparison:
-    """A number made of several trials, with its 95 % interval over articles, and seeds where there are several."""
+    """A number made of several trials, with its 95 % interval over articles, and seeds where there are several.
+
+    The largest of many rates is larger in a resample than in the sample, on average; where that leaves the number
+    itself outside its interval, the interval is widened to hold it.
+    """
 
     value: float
     ci: tuple[float, float]
@@ -452,9 +459,7 @@ def largest_rates(
         rates = (sums[:, :-1] / sums[:, -1:]).reshape(len(some), len(names), width).max(-1).mean(0)
         return statistic(dict(zip(names, rates.tolist(), strict=True)))
 
-    return Comparison(
-        of(data), crossed_interval(data, of, **bootstrap), [of(data[i : i + 1]) for i in range(len(data))]
-    )
+    return _compared(data, of, bootstrap)
 
 
 def error(runs: Sequence[Trial], **bootstrap) -> Comparison:
@@ -464,6 +469,108 @@ def error(runs: Sequence[Trial], **bootstrap) -> Comparison:
     def of(some: np.ndarray) -> float:
         return float(some[..., 0].sum() / some[..., 1].sum())
 
-    return Comparison(
-        of(data), crossed_interval(data, of, **bootstrap), [of(data[i : i + 1]) for i in range(len(data))]
-    )
+    return _compared(data, of, bootstrap)
+
+
+def _compared(data: np.ndarray, of: Callable[[np.ndarray], float], bootstrap: dict) -> Comparison:
+    value, (low, high) = of(data), crossed_interval(data, of, **bootstrap)
+    return Comparison(value, (min(low, value), max(high, value)), [of(data[i : i + 1]) for i in range(len(data))])
+
+
+MEASURES = ("fvu", "largest_rate", "dead", "dense")
+
+
+def points(found: Mapping[tuple[str, bool, str], Entry], **bootstrap) -> list[dict[str, object]]:
+    """The entries of a contest as a results file has them: what was chosen with all its seeds, and every candidate."""
+    rows = []
+    for (_, _, method), entry in found.items():
+        rate = largest_rates({method: entry.trials}, lambda rates, name=method: rates[name], **bootstrap)
+        fvu = error(entry.trials, **bootstrap)
+        rows.append(
+            entry.trials[0].row()
+            | {"method": method, "seeds": [each.seed for each in entry.trials]}
+            | {"fvu": fvu.value, "fvu_ci": fvu.ci, "largest_rate": rate.value, "rate_ci": rate.ci}
+            | {f"{name}_by_seed": [getattr(each, name) for each in entry.trials] for name in MEASURES}
+            | {"candidates": [_short(each) for each in entry.candidates], "capped": _short(entry.capped[0])}
+        )
+    return rows
+
+
+def _short(found: Trial) -> dict[str, object]:
+    numbers = {name: getattr(found, name) for name in MEASURES}
+    return {"balance": repr(found.setting.balance), "lr": found.setting.lr} | numbers
+
+
+def whereabouts(bench: Bench, seed: int = 0) -> dict[str, float | str]:
+    """Where the rows of a bench lie, and what the untrained dictionary makes of it on held-out rows.
+
+    `mean_share` is ‖μ‖²/(‖μ‖² + tr C); `top_share` the share of the variance along its largest principal direction;
+    `coordinate` the largest coordinate of the divided mean. `fires_at_zero` and `fires_at_mean` are shares of the
+    latents that fire at all before training, by where b_dec starts.
+    """
+    moments = bench.store("train").moments(bench.site)
+    mean, spread = float(moments.mean.square().sum()), float(moments.cov.trace())
+    rows = bench.rows("test")
+    one = torch.zeros(len(rows), dtype=torch.long)
+    fires = {
+        name: float((firings(bench.student(Setting(centred=centred), seed), rows, one) > 0).mean())
+        for name, centred in (("fires_at_zero", False), ("fires_at_mean", True))
+    }
+    return {
+        "site": bench.site,
+        "mean_share": mean / (mean + spread),
+        "top_share": float(torch.linalg.eigvalsh(moments.cov)[-1]) / spread,
+        "coordinate": float(bench.mean.abs().max()),
+    } | fires
+
+
+# -- what the busiest latents are --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeanShares:
+    """Who carries the mean μ of the rows: shares of ‖μ‖² along μ in b_dec, in dense latents and in the others.
+
+    They add to 1 but for the error of the reconstruction's mean.
+    """
+
+    bias: float
+    dense: float
+    others: float
+
+
+def mean_shares(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], rates: Float[np.ndarray, " n"]) -> MeanShares:
+    """Split the mean reconstruction of `rows` along their mean; `rates` are the latents' firing rates."""
+    mean = rows.double().mean(0)
+    along = sae.decoder.weight.detach().cpu().double() @ mean / mean.square().sum()
+    parts, dense = mean_codes(sae, rows) * along, torch.from_numpy(np.asarray(rates) > DENSE)
+    bias = float(sae.b_out.detach().cpu().double() @ mean / mean.square().sum())
+    return MeanShares(bias, float(parts[dense].sum()), float(parts[~dense].sum()))
+
+
+@torch.no_grad()
+def mean_codes(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], *, batch_size: int = 4096) -> Float[Tensor, " n"]:
+    """Each latent's code averaged over all rows, 0 where it does not fire; float64."""
+    where, total = next(sae.parameters()), torch.zeros(sae.n_atoms, dtype=torch.float64)
+    for part in rows.split(batch_size):
+        codes = sae.encode(part.to(where.device, where.dtype))
+        total.index_add_(0, codes.indices.flatten().cpu(), codes.values.flatten().double().cpu())
+    return total / len(rows)
+
+
+@torch.no_grad()
+def codes_of(
+    sae: RankOneDictionary, rows: Float[Tensor, "rows d"], latents: Sequence[int], *, batch_size: int = 4096
+) -> Float[Tensor, "rows chosen"]:
+    """The codes of a few latents on every row, 0 where they do not fire."""
+    where, parts = next(sae.parameters()), []
+    for part in rows.split(batch_size):
+        codes = sae.encode(part.to(where.device, where.dtype))
+        parts.append(torch.stack([(codes.values * (codes.indices == j)).sum(1) for j in latents], dim=1).float().cpu())
+    return torch.cat(parts)
+
+
+def cosines(sae: RankOneDictionary, direction: Float[Tensor, " d"]) -> Float[np.ndarray, " n"]:
+    """Cosine of each latent's decoder row with a direction."""
+    rows = sae.decoder.weight.detach().cpu().float()
+    return (F.normalize(rows, dim=1) @ F.normalize(direction.float(), dim=0)).numpy()

@@ -20,6 +20,7 @@ install_import_hook(
         "helpers.distillation",
         "helpers.remedies",
         "helpers.sweep",
+        "helpers.latents",
     ],
     "tests.typechecking.check",
 )
