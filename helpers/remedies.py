@@ -286,7 +286,8 @@ def front(frame: pd.DataFrame) -> list[tuple]:
 
 def of(frame: pd.DataFrame, candidate: tuple) -> pd.DataFrame:
     """The lines of one candidate, a seed each, in the order of the seeds."""
-    same = np.logical_and.reduce([frame[name] == value for name, value in zip(CANDIDATE, candidate, strict=True)])
+    wanted = tuple(value.item() if isinstance(value, np.generic) else value for value in candidate)
+    same = [line == wanted for line in frame[CANDIDATE].itertuples(index=False, name=None)]
     return frame[same].sort_values("seed")
 
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import inspect
+import json
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -149,3 +152,121 @@ def test_an_unknown_start_is_named():
 
     with pytest.raises(ValueError, match="start='cold' is unknown; allowed: 'tied', 'untied', 'small', 'large'"):
         build()
+
+
+# -- the contest -------------------------------------------------------------------------------------------------------
+
+
+def table(**columns):
+    """Two seeds a candidate, by hand: (method, strength): (validation FVU, validation dead)."""
+    lines = []
+    for (method, strength), (fvu, dead) in columns["of"].items():
+        for seed, shift in ((0, -0.001), (1, 0.001)):
+            told = {"k": 4, "seed": seed, "method": method, "strength": strength, "lr": 0.1, "centred": True}
+            judged = {"validation_fvu": fvu + shift, "validation_dead": dead, "fvu": fvu + shift, "dead": dead}
+            lines.append(told | judged | {"found": 0.5})
+    return pd.DataFrame(lines)
+
+
+CONTEST = table(
+    of={
+        ("none", 0.0): (0.200, 0.30),
+        ("auxk", 1.0): (0.150, 0.10),
+        ("auxk", 2.0): (0.151, 0.05),
+        ("ghost", 1.0): (0.180, 0.02),
+        ("switch", 0.1): (0.160, 0.00),
+        ("switch", 0.2): (0.210, 0.00),
+        ("switch+auxk", (0.1, 1.0)): (0.140, 0.00),
+    }
+)
+
+
+def name(candidate):
+    return candidate[0], candidate[1]
+
+
+def test_the_rule_takes_the_fewest_dead_among_errors_within_one_percent():
+    assert name(remedies.choose(CONTEST[CONTEST.method == "auxk"])) == ("auxk", 2.0)
+    assert name(remedies.choose(CONTEST[CONTEST.method == "auxk"], tolerance=0.0)) == ("auxk", 1.0)
+
+
+def test_the_front_is_what_no_candidate_beats_in_both():
+    others = CONTEST[~CONTEST.method.str.contains("switch")]
+    assert [name(c) for c in remedies.front(others)] == [("auxk", 1.0), ("auxk", 2.0), ("ghost", 1.0)]
+    assert [name(c) for c in remedies.front(CONTEST)] == [("switch+auxk", (0.1, 1.0))]
+
+
+def test_matched_asks_for_no_larger_error_and_says_when_nobody_reaches_it():
+    mine, rival, reached = remedies.matched(CONTEST)
+    assert (name(mine), name(rival), reached) == (("switch", 0.1), ("auxk", 2.0), True)
+    better = CONTEST.assign(validation_fvu=CONTEST.validation_fvu - 0.1 * (CONTEST.method == "switch"))
+    mine, rival, reached = remedies.matched(better)
+    assert (name(rival), reached) == (("auxk", 1.0), False)
+
+
+def test_dominance_names_the_point_that_is_hardest_to_match():
+    rival, answer = remedies.dominance(CONTEST, n_features=100)
+    assert (name(rival), name(answer)) == (("auxk", 1.0), ("switch", 0.1))
+
+
+def test_finalists_are_chosen_apart_and_combinations_are_no_rivals():
+    found = {role: name(candidate) for role, candidate in remedies.finalists(CONTEST).items()}
+    both = ("switch+auxk", (0.1, 1.0))
+    assert found == {"none": ("none", 0.0), "switch": ("switch", 0.1), "other": ("auxk", 2.0), "both": both}
+
+
+def test_a_count_of_zero_is_taken_as_one_and_said():
+    rival, mine = (remedies.of(CONTEST, c) for c in (("auxk", 2.0, 0.1, True), ("switch", 0.1, 0.1, True)))
+    found = remedies.times_fewer(rival, mine, 100)  # 5 dead of each seed against none at all
+    assert (found.value, found.bound, found.n) == (10.0, True, 2)
+    back = remedies.times_fewer(mine, rival, 100)
+    assert (back.value, back.bound) == (pytest.approx(0.1), False)
+
+
+def test_paired_resamples_seeds_together():
+    rival, mine = (remedies.of(CONTEST, c) for c in (("none", 0.0, 0.1, True), ("switch", 0.1, 0.1, True)))
+    found = remedies.paired(rival, mine, "fvu")
+    assert found.value == pytest.approx(0.2 / 0.16)
+    assert found.ci == pytest.approx((0.199 / 0.159, 0.201 / 0.161)[::-1])
+    assert remedies.paired(rival, mine, "dead", "difference").ci == pytest.approx((0.3, 0.3))
+
+
+def test_every_method_has_as_many_candidates():
+    rows = pd.DataFrame(remedies.candidates([1e-2, 2e-2], [1e-3, 3e-3]))
+    counts = rows.groupby(["method", "centred"]).size()
+    assert set(counts) == {4} and len(counts) == 2 * len(remedies.METHODS)
+    with pytest.raises(ValueError, match="extra_lrs has 1 values; allowed: 2"):
+        remedies.candidates([1e-2, 2e-2], [1e-3])
+
+
+def test_packing_keeps_a_contest():
+    again = remedies.unpacked(json.loads(json.dumps(remedies.packed(CONTEST))))
+    pd.testing.assert_frame_equal(again[CONTEST.columns], CONTEST)
+
+
+def test_a_contest_gives_every_candidate_its_own_outcome():
+    problem = Problem(24, 2, 8, 20, 6, 16, 200, {"active": 2.0})
+    rows = remedies.candidates([1e-2], [3e-2], [True])
+    frame = remedies.contest(problem, rows, ks=[2, 3], seeds=[0, 1], cache_dir=False, workers=1)
+    assert len(frame) == 2 * 2 * len(rows)
+    for row in (rows[0], rows[-1]):
+        alone = remedies.trial(problem, 1, {"x": remedies.setting(row, problem.steps)}, cache_dir=False)["x"]
+        (line,) = remedies.of(frame[(frame.k == 2) & (frame.seed == 1)], tuple(row.values())).to_dict("records")
+        assert (line["fvu"], line["dead"]) == (alone.fvu, alone.dead)
+
+
+def test_two_remedies_at_once_are_both_there():
+    row = {"method": "switch+auxk", "strength": (0.1, 1.0), "lr": 0.1, "centred": False}
+    made = remedies.setting(row, 100)
+    assert made.balance == losses.together(losses.switch(0.1), losses.auxk(1.0, silent_for=5))
+    assert (made.lr, made.centred) == (0.1, False)
+
+
+def test_regimes_are_the_trials_under_changed_conditions():
+    problem, given = Problem(24, 2, 8, 20, 6, 16, 200, {"active": 2.0}), Setting(lr=1e-2)
+    frame = remedies.regimes(
+        {"k": {2: (problem, given), 3: (replace(problem, k=3), given)}}, [0], cache_dir=False, workers=1
+    )
+    alone = remedies.trial(replace(problem, k=3), 0, {"x": given}, cache_dir=False)["x"]
+    assert frame.value.tolist() == [2, 3]
+    assert frame.fvu[1] == pytest.approx(alone.fvu, rel=1e-4)

@@ -12,7 +12,8 @@ def cosine(a, b):
 
 
 def best_matching(cosines):
-    """The one-to-one pairs with the largest sum of cosines, as many as there can be; a negative one then counts 0."""
+    """The largest sum of cosines over one-to-one pairs; a pair with a negative one is as good as none."""
+    cosines = np.maximum(cosines, 0)
     n_true, n_learned = cosines.shape
     if n_learned < n_true:
         return best_matching(cosines.T)
@@ -21,7 +22,7 @@ def best_matching(cosines):
         pairs = max(pairings, key=lambda pairs: sum(cosines[i, j] for i, j in pairs))
     else:
         pairs = zip(*linear_sum_assignment(cosines, maximize=True), strict=True)
-    return float(sum(max(0.0, cosines[i, j]) for i, j in pairs))
+    return float(sum(cosines[i, j] for i, j in pairs))
 
 
 def slow_recovery(learned, truth, threshold):
