@@ -504,12 +504,14 @@ def _short(found: Trial) -> dict[str, object]:
 def whereabouts(bench: Bench, seed: int = 0) -> dict[str, float | str]:
     """Where the rows of a bench lie, and what the untrained dictionary makes of it on held-out rows.
 
-    `mean_share` is ‖μ‖²/(‖μ‖² + tr C); `top_share` the share of the variance along its largest principal direction;
-    `coordinate` the largest coordinate of the divided mean. `fires_at_zero` and `fires_at_mean` are shares of the
+    `mean_share` is ‖μ‖²/(‖μ‖² + tr C); `top_share` the share of the variance along its largest principal direction,
+    and `aligned` the cosine, without its sign, of that direction with μ; `coordinate` the largest coordinate of the
+    divided mean. `fires_at_zero` and `fires_at_mean` are shares of the
     latents that fire at all before training, by where b_dec starts.
     """
     moments = bench.store("train").moments(bench.site)
     mean, spread = float(moments.mean.square().sum()), float(moments.cov.trace())
+    values, axes = torch.linalg.eigh(moments.cov)
     rows = bench.rows("test")
     one = torch.zeros(len(rows), dtype=torch.long)
     fires = {
@@ -519,7 +521,8 @@ def whereabouts(bench: Bench, seed: int = 0) -> dict[str, float | str]:
     return {
         "site": bench.site,
         "mean_share": mean / (mean + spread),
-        "top_share": float(torch.linalg.eigvalsh(moments.cov)[-1]) / spread,
+        "top_share": float(values[-1]) / spread,
+        "aligned": abs(float(axes[:, -1] @ moments.mean)) / mean**0.5,
         "coordinate": float(bench.mean.abs().max()),
     } | fires
 
