@@ -7,7 +7,10 @@ learning rate. `trial` trains every setting of one seed over one stream and judg
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +21,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from helpers import losses, settings
+from helpers import dictionary, losses, metrics, settings, synthetic, training
 from helpers.dictionary import RankOneDictionary, topk_sae
 from helpers.losses import Balance
 from helpers.metrics import bootstrap_interval, evaluate, recovery
@@ -115,8 +118,37 @@ def trial(
     """Train the settings (by name) over one stream of the seed's world and judge them.
 
     A task for `sweep`: one cell is one problem and seed. The data's mean, where a setting asks for it, is that of a
-    sample as large as the validation one. `recipe` goes to `training.fit`.
+    sample as large as the validation one. `recipe` goes to `training.fit`. Trainings and outcomes are kept in the
+    cache folder, unless that is False.
     """
+    if cache_dir is False:
+        return _trial(problem, seed, given, False, **recipe)
+    path = settings.cache_dir(cache_dir) / "trials" / f"{_key(problem, seed, given, recipe)}.pt"
+    if path.is_file():
+        kept = torch.load(path, weights_only=True)
+        return {name: Outcome(**kept[name]) for name in given}
+    found = _trial(problem, seed, given, cache_dir, **recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        torch.save({name: asdict(outcome) for name, outcome in found.items()}, aside)
+        os.replace(aside, path)  # a killed process leaves no half file
+    finally:
+        aside.unlink(missing_ok=True)
+    return found
+
+
+def _key(problem: Problem, seed: int, given: Mapping[str, Setting], recipe: Mapping) -> str:
+    """Hash of everything that determines the outcomes: the cell, and the code that draws, trains and judges."""
+    world = sorted(problem.world.items())
+    told = repr((replace(problem, world={}), world, seed, sorted(given.items()), sorted(recipe.items())))
+    modules = {losses, training, synthetic, metrics, dictionary, sys.modules[__name__]}
+    modules |= {sys.modules[type(each.balance).__module__] for each in given.values()}
+    code = b"".join(Path(module.__file__).read_bytes() for module in sorted(modules, key=lambda m: m.__name__))
+    return hashlib.blake2b(f"{told}{torch.__version__}".encode() + code, digest_size=16).hexdigest()
+
+
+def _trial(problem: Problem, seed: int, given: Mapping[str, Setting], cache_dir, **recipe) -> dict[str, Outcome]:
     source = problem.draw(seed)
     rows = {
         name: source.sample(problem.n_rows, settings.generator(10 * seed + i))

@@ -270,3 +270,17 @@ def test_regimes_are_the_trials_under_changed_conditions():
     alone = remedies.trial(replace(problem, k=3), 0, {"x": given}, cache_dir=False)["x"]
     assert frame.value.tolist() == [2, 3]
     assert frame.fvu[1] == pytest.approx(alone.fvu, rel=1e-4)
+
+
+def test_outcomes_are_kept_until_the_cell_changes(tmp_path):
+    problem = Problem(24, 2, 8, 20, 6, 16, 200, {"active": 2.0, "mean": 1.0})
+    first = trial(problem, 0, {"x": Setting()}, tmp_path)
+    (kept,) = (tmp_path / "trials").glob("*.pt")
+    for path in (tmp_path / "fits").glob("*.pt"):
+        path.unlink()
+    turned = replace(problem, world={"mean": 1.0, "active": 2.0})  # the order of a mapping means nothing
+    assert trial(turned, 0, {"x": Setting()}, tmp_path) == first
+    assert not list((tmp_path / "fits").glob("*.pt"))
+    for changed in ((replace(problem, n_rows=201), 0), (problem, 1)):
+        trial(*changed, {"x": Setting()}, tmp_path)
+    assert len(list((tmp_path / "trials").glob("*.pt"))) == 3 and kept.is_file()
