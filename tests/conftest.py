@@ -19,6 +19,7 @@ install_import_hook(
         "helpers.synthetic",
         "helpers.distillation",
         "helpers.remedies",
+        "helpers.interventions",
         "helpers.sweep",
         "helpers.latents",
     ],
