@@ -109,9 +109,9 @@ def pinned(
     alpha: float = 0.1,
     temperature: float = 1.0,
     *,
-    acts_on: Literal["scores", "encoder", "rows", "bias", "b_dec"] = "scores",
-    half: Literal["both", "lift", "push"] = "both",
-    load: Literal["own", "permuted", "random"] = "own",
+    acts_on: str = "scores",
+    half: str = "both",
+    load: str = "own",
     seed: int = 0,
 ) -> Pinned:
     """The Switch loss with part of its gradient held back, or with other loads; see `Pinned`.

@@ -252,7 +252,7 @@ def test_a_contest_gives_every_candidate_its_own_outcome():
     for row in (rows[0], rows[-1]):
         alone = remedies.trial(problem, 1, {"x": remedies.setting(row, problem.steps)}, cache_dir=False)["x"]
         (line,) = remedies.of(frame[(frame.k == 2) & (frame.seed == 1)], tuple(row.values())).to_dict("records")
-        assert (line["fvu"], line["dead"]) == (alone.fvu, alone.dead)
+        assert (line["fvu"], line["dead"]) == pytest.approx((alone.fvu, alone.dead), rel=1e-6)  # other threads
 
 
 def test_two_remedies_at_once_are_both_there():
