@@ -5,7 +5,6 @@ All train the same SAEs with the Switch loss on the same batches; losses are com
 
 from __future__ import annotations
 
-import os
 import time
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks import common
 from helpers import dictionary, losses, settings, training
-from helpers.sweep import sweep
+from helpers.sweep import cores, sweep
 
 ALPHA, RUNS, STEPS = 0.1, 8, 60
 SIZES = ((128, 16, 4, 128), (512, 64, 8, 256), (2048, 256, 16, 512))
@@ -95,7 +94,7 @@ def difference(n: int, d: int, k: int, batch: int, steps: int = 5) -> float:
 
 
 def main(repeats: int = 9) -> None:
-    rows, targets, workers = [], [], len(os.sched_getaffinity(0))
+    rows, targets, workers = [], [], cores()
     for size in SIZES:
         n, d, k, batch = size
         run, stacked = one_by_one(*size), Stacked(*size)

@@ -22,7 +22,6 @@ from helpers.losses import Balance, Moment, load_shares
 from helpers.metrics import evaluate, recovery
 from helpers.remedies import Outcome, Problem, Setting
 from helpers.synthetic import random_atoms
-from helpers.training import Fresh, fit
 
 PLACES = ("scores", "encoder", "rows", "bias", "b_dec")
 HALVES = ("both", "lift", "push")
@@ -152,24 +151,10 @@ def watch(
     **recipe,
 ) -> dict[str, Seen]:
     """`remedies.trial` with a closer look: the same worlds, streams, students and outcomes."""
-    source = problem.draw(seed)
-    mean, validation, test = (source.sample(problem.n_rows, settings.generator(10 * seed + i)) for i in (2, 3, 4))
-    stream = Fresh(source.sample, batch_size=problem.batch_size, fingerprint=source.fingerprint, seed=10 * seed + 5)
-    trained = fit(
-        {name: remedies.student(problem, setting, seed, mean.mean(0)) for name, setting in given.items()},
-        stream,
-        steps=problem.steps,
-        lr={name: setting.lr for name, setting in given.items()},
-        balance={name: setting.balance for name, setting in given.items()},
-        log_every=max(1, problem.steps // 20),
-        label=f"seed {seed}",
-        cache_dir=cache_dir,
-        **recipe,
-    )
-    found = {}
-    for name, each in trained.items():
-        rates = evaluate(each.student, test).rates
-        match = recovery(each.student.decoder.weight.detach()[rates > 0], source.atoms)
-        outcome = remedies.judge(each.student, validation, test, source.atoms, each.seconds)
-        found[name] = Seen(outcome, rates.numpy(), source.rates.numpy(), match.of_truth.numpy())
+    done, found = remedies.train(problem, seed, given, cache_dir, **recipe), {}
+    for name, each in done.fits.items():
+        rates = evaluate(each.student, done.test).rates
+        match = recovery(each.student.decoder.weight.detach()[rates > 0], done.source.atoms)
+        told = (rates, done.source.rates, match.of_truth)
+        found[name] = Seen(done.judge(name), *(numbers.numpy() for numbers in told))
     return found

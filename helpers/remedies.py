@@ -19,6 +19,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn import functional as F
 
 from helpers import dictionary, losses, metrics, settings, synthetic, training
@@ -27,7 +29,7 @@ from helpers.losses import Balance
 from helpers.metrics import bootstrap_interval, evaluate, recovery
 from helpers.sweep import sweep
 from helpers.synthetic import World, world
-from helpers.training import Fresh, fit
+from helpers.training import Fit, Fresh, fit
 
 STARTS = ("tied", "untied", "small", "large")
 """How the encoder starts: as the decoder, as other random unit rows, or as the decoder's rows ×1/10 or ×4."""
@@ -125,7 +127,10 @@ def trial(
         return _trial(problem, seed, given, False, **recipe)
     path = settings.cache_dir(cache_dir) / "trials" / f"{_key(problem, seed, given, recipe)}.pt"
     if path.is_file():
-        kept = torch.load(path, weights_only=True)
+        try:
+            kept = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"the stored trial {path} is damaged ({error}); delete it to judge again") from error
         return {name: Outcome(**kept[name]) for name in given}
     found = _trial(problem, seed, given, cache_dir, **recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,17 +153,33 @@ def _key(problem: Problem, seed: int, given: Mapping[str, Setting], recipe: Mapp
     return hashlib.blake2b(f"{told}{torch.__version__}".encode() + code, digest_size=16).hexdigest()
 
 
-def _trial(problem: Problem, seed: int, given: Mapping[str, Setting], cache_dir, **recipe) -> dict[str, Outcome]:
+@dataclass(frozen=True)
+class Trained:
+    """The settings of one cell after training, with the world they learnt and rows of it that no training saw."""
+
+    fits: Mapping[str, Fit]
+    source: World
+    validation: Float[Tensor, "rows d"]
+    test: Float[Tensor, "rows d"]
+
+    def judge(self, name: str) -> Outcome:
+        each = self.fits[name]
+        return judge(each.student, self.validation, self.test, self.source.atoms, each.seconds)
+
+
+def train(
+    problem: Problem,
+    seed: int,
+    given: Mapping[str, Setting],
+    cache_dir: str | Path | None | Literal[False] = None,
+    **recipe,
+) -> Trained:
+    """Train the settings over one stream of the seed's world; `trial` judges what comes out."""
     source = problem.draw(seed)
-    rows = {
-        name: source.sample(problem.n_rows, settings.generator(10 * seed + i))
-        for i, name in enumerate(("mean", "validation", "test"), 2)
-    }
-    mean = rows["mean"].mean(0)
+    mean, validation, test = (source.sample(problem.n_rows, settings.generator(10 * seed + i)) for i in (2, 3, 4))
     stream = Fresh(source.sample, batch_size=problem.batch_size, fingerprint=source.fingerprint, seed=10 * seed + 5)
-    students = {name: student(problem, setting, seed, mean) for name, setting in given.items()}
-    trained = fit(
-        students,
+    fits = fit(
+        {name: student(problem, setting, seed, mean.mean(0)) for name, setting in given.items()},
         stream,
         steps=problem.steps,
         lr={name: setting.lr for name, setting in given.items()},
@@ -168,10 +189,12 @@ def _trial(problem: Problem, seed: int, given: Mapping[str, Setting], cache_dir,
         cache_dir=cache_dir,
         **recipe,
     )
-    return {
-        name: judge(each.student, rows["validation"], rows["test"], source.atoms, each.seconds)
-        for name, each in trained.items()
-    }
+    return Trained(fits, source, validation, test)
+
+
+def _trial(problem: Problem, seed: int, given: Mapping[str, Setting], cache_dir, **recipe) -> dict[str, Outcome]:
+    done = train(problem, seed, given, cache_dir, **recipe)
+    return {name: done.judge(name) for name in given}
 
 
 def judge(

@@ -19,6 +19,11 @@ ADDRESS = "RANK1_SCHEDULER"
 """Environment variable with a Dask scheduler's address, such as tcp://host:8786; every sweep then goes there."""
 
 
+def cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def sweep(
     task: Callable[..., T],
     cells: Sequence[Mapping[str, Any]],
@@ -45,7 +50,7 @@ def sweep(
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} does nothing; allowed: at least 1, or None for one a core")
     address = address or os.environ.get(ADDRESS)
-    workers = min(workers or len(os.sched_getaffinity(0)), max(1, len(cells)))
+    workers = min(workers or cores(), max(1, len(cells)))
     if address is None and workers == 1:
         return [_alone(task, cell) for cell in tqdm(cells, label, mininterval=2, delay=2)]
     from distributed import as_completed

@@ -283,4 +283,7 @@ def test_outcomes_are_kept_until_the_cell_changes(tmp_path):
     assert not list((tmp_path / "fits").glob("*.pt"))
     for changed in ((replace(problem, n_rows=201), 0), (problem, 1)):
         trial(*changed, {"x": Setting()}, tmp_path)
-    assert len(list((tmp_path / "trials").glob("*.pt"))) == 3 and kept.is_file()
+    assert len(list((tmp_path / "trials").glob("*.pt"))) == 3
+    kept.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{kept.name} is damaged.*delete it"):
+        trial(problem, 0, {"x": Setting()}, tmp_path)

@@ -13,6 +13,7 @@ import torch
 from helpers import losses
 from helpers.dictionary import topk_sae
 from helpers.metrics import evaluate, recovery
+from helpers.remedies import Problem, Setting, trial
 from helpers.settings import generator
 from helpers.synthetic import world
 from helpers.training import Fresh, fit
@@ -102,3 +103,16 @@ def test_b_dec_at_the_mean_prevents_dead_features_where_the_mean_is_large():
     assert dead_alone > 0.3
     assert dead < 0.1
     assert fvu < fvu_alone
+
+
+def test_ghosts_and_resampling_revive_and_find_truths_over_five_seeds():
+    """Where one feature is active and many die on the way: fewer dead, and more truths found, in the mean of seeds."""
+    problem = Problem(64, 1, 400, 64, 12, 64, 4000, {"active": 3.0, "mean": 1.0})
+    remedies = {"none": losses.Balance(), "ghost": losses.ghost(0.1, 20), "resample": losses.resample(50, 1.0, 0.7)}
+    given = {name: Setting(remedy, 2e-2) for name, remedy in remedies.items()}
+    seen = [trial(problem, seed, given, cache_dir=False) for seed in range(5)]
+    dead, found = ({name: sum(getattr(s[name], what) for s in seen) for name in given} for what in ("dead", "found"))
+    assert dead["none"] > 5 * 0.2
+    assert dead["ghost"] < 0.75 * dead["none"]
+    assert dead["resample"] < 0.7 * dead["none"]
+    assert min(found["ghost"], found["resample"]) > found["none"]
