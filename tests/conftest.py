@@ -22,6 +22,7 @@ install_import_hook(
         "helpers.interventions",
         "helpers.sweep",
         "helpers.latents",
+        "helpers.expander",
     ],
     "tests.typechecking.check",
 )
