@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +31,10 @@ from torch.nn import functional as F
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 GATHER_BYTES = 64 * 2**20
-"""Largest temporary that the portable path of `gather_dots` may build."""
+"""Largest temporary that the portable path of `gather_dots`, and each product of chosen packed rows, may build."""
+
+TILE_BYTES = 8 * 2**20
+"""Largest dense tile of packed rows that a pass over all of them builds; it lives as long as that product."""
 
 
 # -- two primitives, each the adjoint of the other ---------------------------------------------------------------------
@@ -93,12 +97,17 @@ def _sum_by_row(values: Tensor, indices: Tensor, inputs: Tensor, n: int) -> Tens
 
     Sorted by row, this is again a bag of weighted rows (of `inputs` this time), so no scatter and no [batch, n] matrix.
     """
-    flat = indices.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    starts = torch.zeros(n, dtype=torch.long, device=flat.device)
-    starts[1:] = torch.bincount(flat, minlength=n).cumsum(0)[:-1]
+    order, starts = _starts(indices, n)
     sources = order.div(indices.shape[1], rounding_mode="floor")
     return F.embedding_bag(sources, inputs, starts, per_sample_weights=values.reshape(-1)[order], mode="sum")
+
+
+def _starts(indices: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """An order of the flat (sample, choice) pairs by chosen row, and where each of the n rows begins in it."""
+    flat = indices.reshape(-1)
+    starts = torch.zeros(n, dtype=torch.long, device=flat.device)
+    starts[1:] = torch.bincount(flat, minlength=n).cumsum(0)[:-1]
+    return torch.argsort(flat, stable=True), starts
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -223,6 +232,18 @@ class Rows(nn.Module):
         """Σ_i values[b,i] · w_{indices[b,i]}."""
         return weighted_sum(values, indices, self.weight)
 
+    def vectors(self, only: Tensor | None = None) -> Float[Tensor, "n d"]:
+        """The row vectors, all or those of `only`, as a dense matrix that carries their gradient."""
+        return self.weight if only is None else self.weight[only]
+
+    def restrict(self, vectors: Float[Tensor, "n d"], only: Int[Tensor, " n"]) -> Float[Tensor, "n q"]:
+        """These vectors as numbers of the rows `only`; a packed row keeps what it has a place for."""
+        return vectors
+
+    def twin(self) -> Rows:
+        """Another object with the very same parameters: roles that share parameters without being tied."""
+        return Rows(self.weight, self.bias, self.down)
+
     @torch.no_grad()
     def normalise_(self) -> None:
         """Scale every row to length 1, a block at a time so that it stays in the processor's cache."""
@@ -239,6 +260,159 @@ class Rows(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.down is None else F.linear(x, self.down)
+
+
+class Packed(Rows):
+    """Rows of which each has q numbers in places of its own and zeros elsewhere (paper B's masked columns).
+
+    Parameters, gradients and the optimiser's state are [n, q]. Scores of all rows go through dense tiles of at most
+    `TILE_BYTES`; everything else reads and writes only the numbers there are.
+
+    Args:
+        weight: [n, q], the numbers.
+        rows: [n, q], the place of each number in 0 … width − 1, distinct within a row.
+        width: length m of the vectors.
+        bias: [n], added to the scores; None for none.
+    """
+
+    def __init__(self, weight: Tensor, rows: Int[Tensor, "n q"], width: int, bias: Tensor | None = None):
+        super().__init__(weight, bias)
+        if rows.shape != weight.shape:
+            raise ValueError(f"rows has shape {tuple(rows.shape)}; allowed: {tuple(weight.shape)}, as weight")
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < width:
+            raise ValueError(f"rows lie in {int(rows.min())} … {int(rows.max())}; allowed: 0 … width - 1 = {width - 1}")
+        ordered = rows.long().sort(1).values
+        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            raise ValueError("rows has a place twice in one row; allowed: distinct places")
+        self._width = width
+        self.register_buffer("rows", rows.to(torch.int16 if width <= 2**15 else torch.int32))
+
+    @property
+    def width(self) -> int:
+        return self._width
+
+    def scores(self, x: Float[Tensor, "batch d"], only: Int[Tensor, " n"] | None = None) -> Float[Tensor, "batch n"]:
+        if only is not None:
+            return _linear(x, self.vectors(only), None if self.bias is None else self.bias[only])
+        scores = _PackedScores.apply(x, self.weight, self.rows)
+        return scores if self.bias is None else scores.add_(self.bias)
+
+    def chosen(
+        self, x: Float[Tensor, "batch d"], indices: Int[Tensor, "batch k"], known: Tensor | None = None
+    ) -> Float[Tensor, "batch k"]:
+        known = known if known is None else known.to(self.weight.dtype)  # as `gather_dots` does
+        dots = _PackedDots.apply(x.to(self.weight.dtype), self.weight, self.rows, indices, known)
+        if self.bias is None:
+            return dots
+        bias = self.bias[indices]
+        return dots + (bias if known is None else bias - bias.detach())
+
+    def combine(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> Float[Tensor, "batch d"]:
+        return _PackedSum.apply(values.to(self.weight.dtype), indices, self.weight, self.rows, self.width)
+
+    def vectors(self, only: Tensor | None = None) -> Float[Tensor, "n d"]:
+        weight, rows = (self.weight, self.rows) if only is None else (self.weight[only], self.rows[only])
+        return weight.new_zeros(len(weight), self.width).scatter(1, rows.long(), weight)
+
+    def restrict(self, vectors: Float[Tensor, "n d"], only: Int[Tensor, " n"]) -> Float[Tensor, "n q"]:
+        return vectors.gather(1, self.rows[only].long())
+
+    def twin(self) -> Packed:
+        return Packed(self.weight, self.rows, self.width, self.bias)
+
+
+def _tiles(weight: Tensor, rows: Tensor, width: int):
+    """Dense tiles of packed rows, one after another in the same memory: (where they lie, their places, the tile)."""
+    height = min(len(weight), max(1, TILE_BYTES // (width * weight.element_size())))
+    tile = weight.new_zeros(height, width)
+    for start in range(0, len(weight), height):
+        part = slice(start, min(start + height, len(weight)))
+        places = rows[part].long()
+        filled = tile[: len(places)].scatter_(1, places, weight[part])
+        yield part, places, filled
+        filled.scatter_(1, places, 0.0)
+
+
+def _batches(x: Tensor, indices: Tensor, rows: Tensor):
+    """Parts of a batch whose gathered places [batch, k·q] fit `GATHER_BYTES`: (samples, their places)."""
+    batch, k = indices.shape
+    size = max(1, GATHER_BYTES // max(1, k * rows.shape[1] * 16))
+    for start in range(0, batch, size):
+        part = slice(start, start + size)
+        yield part, rows[indices[part]].long().flatten(1)
+
+
+def _sum_packed(parts: Tensor, indices: Tensor, n: int) -> Tensor:
+    """Σ of parts [batch·k, q] by chosen row: [n, q]."""
+    order, starts = _starts(indices, n)
+    return F.embedding_bag(order, parts, starts, mode="sum")
+
+
+class _PackedScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, rows):
+        ctx.save_for_backward(x, weight, rows)
+        scores = x.new_empty(len(x), len(weight))
+        for part, _, tile in _tiles(weight, rows, x.shape[1]):
+            scores[:, part] = _linear(x, tile, None)
+        return scores
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, rows = ctx.saved_tensors
+        for_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        for_weight = torch.empty_like(weight)
+        for part, places, tile in _tiles(weight, rows, x.shape[1]):
+            if for_x is not None:
+                for_x.addmm_(grad[:, part], tile)
+            for_weight[part] = (grad[:, part].T @ x).gather(1, places)
+        return for_x, for_weight, None
+
+
+class _PackedDots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, rows, indices, known):
+        ctx.save_for_backward(x, weight, rows, indices)
+        if known is not None:
+            return known.clone()
+        dots = x.new_empty(indices.shape)
+        for part, places in _batches(x, indices, rows):
+            dots[part] = (x[part].gather(1, places).view(*indices[part].shape, -1) * weight[indices[part]]).sum(-1)
+        return dots
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, rows, indices = ctx.saved_tensors
+        for_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        for_weight = torch.zeros_like(weight)
+        for part, places in _batches(x, indices, rows):
+            some = grad[part][..., None]
+            if for_x is not None:
+                for_x[part].scatter_add_(1, places, (some * weight[indices[part]]).flatten(1))
+            parts = some * x[part].gather(1, places).view(*indices[part].shape, -1)
+            for_weight += _sum_packed(parts.flatten(0, 1), indices[part], len(weight))
+        return for_x, for_weight, None, None, None
+
+
+class _PackedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, weight, rows, width):
+        ctx.save_for_backward(values, indices, weight, rows)
+        output = values.new_zeros(len(values), width)
+        for part, places in _batches(values, indices, rows):
+            output[part].scatter_add_(1, places, (values[part][..., None] * weight[indices[part]]).flatten(1))
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, indices, weight, rows = ctx.saved_tensors
+        for_values, for_weight = torch.empty_like(values), torch.zeros_like(weight)
+        for part, places in _batches(grad, indices, rows):
+            gathered = grad[part].gather(1, places).view(*indices[part].shape, -1)
+            for_values[part] = (gathered * weight[indices[part]]).sum(-1)
+            gathered.mul_(values[part][..., None])
+            for_weight += _sum_packed(gathered.flatten(0, 1), indices[part], len(weight))
+        return for_values, None, for_weight, None, None
 
 
 def _parameter(value: Tensor | None) -> nn.Parameter | None:
@@ -390,7 +564,7 @@ class RankOneDictionary(nn.Module):
         if self.router is not self.encoder and self.encoder.down is not None:
             encode += self.encoder.down.numel()
         shared = sum(layer.weight.numel() for layer in self._shared_layers())
-        return scores + encode + chosen * self.d_out + shared
+        return scores + encode + chosen * self.decoder.weight.shape[1] + shared
 
     @property
     def n_parameters(self) -> int:
@@ -420,7 +594,7 @@ class RankOneDictionary(nn.Module):
             "router": router,
             "gate": self.gate,
             "activation": self.activation,
-            "atoms": "tied" if self.decoder is self.encoder else "dense",
+            "atoms": self._atoms,
             "shared": self.shared is not None,
             "selection_bias": self.selection_bias is not None,
             "expert_rank": self.expert_rank,
@@ -430,6 +604,11 @@ class RankOneDictionary(nn.Module):
             "n_features": self.n_features,
             "k": self.k,
         }
+
+    @property
+    def _atoms(self) -> str:
+        tied = "tied" if self.decoder is self.encoder else "dense"
+        return f"{tied}, {self.decoder.weight.shape[1]} numbers" if isinstance(self.decoder, Packed) else tied
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.knobs.items())
@@ -481,6 +660,41 @@ def topk_sae(
     return RankOneDictionary(encoder, decoder, k=k, b_in=bias, b_out=bias, **options)
 
 
+def expander_sae(
+    rows: Int[Tensor, "n q"],
+    d_model: int,
+    k: int,
+    *,
+    generator: torch.Generator,
+    b_dec: Float[Tensor, " d_model"] | None = None,
+    activation: str = "identity",
+    selection_bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> RankOneDictionary:
+    """The expander SAE of paper B: tied atoms of unit length with numbers at `rows` only, and a signed TopK.
+
+    y = b_dec + Σ_{j ∈ TopK} (d_j·(x − b_dec) + β_j) d_j, with q·n + n + d_model parameters. It starts with random
+    unit atoms.
+
+    Args:
+        rows: the mask: where atom j has its q numbers (`helpers.expander` makes them).
+        b_dec: where the decoder's bias starts, best the mean of the data; zero if None.
+        activation: "identity" keeps a chosen score of either sign.
+        selection_bias: whether choosing is by score plus a bias, as loss-free balancing needs.
+    """
+    _check_k(k, len(rows))
+    device = generator.device
+    values = torch.randn(rows.shape, generator=generator, device=device, dtype=dtype)
+    atoms = Packed(
+        F.normalize(values, dim=1), rows.to(device), d_model, torch.zeros(len(rows), device=device, dtype=dtype)
+    )
+    bias = nn.Parameter(
+        torch.zeros(d_model, device=device, dtype=dtype) if b_dec is None else b_dec.to(device, dtype).clone()
+    )
+    options = {"activation": activation, "selection_bias": selection_bias, "unit_norm": True}
+    return RankOneDictionary(atoms, atoms, k=k, b_in=bias, b_out=bias, **options)
+
+
 def rank1_moe(d_model: int, n_experts: int, k: int, *, generator: torch.Generator, **options) -> RankOneDictionary:
     """A mixture of rank-1 experts E_j = d_j e_jᵀ whose router rows are the e_j themselves (paper A).
 
@@ -497,7 +711,7 @@ def sae_to_moe(sae: RankOneDictionary) -> RankOneDictionary:
     if sae.expert_rank != 1:
         raise ValueError(f"expert_rank={sae.expert_rank} has no rank-1 experts; allowed: 1")
     moe = copy.deepcopy(sae)
-    moe.router = Rows(moe.encoder.weight, moe.encoder.bias, moe.encoder.down)
+    moe.router = moe.encoder.twin()
     return moe
 
 
@@ -598,9 +812,9 @@ def save_saelens(sae: RankOneDictionary, folder: str | Path, metadata: dict[str,
             "b_in differs from b_out, or a low-rank encoder; allowed: b_in = b_out or none, a full encoder"
         )
     tensors = {
-        "W_enc": sae.encoder.weight.T,
+        "W_enc": sae.encoder.vectors().T,
         "b_enc": sae.encoder.bias if sae.encoder.bias is not None else sae.decoder.weight.new_zeros(sae.n_features),
-        "W_dec": sae.decoder.weight,
+        "W_dec": sae.decoder.vectors(),
         "b_dec": sae.b_out,
     }
     config = {
@@ -656,3 +870,45 @@ def load_saelens(folder: str | Path) -> RankOneDictionary:
     b_in = b_dec if config.get("apply_b_dec_to_input", True) else None
     unit = bool(torch.allclose(w_dec.norm(dim=1), w_dec.new_ones(len(w_dec)), atol=1e-3))
     return RankOneDictionary(Rows(w_enc, b_enc), Rows(w_dec), k=config["k"], b_in=b_in, b_out=b_dec, unit_norm=unit)
+
+
+# -- packed files ------------------------------------------------------------------------------------------------------
+
+
+def save_packed(sae: RankOneDictionary, path: str | Path) -> Path:
+    """Write an expander SAE as one safetensors file: values, row numbers, biases; k and the activation in its header.
+
+    Written aside and moved into place. Raises `ValueError` for a model that `expander_sae` does not make.
+    """
+    atoms = sae.encoder
+    plain = sae.router is sae.decoder is atoms and sae.gate == "hard" and sae.shared is None and sae.b_in is sae.b_out
+    if not isinstance(atoms, Packed) or not plain or sae.b_in is None or atoms.bias is None:
+        raise ValueError(f"{sae.knobs} is no expander SAE; allowed: what expander_sae makes")
+    tensors = {"values": atoms.weight, "rows": atoms.rows, "b_enc": atoms.bias, "b_dec": sae.b_out}
+    if sae.selection_bias is not None:
+        tensors["selection_bias"] = sae.selection_bias
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+        kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(kept, Path(aside, "packed"), {"k": str(sae.k), "activation": sae.activation})
+        os.replace(Path(aside, "packed"), path)
+    return path
+
+
+def load_packed(path: str | Path) -> RankOneDictionary:
+    """Read what `save_packed` wrote. Raises `ValueError` naming a file that is missing, damaged or something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"path={str(path)!r} cannot be read ({error}); allowed: a file of save_packed") from error
+    if not {"k", "activation"} <= set(about) or not {"values", "rows", "b_enc", "b_dec"} <= set(tensors):
+        raise ValueError(f"path={str(path)!r} holds {sorted(tensors)}; allowed: a file of save_packed")
+    atoms = Packed(tensors["values"], tensors["rows"], len(tensors["b_dec"]), tensors["b_enc"])
+    bias, chosen_by = nn.Parameter(tensors["b_dec"]), tensors.get("selection_bias")
+    options = {"activation": about["activation"], "selection_bias": chosen_by is not None, "unit_norm": True}
+    sae = RankOneDictionary(atoms, atoms, k=int(about["k"]), b_in=bias, b_out=bias, **options)
+    if chosen_by is not None:
+        sae.selection_bias.copy_(chosen_by)
+    return sae

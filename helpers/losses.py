@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helpers import settings
-from helpers.dictionary import ACTIVATIONS, weighted_sum
+from helpers.dictionary import ACTIVATIONS
 
 if TYPE_CHECKING:
     from helpers.dictionary import RankOneDictionary, Trace
@@ -258,7 +258,7 @@ class AuxK(Balance):
         top = _dead_pre_acts(now, dead).topk(min(wanted, len(dead)), dim=1)
         values = ACTIVATIONS[now.dictionary.activation](top.values)
         residual = now.residual
-        guess = weighted_sum(values, dead[top.indices], now.dictionary.decoder.weight)
+        guess = now.dictionary.decoder.combine(values, dead[top.indices])
         variance = (residual - residual.mean(0)).square().sum()
         return self.coefficient * (guess - residual).square().sum() / variance
 
@@ -286,7 +286,7 @@ class Ghost(Balance):
             return 0.0
         pre_acts = _dead_pre_acts(now, dead)
         # a factor per sample drops out in the rescaling below, so exp need not overflow
-        ghost = (pre_acts - pre_acts.detach().amax(1, keepdim=True)).exp() @ now.dictionary.decoder.weight[dead]
+        ghost = (pre_acts - pre_acts.detach().amax(1, keepdim=True)).exp() @ now.dictionary.decoder.vectors(dead)
         residual = now.residual
         tiny = torch.finfo(ghost.dtype).tiny
         scale = residual.norm(dim=1, keepdim=True) / (2 * ghost.norm(dim=1, keepdim=True)).clamp_min(tiny)
@@ -305,9 +305,9 @@ class Resample(Balance):
     """Neuron resampling (Bricken et al. 2023, appendix): dead atoms start anew at inputs that are badly reconstructed.
 
     At every `every`-th step until the share `until` of the run, each atom that was silent for half of `every` draws a
-    sample of the batch with probability ∝ (its squared error)². Decoder: the sample, centred by b_in, at length 1
-    (or its residual: `toward`). Encoder: the same direction at `scale` times the mean length of the live rows; bias 0;
-    Adam's moments of these rows 0.
+    sample of the batch with probability ∝ (its squared error)^`power`: 2, or 1 in paper B. Decoder: the sample, centred
+    by b_in, at length 1 (or its residual: `toward`), a packed atom's part of it. Encoder: the same direction at `scale`
+    times the mean length of the live rows; bias 0; Adam's moments of these rows 0.
     """
 
     every: int = 250
@@ -315,6 +315,7 @@ class Resample(Balance):
     until: float = 0.8
     toward: str = "input"
     seed: int = 0
+    power: float = 2.0
 
     @torch.no_grad()
     def after_step(self, now: Moment) -> None:
@@ -324,20 +325,20 @@ class Resample(Balance):
             return
         model = now.dictionary
         residual = now.residual
-        chances = residual.double().square().sum(1).square()
+        chances = residual.double().square().sum(1) ** self.power
         random = settings.generator(settings.mix(self.seed, now.step), chances.device)
         rows = torch.multinomial(chances, len(dead), replacement=True, generator=random)
         if self.toward == "residual":
             start = residual[rows]
         else:
             start = now.inputs[rows] if model.b_in is None else now.inputs[rows] - model.b_in
-        start = F.normalize(start, dim=1)
         alive = torch.ones(model.n_atoms, dtype=torch.bool, device=dead.device)
         alive[dead] = False
         lengths = model.encoder.weight[alive if alive.any() else ~alive].norm(dim=1)
-        model.decoder.weight[dead] = start
+        model.decoder.weight[dead] = F.normalize(model.decoder.restrict(start, dead), dim=1)
         if model.encoder is not model.decoder:
-            model.encoder.weight[dead] = self.scale * lengths.mean() * start
+            same = F.normalize(model.encoder.restrict(start, dead), dim=1)
+            model.encoder.weight[dead] = self.scale * lengths.mean() * same
         parameters = [model.decoder.weight, model.encoder.weight]
         if model.encoder.bias is not None:
             model.encoder.bias[dead] = 0
@@ -355,12 +356,13 @@ def resample(
     until: float = 0.8,
     toward: str = "input",
     seed: int = 0,
+    power: float = 2.0,
 ) -> Resample:
     """Resampling every `every` steps until the share `until` of the run, toward badly reconstructed inputs."""
     _positive(every=every, scale=scale)
     if toward not in ("input", "residual"):
         raise ValueError(f"toward={toward!r} is unknown; allowed: 'input', 'residual'")
-    return Resample(every, scale, until, toward, seed)
+    return Resample(every, scale, until, toward, seed, power)
 
 
 @dataclass(frozen=True)

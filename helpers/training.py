@@ -261,7 +261,7 @@ class Run:
         }
         where = {name: next(s.parameters()).device.type for name, s in self.students.items()}
         modules = {dictionary.__name__, losses.__name__, __name__}
-        modules |= {type(recipe.balance).__module__ for recipe in self.recipes.values()}
+        modules |= {type(part).__module__ for recipe in self.recipes.values() for part in _parts(recipe.balance)}
         code = [Path(sys.modules[module].__file__).read_bytes() for module in sorted(modules)]
         text = json.dumps(
             [parts, where, self.stream.fingerprint, str(self.autocast), self.log_every, torch.__version__]
@@ -363,6 +363,18 @@ class Run:
             self.silent[name].copy_(state["silent"][name])
             steps, loss, seconds = state["fits"][name]
             self.fits[name] = Fit(student, steps, loss, seconds, from_cache=state["optimisers"] is None)
+
+
+def _parts(balance: Balance) -> list[Balance]:
+    """A remedy and all those inside it."""
+    inside = [
+        value for name in vars(balance) for value in _listed(getattr(balance, name)) if isinstance(value, Balance)
+    ]
+    return [balance, *(part for each in inside for part in _parts(each))]
+
+
+def _listed(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _variance(stream: Stream, batches: int = 4) -> float:

@@ -251,3 +251,11 @@ def test_schedules():
     recipe = Recipe(100, lr=2.0, schedule="linear", warmup=10)
     assert [recipe.lr_at(s) for s in (0, 9, 50)] == pytest.approx([0.2, 2 * 0.91, 1.0])
     assert training.SCHEDULES["cosine"](0.5) == pytest.approx(0.5)
+
+
+def test_a_run_is_known_by_the_code_of_remedies_inside_remedies():
+    """A remedy wrapped in another comes from a module whose code determines the outcome, too."""
+    inner = type("Mine", (losses.Balance,), {"__module__": "somewhere.else"})()
+    parts = training._parts(losses.together(losses.during(inner, 0.0, 0.5), losses.switch(0.1)))
+    assert [type(part).__name__ for part in parts] == ["Together", "During", "Mine", "Switch"]
+    assert {type(part).__module__ for part in parts} == {"somewhere.else", "helpers.losses"}
