@@ -273,9 +273,17 @@ class Packed(Rows):
         rows: [n, q], the place of each number in 0 … width − 1, distinct within a row.
         width: length m of the vectors.
         bias: [n], added to the scores; None for none.
+        degrees: [n], how many of its q numbers each row uses; those behind are zero and stay so. None: all q.
     """
 
-    def __init__(self, weight: Tensor, rows: Int[Tensor, "n q"], width: int, bias: Tensor | None = None):
+    def __init__(
+        self,
+        weight: Tensor,
+        rows: Int[Tensor, "n q"],
+        width: int,
+        bias: Tensor | None = None,
+        degrees: Int[Tensor, " n"] | None = None,
+    ):
         super().__init__(weight, bias)
         if rows.shape != weight.shape:
             raise ValueError(f"rows has shape {tuple(rows.shape)}; allowed: {tuple(weight.shape)}, as weight")
@@ -284,12 +292,27 @@ class Packed(Rows):
         ordered = rows.long().sort(1).values
         if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
             raise ValueError("rows has a place twice in one row; allowed: distinct places")
+        if degrees is not None and not (
+            degrees.shape == weight.shape[:1] and bool(((degrees >= 1) & (degrees <= weight.shape[1])).all())
+        ):
+            raise ValueError(f"degrees={degrees.tolist()[:9]}…; allowed: for each row 1 to {weight.shape[1]}")
         self._width = width
+        self.register_buffer("degrees", None if degrees is None else degrees.to(torch.int32))
+        if degrees is not None:
+            self.weight.data.masked_fill_(self._unused(), 0.0)
         self.register_buffer("rows", rows.to(torch.int16 if width <= 2**15 else torch.int32))
 
     @property
     def width(self) -> int:
         return self._width
+
+    @property
+    def n_values(self) -> int:
+        """Numbers that the rows use: q·n, or the sum of `degrees`."""
+        return self.weight.numel() if self.degrees is None else int(self.degrees.sum())
+
+    def _unused(self) -> Tensor:
+        return torch.arange(self.weight.shape[1], device=self.weight.device) >= self.degrees[:, None]
 
     def scores(self, x: Float[Tensor, "batch d"], only: Int[Tensor, " n"] | None = None) -> Float[Tensor, "batch n"]:
         if only is not None:
@@ -315,10 +338,17 @@ class Packed(Rows):
         return weight.new_zeros(len(weight), self.width).scatter(1, rows.long(), weight)
 
     def restrict(self, vectors: Float[Tensor, "n d"], only: Int[Tensor, " n"]) -> Float[Tensor, "n q"]:
-        return vectors.gather(1, self.rows[only].long())
+        kept = vectors.gather(1, self.rows[only].long())
+        return kept if self.degrees is None else kept.masked_fill(self._unused()[only], 0.0)
 
     def twin(self) -> Packed:
-        return Packed(self.weight, self.rows, self.width, self.bias)
+        return Packed(self.weight, self.rows, self.width, self.bias, self.degrees)
+
+    @torch.no_grad()
+    def project_gradient_(self) -> None:
+        super().project_gradient_()
+        if self.degrees is not None and self.weight.grad is not None:
+            self.weight.grad.masked_fill_(self._unused(), 0.0)
 
 
 def _tiles(weight: Tensor, rows: Tensor, width: int):
@@ -569,7 +599,8 @@ class RankOneDictionary(nn.Module):
     @property
     def n_parameters(self) -> int:
         """All numbers that training moves; a parameter with two roles counts once."""
-        return sum(p.numel() for p in self.parameters())
+        packed = {rows.weight: rows for rows in self.modules() if isinstance(rows, Packed)}
+        return sum(packed[p].n_values if p in packed else p.numel() for p in self.parameters())
 
     def _shared_layers(self) -> list[nn.Linear]:
         return [] if self.shared is None else [layer for layer in self.shared.modules() if isinstance(layer, nn.Linear)]
@@ -668,6 +699,7 @@ def expander_sae(
     generator: torch.Generator,
     b_dec: Float[Tensor, " d_model"] | None = None,
     activation: str = "identity",
+    degrees: Int[Tensor, " n"] | None = None,
     selection_bias: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> RankOneDictionary:
@@ -680,14 +712,15 @@ def expander_sae(
         rows: the mask: where atom j has its q numbers (`helpers.expander` makes them).
         b_dec: where the decoder's bias starts, best the mean of the data; zero if None.
         activation: "identity" keeps a chosen score of either sign.
+        degrees: how many of its q places each atom uses, the first ones; all if None.
         selection_bias: whether choosing is by score plus a bias, as loss-free balancing needs.
     """
     _check_k(k, len(rows))
     device = generator.device
     values = torch.randn(rows.shape, generator=generator, device=device, dtype=dtype)
-    atoms = Packed(
-        F.normalize(values, dim=1), rows.to(device), d_model, torch.zeros(len(rows), device=device, dtype=dtype)
-    )
+    bias = torch.zeros(len(rows), device=device, dtype=dtype)
+    atoms = Packed(values, rows.to(device), d_model, bias, None if degrees is None else degrees.to(device))
+    atoms.normalise_()
     bias = nn.Parameter(
         torch.zeros(d_model, device=device, dtype=dtype) if b_dec is None else b_dec.to(device, dtype).clone()
     )
@@ -885,12 +918,14 @@ def save_packed(sae: RankOneDictionary, path: str | Path) -> Path:
     if not isinstance(atoms, Packed) or not plain or sae.b_in is None or atoms.bias is None:
         raise ValueError(f"{sae.knobs} is no expander SAE; allowed: what expander_sae makes")
     tensors = {"values": atoms.weight, "rows": atoms.rows, "b_enc": atoms.bias, "b_dec": sae.b_out}
-    if sae.selection_bias is not None:
-        tensors["selection_bias"] = sae.selection_bias
+    tensors |= {"degrees": atoms.degrees, "selection_bias": sae.selection_bias}
+    if atoms.degrees is not None:  # the numbers in use, one atom after another
+        used = ~atoms._unused()
+        tensors |= {"values": atoms.weight[used], "rows": atoms.rows[used]}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-        kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
         save_file(kept, Path(aside, "packed"), {"k": str(sae.k), "activation": sae.activation})
         os.replace(Path(aside, "packed"), path)
     return path
@@ -905,10 +940,26 @@ def load_packed(path: str | Path) -> RankOneDictionary:
         raise ValueError(f"path={str(path)!r} cannot be read ({error}); allowed: a file of save_packed") from error
     if not {"k", "activation"} <= set(about) or not {"values", "rows", "b_enc", "b_dec"} <= set(tensors):
         raise ValueError(f"path={str(path)!r} holds {sorted(tensors)}; allowed: a file of save_packed")
-    atoms = Packed(tensors["values"], tensors["rows"], len(tensors["b_dec"]), tensors["b_enc"])
+    values, rows, degrees = tensors["values"], tensors["rows"], tensors.get("degrees")
+    if degrees is not None:
+        values, rows = _padded(values, rows, degrees, len(tensors["b_dec"]))
+    atoms = Packed(values, rows, len(tensors["b_dec"]), tensors["b_enc"], degrees)
     bias, chosen_by = nn.Parameter(tensors["b_dec"]), tensors.get("selection_bias")
     options = {"activation": about["activation"], "selection_bias": chosen_by is not None, "unit_norm": True}
     sae = RankOneDictionary(atoms, atoms, k=int(about["k"]), b_in=bias, b_out=bias, **options)
     if chosen_by is not None:
         sae.selection_bias.copy_(chosen_by)
     return sae
+
+
+def _padded(values: Tensor, rows: Tensor, degrees: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Flat numbers and places as [n, q]; behind an atom's own stand places that it does not use."""
+    q = int(degrees.max())
+    used = torch.arange(q) < degrees[:, None]
+    full, places = values.new_zeros(used.shape), rows.new_zeros(used.shape)
+    full[used], places[used] = values, rows
+    for own, free in zip(places, used, strict=True):
+        taken = torch.zeros(width, dtype=torch.bool)
+        taken[own[free].long()] = True
+        own[~free] = (~taken).nonzero()[: int((~free).sum()), 0].to(own.dtype)
+    return full, places

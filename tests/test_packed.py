@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from helpers import dictionary, losses, training
 from helpers.dictionary import Packed, Rows, expander_sae, load_packed, save_packed, topk_sae
 from helpers.settings import generator
+from helpers.training import Shuffled
 
 
 def mask(n: int, m: int, q: int, seed: int = 0) -> torch.Tensor:
@@ -191,6 +192,26 @@ def test_a_saved_file_is_as_small_as_its_numbers_and_reads_back(tmp_path, select
     numbers = 4 * (50 * 4 + 50 + 40 + 50 * selection_bias) + 2 * 50 * 4
     assert numbers < path.stat().st_size < numbers + 1024
     assert sorted(p.name for p in path.parent.iterdir()) == ["sae.safetensors"]
+
+
+def test_atoms_of_unequal_degree_use_their_first_places_only(tmp_path):
+    rows, degrees = mask(30, 12, 6), torch.arange(30) % 6 + 1
+    sae = expander_sae(rows, 12, 3, generator=generator(0), degrees=degrees)
+    used = (torch.arange(6) < degrees[:, None]).float()
+    data = torch.randn(100, 12, generator=generator(1))
+    remedy = losses.resample(5, toward="residual")
+    training.fit(sae, Shuffled(data, batch_size=20), steps=30, lr=1e-2, balance=remedy)
+    assert torch.equal(sae.encoder.weight, sae.encoder.weight * used)
+    assert (sae.encoder.weight != 0).sum() == sae.encoder.n_values == degrees.sum()
+    assert sae.n_parameters == degrees.sum() + 30 + 12
+    torch.testing.assert_close(sae.encoder.weight.norm(dim=1), torch.ones(30))
+    path = save_packed(sae, tmp_path / "sae")
+    assert path.stat().st_size < (4 + 2) * int(degrees.sum()) + 4 * (30 + 12 + 30) + 1024
+    again = load_packed(path)
+    assert torch.equal(again.encoder.vectors(), sae.encoder.vectors())
+    assert torch.equal(again(data), sae(data))
+    with pytest.raises(ValueError, match="degrees=.*allowed: for each row 1 to 6"):
+        expander_sae(rows, 12, 3, generator=generator(0), degrees=degrees - 1)
 
 
 def test_wrong_masks_and_files_are_named(tmp_path):
