@@ -1,0 +1,430 @@
+"""Matching pursuit: find k atoms that rebuild a signal, one after another, and the coefficients that do it best.
+
+    r ← x;  k times:  j ← argmax_j |d_j·r|,  S ← S ∪ {j},  r ← x − (its projection on the atoms in S)
+
+The rows d_j of the dictionary are the atoms. Orthogonal matching pursuit (OMP: Pati et al. 1993; Tropp 2004) needs two
+things at each step: all correlations d_j·r, and the residual without the new atom's direction. For packed atoms (d
+numbers an atom) the first is a gather-and-reduce of cost O(dn), `correlations`; the second costs O(tm) at step t.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from helpers.dictionary import Rows, SparseCodes, weighted_sum
+
+GATHER_SHARE = 0.35
+"""Packed atoms are gathered while d ≤ 0.35 m, and multiplied as a dense matrix above that.
+
+Measured by `benchmarks.pursuit` on two CPU cores (see there for sizes): a multiply-add of the gather costs about as
+much as three of the matrix product's, hardly depending on n and on the batch.
+"""
+
+GATHER_COST, PRODUCT_COST, GRAM_COST, BASIS_COST = 57.0, 22.0, 84.0, 80.0
+"""Picoseconds of a multiply-add, one core, float32: gathering packed atoms, a matrix product, summing chosen rows of the
+Gram matrix, orthogonalising. Measured at m=512, n=4096; only their ratios are used, in `_gram_pays`."""
+
+GRAM_BYTES = 512 * 2**20
+"""The Gram matrix of all atoms is built only if it is no larger than this (n ≤ 11,585 in float32)."""
+
+GRAM_CHUNK, RESIDUAL_CHUNK, CUDA_CHUNK = 32, 256, 4096
+"""Samples that are worked on at a time. With the Gram matrix few are best on a CPU: their k rows of it stay in cache."""
+
+_SELECT = ("magnitude", "signed")
+
+
+# -- correlations ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def correlations(
+    x: Float[Tensor, "batch m"], atoms: Rows | Float[Tensor, "n m"], *, method: str | None = None
+) -> Float[Tensor, "batch n"]:
+    """d_j·x for all atoms, without their biases.
+
+    `method` is "gather" (packed atoms only), O(dn) a sample, or "dense", a matrix product of O(mn) for which packed
+    atoms are spread out to n·m numbers first; None takes the faster one, by `GATHER_SHARE`.
+
+    Raises `ValueError` for an unknown method, or atoms that cannot be gathered.
+    """
+    atoms = _Atoms(atoms)
+    if method not in (None, "gather", "dense"):
+        raise ValueError(f"method={method!r} is unknown; allowed: 'gather', 'dense', None")
+    if method == "gather" and not atoms.packed:
+        raise ValueError("method='gather' with dense atoms; allowed: packed atoms, or method='dense'")
+    if method is not None:
+        atoms.gathers = method == "gather"
+    return atoms.correlate(_signals(x, atoms))
+
+
+class _Atoms:
+    """What a pursuit asks of a dictionary, packed or not: correlations, single atoms, products of atoms."""
+
+    def __init__(self, atoms: Rows | Tensor):
+        if getattr(atoms, "down", None) is not None:
+            raise ValueError("atoms are low-rank rows (down is given); allowed: rows whose weight is the atoms")
+        self.weight = (atoms if isinstance(atoms, Tensor) else atoms.weight).detach()
+        self.rows = getattr(atoms, "rows", None)
+        self.packed = self.rows is not None
+        self.width = atoms.width if self.packed else self.weight.shape[1]
+        self.gathers = self.packed and self.weight.shape[1] <= GATHER_SHARE * self.width
+        self._dense = None if self.packed else self.weight
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @property
+    def dense(self) -> Tensor:
+        """[n, m]; packed atoms are spread out once, when first asked for."""
+        if self._dense is None:
+            self._dense = self.vectors(slice(None))
+        return self._dense
+
+    def vectors(self, which: Tensor | slice) -> Tensor:
+        """[..., m]: some atoms at full length."""
+        if self._dense is not None:
+            return self._dense[which]
+        values, rows = self.weight[which], self.rows[which].long()
+        return values.new_zeros(*values.shape[:-1], self.width).scatter_(-1, rows, values)
+
+    def correlate(self, x: Tensor) -> Tensor:
+        if not self.gathers:
+            return Rows(self.dense).scores(x)
+        # One sample a column: the d rows that an atom reads are then contiguous, and the sum over them is a vector sum.
+        # A block of columns stays in the processor's cache.
+        blocks = (weighted_sum(self.weight, self.rows, part.T.contiguous()).T for part in x.split(RESIDUAL_CHUNK))
+        return torch.cat([block.contiguous() for block in blocks]) if len(x) else x.new_zeros(0, len(self))
+
+    def gram(self) -> Tensor:
+        """[n, n]: products of all pairs."""
+        gram = self.weight.new_empty(len(self), len(self))
+        for start in range(0, len(self), 512):
+            stop = min(start + 512, len(self))
+            block = self.vectors(slice(start, stop))
+            if self.gathers:
+                gram[start:stop] = self.correlate(block)
+            else:  # half of them are enough
+                gram[start:stop, :stop] = Rows(self.dense[:stop]).scores(block)
+                gram[:start, start:stop] = gram[start:stop, :start].T
+        return gram
+
+
+def _signals(x: Tensor, atoms: _Atoms) -> Tensor:
+    if x.shape[1] != atoms.width:
+        raise ValueError(f"x has {x.shape[1]} columns; allowed: {atoms.width}, the length of the atoms")
+    x = x.to(atoms.weight.dtype)
+    if not torch.isfinite(x).all():
+        raise ValueError("x has entries that are infinite or not a number; allowed: finite ones")
+    return x
+
+
+# -- orthogonal matching pursuit ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def omp(
+    x: Float[Tensor, "batch m"],
+    atoms: Rows | Float[Tensor, "n m"],
+    k: int,
+    *,
+    select: str = "magnitude",
+    nonnegative: bool = False,
+    tolerance: float | None = None,
+    chunk: int | None = None,
+    gram: bool | None = None,
+) -> SparseCodes:
+    """Orthogonal matching pursuit of every sample: at most k atoms each, with their least-squares coefficients.
+
+    Atoms are taken as they are, without their biases, and should have length 1; a longer atom is chosen more readily.
+    A sample stops early where its residual is at most `tolerance`·‖x‖, and where no atom correlates with it beyond
+    rounding. No atom is chosen twice. An atom that depends on those chosen before (`least_squares` says when) is
+    passed over for that sample, and the step is spent. Slots that stay unused have value zero and indices that are
+    used nowhere else in their row.
+
+    Args:
+        select: "magnitude" chooses by |d_j·r|, as scikit-learn does; "signed" by d_j·r, as paper B does, and stops
+            where none is positive. Coefficients may have either sign in both.
+        nonnegative: coefficients ≥ 0 (Bruckstein et al. 2008): choose by d_j·r, then solve for non-negative
+            coefficients as Lawson and Hanson (1974) do. An atom whose coefficient reaches zero leaves again, and may
+            come back; k counts the steps.
+        tolerance: of the residual's norm, relative to the signal's; None for k atoms.
+        chunk: samples at a time; None: `GRAM_CHUNK`, `RESIDUAL_CHUNK`, or `CUDA_CHUNK` on a GPU. Beside the Gram matrix
+            and the dense form of packed atoms, where they are used, at most chunk·(3n + 6k(m + k)) numbers are held.
+        gram: whether correlations are updated through the Gram matrix of all atoms (n² numbers, at most `GRAM_BYTES`
+            where we choose), or computed from the residual at each step. None takes what costs less.
+
+    Raises `ValueError` for k outside 1…n, an unknown `select`, a tolerance outside [0, 1), a chunk below 1, x that is
+    not finite or of another width, and `gram=True` with `nonnegative`.
+    """
+    atoms = _Atoms(atoms)
+    x = _signals(x, atoms)
+    _check(k, len(atoms), select, nonnegative, tolerance, chunk, gram)
+    if gram is None:
+        gram = not nonnegative and _gram_pays(len(x), atoms, k)
+    products = atoms.gram() if gram and len(x) else None
+    if chunk is None:
+        chunk = CUDA_CHUNK if x.is_cuda else GRAM_CHUNK if gram else RESIDUAL_CHUNK
+    found = SparseCodes(x.new_zeros(len(x), k, dtype=torch.long), x.new_zeros(len(x), k))
+    for start in range(0, len(x), chunk):
+        part, here = x[start : start + chunk], slice(start, start + chunk)
+        if nonnegative:
+            found.indices[here], found.values[here] = _nonnegative(part, atoms, k, tolerance)
+            continue
+        state = _ByGram(part, atoms, k, products) if gram else _ByResidual(part, atoms, k)
+        indices, used = _choose(part, atoms, k, select, tolerance, state)
+        found.indices[here] = indices
+        found.values[here] = _solve(part, atoms.vectors(indices), used)
+    return found
+
+
+def _check(k, n, select, nonnegative, tolerance, chunk, gram) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k} atoms cannot be chosen; allowed: 1 to n={n}")
+    if select not in _SELECT:
+        raise ValueError(f"select={select!r} is unknown; allowed: {', '.join(map(repr, _SELECT))}")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance} is no share of a norm; allowed: 0 ≤ tolerance < 1, or None")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} samples; allowed: at least 1, or None")
+    if gram and nonnegative:
+        raise ValueError("gram=True with nonnegative=True; allowed: one of them")
+
+
+def _gram_pays(batch: int, atoms: _Atoms, k: int) -> bool:
+    """Whether building the Gram matrix and summing rows of it costs less than correlating every residual."""
+    n, m = len(atoms), atoms.width
+    if n * n * atoms.weight.element_size() > GRAM_BYTES:
+        return False
+    correlate = n * (atoms.weight.shape[1] * GATHER_COST if atoms.gathers else m * PRODUCT_COST)
+    build = n * correlate * (1 if atoms.gathers else 0.5)
+    steps = batch * k
+    return build + steps * n * k / 2 * GRAM_COST < steps * (correlate + 2 * m * k * BASIS_COST)
+
+
+def _choose(x, atoms: _Atoms, k: int, select: str, tolerance: float | None, state) -> tuple[Tensor, Tensor]:
+    """Indices [batch, k] in the order of choice, and which of them are used."""
+    norm = x.norm(dim=1)
+    floor = _rounding(norm, atoms)
+    indices = x.new_zeros(len(x), k, dtype=torch.long)
+    used = torch.zeros_like(indices, dtype=torch.bool)
+    live = norm > 0
+    for step in range(k):
+        score = state.correlations()
+        score = score.abs() if select == "magnitude" else score.clone()
+        score.scatter_(1, indices[:, :step], -torch.inf)
+        best, chosen = score.max(1)
+        live = live & (best > floor)
+        if tolerance is not None:
+            live = live & (state.residual_norm(indices, step) > tolerance * norm)
+        if not live.any():  # distinct indices for what stays unused
+            indices[:, step:] = score.topk(k - step, dim=1).indices
+            break
+        indices[:, step] = chosen
+        used[:, step] = state.add(step, indices, live)
+    return indices, used
+
+
+def _rounding(norm: Tensor, atoms: _Atoms) -> Tensor:
+    """Correlations of this size are rounding: those of a residual that is orthogonal to all atoms."""
+    longest = atoms.weight.norm(dim=1).amax()
+    return 64 * torch.finfo(norm.dtype).eps * longest * norm
+
+
+def _dependent(dtype: torch.dtype) -> float:
+    """Squared share of an atom outside the span of others, below which it counts as dependent on them."""
+    return 100 * torch.finfo(dtype).eps
+
+
+class _ByResidual:
+    """Correlations from the residual itself; the chosen atoms are kept as an orthonormal basis [batch, k, m].
+
+    Two passes of Gram and Schmidt are as good as Householder's reflections; their coefficients are the Cholesky factor
+    of the chosen atoms' Gram matrix, which is never formed.
+    """
+
+    def __init__(self, x: Tensor, atoms: _Atoms, k: int):
+        self.atoms, self.residual, self.basis = atoms, x.clone(), x.new_zeros(len(x), k, x.shape[1])
+
+    def correlations(self) -> Tensor:
+        return self.atoms.correlate(self.residual)
+
+    def residual_norm(self, indices: Tensor, step: int) -> Tensor:
+        return self.residual.norm(dim=1)
+
+    def add(self, step: int, indices: Tensor, live: Tensor) -> Tensor:
+        """Take the atoms at `indices[:, step]` into the basis where `live`; returns where that was possible."""
+        atom = self.atoms.vectors(indices[:, step])
+        rest, before = atom[:, :, None], self.basis[:, :step]
+        for _ in range(2 if step else 0):
+            rest = torch.baddbmm(rest, before.mT, before @ rest, alpha=-1)
+        rest, length = rest[:, :, 0], atom.norm(dim=1)
+        left = rest.norm(dim=1)
+        new = live & (left.square() > _dependent(atom.dtype) * length.square())
+        direction = rest * torch.where(new, 1 / left, 0)[:, None]
+        self.basis[:, step] = direction
+        self.residual -= (direction * self.residual).sum(1, keepdim=True) * direction
+        return new
+
+
+class _ByGram:
+    """Correlations updated through the Gram matrix G (Rubinstein et al. 2008): α ← α − γ_t Σ_s F_ts G_{j_s}.
+
+    Row t of F = L⁻¹, L the Cholesky factor of the chosen atoms' Gram matrix, holds the coefficients of the t-th
+    orthonormal direction q_t in the chosen atoms, and γ_t = q_t·r = α_{j_t}/L_tt.
+    """
+
+    def __init__(self, x: Tensor, atoms: _Atoms, k: int, gram: Tensor):
+        self.x, self.atoms, self.gram = x, atoms, gram
+        self.alpha = atoms.correlate(x)
+        self.inverse = x.new_zeros(len(x), k, k)
+        self.along = x.new_zeros(len(x), k)
+
+    def correlations(self) -> Tensor:
+        return self.alpha
+
+    def residual_norm(self, indices: Tensor, step: int) -> Tensor:
+        # afresh: ‖x‖² − Σγ² would lose half of the digits
+        if not step:
+            return self.x.norm(dim=1)
+        values = (self.along[:, None, :step] @ self.inverse[:, :step, :step])[:, 0]
+        return (self.x - (values[:, None] @ self.atoms.vectors(indices[:, :step]))[:, 0]).norm(dim=1)
+
+    def add(self, step: int, indices: Tensor, live: Tensor) -> Tensor:
+        """As `_ByResidual.add`."""
+        chosen, before = indices[:, step], self.inverse[:, :step, :step]
+        own = self.gram[chosen, chosen]
+        overlap = before @ self.gram[chosen[:, None], indices[:, :step]][:, :, None]
+        left = own - overlap.square().sum((1, 2))
+        new = live & (left > _dependent(left.dtype) * own)
+        scale = torch.where(new, left.rsqrt(), 0)
+        row = self.inverse[:, step]
+        row[:, :step] = -scale[:, None] * (overlap.mT @ before)[:, 0]
+        row[:, step] = scale
+        self.along[:, step] = scale * self.alpha.gather(1, chosen[:, None])[:, 0]
+        weights = self.along[:, step, None] * row[:, : step + 1]
+        self.alpha -= weighted_sum(weights, indices[:, : step + 1], self.gram)
+        return new
+
+
+# -- coefficients on a support -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def least_squares(
+    x: Float[Tensor, "batch m"],
+    atoms: Rows | Float[Tensor, "n m"],
+    indices: Int[Tensor, "batch k"],
+    *,
+    chunk: int = RESIDUAL_CHUNK,
+) -> Float[Tensor, "batch k"]:
+    """The coefficients z that minimise ‖x − Σ_i z_i d_{indices[i]}‖ for each sample, computed in float64.
+
+    Where atoms depend on each other there are many, and the one of least norm (of coefficients times lengths) is
+    returned: of two equal atoms each gets half. Atoms count as dependent where one has less than √(100 ε) of its length
+    outside the span of others, ε the rounding of their own precision: .35 % in float32, 1.5·10⁻⁷ in float64.
+    An atom of zeros gets zero.
+
+    `chunk` samples are solved at a time, each with about 3k(m + k) numbers in float64.
+    """
+    atoms = _Atoms(atoms)
+    x = _signals(x, atoms)
+    if len(indices) != len(x):
+        raise ValueError(f"indices has {len(indices)} rows; allowed: {len(x)}, as x has")
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(atoms):
+        raise ValueError(
+            f"indices run from {int(indices.min())} to {int(indices.max())}; allowed: 0 to {len(atoms) - 1}"
+        )
+    values = x.new_zeros(indices.shape)
+    if indices.numel():
+        for part, at, to in zip(x.split(chunk), indices.split(chunk), values.split(chunk), strict=True):
+            to.copy_(_solve(part, atoms.vectors(at)))
+    return values
+
+
+def _solve(x: Tensor, vectors: Tensor, used: Tensor | None = None) -> Tensor:
+    """Coefficients [batch, k] for given atoms [batch, k, m]; zero where not `used`."""
+    tolerance, dtype = _dependent(x.dtype), x.dtype
+    length = vectors.norm(dim=2).double()
+    used = length > 0 if used is None else used & (length > 0)
+    scale = torch.where(used, 1 / length, 0)
+    x, vectors = x.double(), vectors.double() * scale[:, :, None]
+    gram = vectors @ vectors.mT
+    gram.diagonal(dim1=1, dim2=2).add_(~used)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    weak = (failed != 0) | (factor.diagonal(dim1=1, dim2=2).square().amin(1) < tolerance)
+    values = torch.cholesky_solve(vectors @ x[:, :, None], factor)[:, :, 0]
+    if weak.any():
+        values[weak] = (torch.linalg.pinv(vectors[weak].mT, rtol=tolerance**0.5) @ x[weak][:, :, None])[:, :, 0]
+    return (values * scale).to(dtype)
+
+
+def _nonnegative(x: Tensor, atoms: _Atoms, k: int, tolerance: float | None) -> tuple[Tensor, Tensor]:
+    """Indices and non-negative coefficients [batch, k], by Lawson and Hanson's active sets, k steps."""
+    norm = x.norm(dim=1)
+    floor, live = _rounding(norm, atoms), norm > 0
+    indices = x.new_zeros(len(x), k, dtype=torch.long)
+    used = torch.zeros_like(indices, dtype=torch.bool)
+    vectors, values, residual = x.new_zeros(len(x), k, x.shape[1]), x.new_zeros(len(x), k), x
+    for step in range(k):
+        score = _without(atoms.correlate(residual), indices, used)
+        best, chosen = score.max(1)
+        live = live & (best > floor)
+        if tolerance is not None:
+            live = live & (residual.norm(dim=1) > tolerance * norm)
+        if not live.any():
+            break
+        indices[:, step], used[:, step] = chosen, live
+        vectors[:, step] = atoms.vectors(chosen)
+        values[:, : step + 1] = _inward(
+            x, vectors[:, : step + 1], values[:, : step + 1].clone(), used[:, : step + 1]
+        )
+        residual = x - (values[:, None] @ vectors)[:, 0]
+    # an atom that left, and came back, must not stand in its old place too
+    spare = _without(x.new_zeros(len(x), len(atoms)), indices, used).topk(k, dim=1).indices
+    return torch.where(used, indices, spare.gather(1, (~used).cumsum(1).sub(1).clamp_min(0))), values
+
+
+def _without(score: Tensor, indices: Tensor, used: Tensor) -> Tensor:
+    """Scores with −∞ at the used indices; the others may name any index, also a used one."""
+    sample = torch.arange(len(score), device=score.device)[:, None].expand_as(indices)
+    score[sample[used], indices[used]] = -torch.inf
+    return score
+
+
+def _inward(x: Tensor, vectors: Tensor, values: Tensor, used: Tensor) -> Tensor:
+    """Lawson and Hanson's inner loop: solve; where a coefficient is not positive, go as far as they all stay ≥ 0,
+    drop what has reached zero (`used` is changed in place), and solve again."""
+    for _ in range(used.shape[1] + 1):
+        goal = _solve(x, vectors, used)
+        beyond = used & (goal <= 0)
+        if not beyond.any():
+            return goal
+        ratio = torch.where(beyond, values / (values - goal).clamp_min(torch.finfo(x.dtype).tiny), torch.inf)
+        share = ratio.amin(1, keepdim=True)
+        values += share.clamp_max(1) * (goal - values)
+        used &= ~(beyond & (ratio <= share))
+        values.clamp_min_(0).mul_(used)
+    return values
+
+
+# -- cheaper ways ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def one_shot(
+    x: Float[Tensor, "batch m"],
+    atoms: Rows | Float[Tensor, "n m"],
+    k: int,
+    *,
+    select: str = "magnitude",
+) -> SparseCodes:
+    """The k atoms that correlate most with the signal, all chosen at once, with their least-squares coefficients.
+
+    `select` as in `omp`, but all k are taken whatever their sign. This is a TopK SAE's choice without a bias.
+    """
+    _check(k, len(_Atoms(atoms)), select, False, None, None, None)
+    score = correlations(x, atoms)
+    indices = (score.abs() if select == "magnitude" else score).topk(k, dim=1).indices
+    return SparseCodes(indices, least_squares(x, atoms, indices))
