@@ -22,7 +22,9 @@ install_import_hook(
         "helpers.interventions",
         "helpers.sweep",
         "helpers.latents",
+        "helpers.pursuit",
         "helpers.expander",
+        "helpers.checkpoints",
     ],
     "tests.typechecking.check",
 )
