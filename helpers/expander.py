@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import linprog
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers.dictionary import Packed, Rows
+from helpers.dictionary import Packed, Rows, SparseCodes
 
 MOST_SETS = 20_000_000
 """Sets of atoms that `expansion` is willing to visit: some seconds on one core."""
@@ -406,3 +406,31 @@ def smallest_gain(atoms: Float[Tensor, "size m"]) -> tuple[float, Float[Tensor, 
 def largest_certified_k(sums: Sequence[float]) -> int:
     """How many of certificates for k = 1, 2, … in a row are below 1."""
     return next((k for k, value in enumerate(sums) if value >= 1), len(sums))
+
+
+# -- signals with known codes ------------------------------------------------------------------------------------------
+
+VALUES = ("normal", "signs", "wide")
+"""Coefficients of `sparse_codes`: standard normal; ±1; random signs with sizes log-uniform over 0.01 … 100."""
+
+
+def sparse_codes(
+    n_features: int, k: int, count: int, generator: torch.Generator, values: str = "normal"
+) -> SparseCodes:
+    """`count` codes in float64, each on a uniform support of k atoms. Raises `ValueError` for unknown values or k."""
+    if values not in VALUES:
+        raise ValueError(f"values={values!r} is unknown; allowed: {', '.join(map(repr, VALUES))}")
+    if not 1 <= k <= n_features:
+        raise ValueError(f"k={k} atoms cannot be active; allowed: 1 to n_features={n_features}")
+    noise = {"generator": generator, "device": generator.device}
+    indices = _subsets(count, n_features, k, generator)
+    normal = torch.randn(count, k, dtype=torch.float64, **noise)
+    if values == "normal":
+        return SparseCodes(indices, normal)
+    sizes = 10 ** (4 * torch.rand(count, k, dtype=torch.float64, **noise) - 2) if values == "wide" else 1.0
+    return SparseCodes(indices, normal.sign() * sizes)
+
+
+def same_support(found: SparseCodes, truth: SparseCodes) -> Bool[Tensor, " batch"]:
+    """Where two codes with as many atoms each chose the same ones, in whatever order."""
+    return (found.indices.sort(1).values == truth.indices.sort(1).values).all(1)

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from helpers import expander
-from helpers.dictionary import Packed
+from helpers.dictionary import Packed, SparseCodes
 from helpers.settings import generator
 from tests.reference import expander_numpy as slow
 
@@ -289,3 +289,18 @@ def test_certificates_say_which_k():
     assert expander.pursuit_certificate(2, 0.1, 3) == pytest.approx(2.8)
     assert expander.gain(1, 0.25, 16) == pytest.approx(2)
     assert expander.largest_certified_k([0.2, 0.9, 1.0, 0.5]) == 2
+
+
+def test_sparse_codes_are_what_they_say():
+    for values in expander.VALUES:
+        codes = expander.sparse_codes(9, 4, 500, generator(0), values)
+        assert (codes.indices.sort(1).values.diff(dim=1) > 0).all() and codes.values.dtype == torch.float64
+        assert codes.indices.unique().numel() == 9 and 0.4 < float((codes.values > 0).double().mean()) < 0.6
+    assert 0.01 <= float(codes.values.abs().min()) < 0.02 and 50 < float(codes.values.abs().max()) <= 100
+    shuffled = SparseCodes(codes.indices.flip(1), codes.values)
+    assert expander.same_support(shuffled, codes).all()
+    other = SparseCodes((codes.indices + 1) % 9, codes.values)
+    assert not expander.same_support(other, codes).any()
+    for wrong in ({"k": 10}, {"values": "large"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            expander.sparse_codes(**{"n_features": 9, "k": 4, "count": 1, "generator": generator(0)} | wrong)
