@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helpers.dictionary import Rows, SparseCodes, weighted_sum
+from helpers.dictionary import Packed, Rows, SparseCodes, weighted_sum
 
 GATHER_SHARE = 0.35
 """Packed atoms are gathered while d ≤ 0.35 m, and multiplied as a dense matrix above that.
@@ -23,14 +23,14 @@ much as three of the matrix product's, hardly depending on n and on the batch.
 """
 
 GATHER_COST, PRODUCT_COST, GRAM_COST, BASIS_COST = 57.0, 22.0, 84.0, 80.0
-"""Picoseconds of a multiply-add, one core, float32: gathering packed atoms, a matrix product, summing chosen rows of the
-Gram matrix, orthogonalising. Measured at m=512, n=4096; only their ratios are used, in `_gram_pays`."""
+"""Picoseconds of a multiply-add, one core, float32: gathering packed atoms, a matrix product, summing chosen rows of
+the Gram matrix, orthogonalising. Measured at m=512, n=4096; only their ratios are used, in `_gram_pays`."""
 
 GRAM_BYTES = 512 * 2**20
 """The Gram matrix of all atoms is built only if it is no larger than this (n ≤ 11,585 in float32)."""
 
 GRAM_CHUNK, RESIDUAL_CHUNK, CUDA_CHUNK = 32, 256, 4096
-"""Samples that are worked on at a time. With the Gram matrix few are best on a CPU: their k rows of it stay in cache."""
+"""Samples worked on at a time. With the Gram matrix few are best on a CPU: their k rows of it stay in cache."""
 
 _SELECT = ("magnitude", "signed")
 
@@ -40,7 +40,7 @@ _SELECT = ("magnitude", "signed")
 
 @torch.no_grad()
 def correlations(
-    x: Float[Tensor, "batch m"], atoms: Rows | Float[Tensor, "n m"], *, method: str | None = None
+    x: Float[Tensor, "batch m"], atoms: Rows | Float[Tensor, "n d"], *, method: str | None = None
 ) -> Float[Tensor, "batch n"]:
     """d_j·x for all atoms, without their biases.
 
@@ -66,10 +66,11 @@ class _Atoms:
         if getattr(atoms, "down", None) is not None:
             raise ValueError("atoms are low-rank rows (down is given); allowed: rows whose weight is the atoms")
         self.weight = (atoms if isinstance(atoms, Tensor) else atoms.weight).detach()
-        self.rows = getattr(atoms, "rows", None)
-        self.packed = self.rows is not None
+        self.packed = isinstance(atoms, Packed)
+        self.rows = atoms.rows.int() if self.packed else None
         self.width = atoms.width if self.packed else self.weight.shape[1]
         self.gathers = self.packed and self.weight.shape[1] <= GATHER_SHARE * self.width
+        self.longest = self.weight.norm(dim=1).amax() if self.weight.numel() else self.weight.new_zeros(())
         self._dense = None if self.packed else self.weight
 
     def __len__(self) -> int:
@@ -126,7 +127,7 @@ def _signals(x: Tensor, atoms: _Atoms) -> Tensor:
 @torch.no_grad()
 def omp(
     x: Float[Tensor, "batch m"],
-    atoms: Rows | Float[Tensor, "n m"],
+    atoms: Rows | Float[Tensor, "n d"],
     k: int,
     *,
     select: str = "magnitude",
@@ -200,7 +201,7 @@ def _gram_pays(batch: int, atoms: _Atoms, k: int) -> bool:
     correlate = n * (atoms.weight.shape[1] * GATHER_COST if atoms.gathers else m * PRODUCT_COST)
     build = n * correlate * (1 if atoms.gathers else 0.5)
     steps = batch * k
-    return build + steps * n * k / 2 * GRAM_COST < steps * (correlate + 2 * m * k * BASIS_COST)
+    return build + steps * n * k / 2 * GRAM_COST < steps * (correlate + m * k * BASIS_COST)
 
 
 def _choose(x, atoms: _Atoms, k: int, select: str, tolerance: float | None, state) -> tuple[Tensor, Tensor]:
@@ -228,8 +229,7 @@ def _choose(x, atoms: _Atoms, k: int, select: str, tolerance: float | None, stat
 
 def _rounding(norm: Tensor, atoms: _Atoms) -> Tensor:
     """Correlations of this size are rounding: those of a residual that is orthogonal to all atoms."""
-    longest = atoms.weight.norm(dim=1).amax()
-    return 64 * torch.finfo(norm.dtype).eps * longest * norm
+    return 64 * torch.finfo(norm.dtype).eps * atoms.longest * norm
 
 
 def _dependent(dtype: torch.dtype) -> float:
@@ -240,8 +240,8 @@ def _dependent(dtype: torch.dtype) -> float:
 class _ByResidual:
     """Correlations from the residual itself; the chosen atoms are kept as an orthonormal basis [batch, k, m].
 
-    Two passes of Gram and Schmidt are as good as Householder's reflections; their coefficients are the Cholesky factor
-    of the chosen atoms' Gram matrix, which is never formed.
+    Gram and Schmidt's coefficients are the Cholesky factor of the chosen atoms' Gram matrix, which is never formed. A
+    second pass, where an atom is mostly in the span of the others, keeps the basis orthogonal to rounding.
     """
 
     def __init__(self, x: Tensor, atoms: _Atoms, k: int):
@@ -256,11 +256,13 @@ class _ByResidual:
     def add(self, step: int, indices: Tensor, live: Tensor) -> Tensor:
         """Take the atoms at `indices[:, step]` into the basis where `live`; returns where that was possible."""
         atom = self.atoms.vectors(indices[:, step])
-        rest, before = atom[:, :, None], self.basis[:, :step]
+        rest, before, length = atom, self.basis[:, :step], atom.norm(dim=1)
+        left = length
         for _ in range(2 if step else 0):
-            rest = torch.baddbmm(rest, before.mT, before @ rest, alpha=-1)
-        rest, length = rest[:, :, 0], atom.norm(dim=1)
-        left = rest.norm(dim=1)
+            rest = torch.baddbmm(rest[:, :, None], before.mT, before @ rest[:, :, None], alpha=-1)[:, :, 0]
+            left = rest.norm(dim=1)
+            if (left > length / 2).all():  # little was taken away, so little of it was rounding
+                break
         new = live & (left.square() > _dependent(atom.dtype) * length.square())
         direction = rest * torch.where(new, 1 / left, 0)[:, None]
         self.basis[:, step] = direction
@@ -314,19 +316,19 @@ class _ByGram:
 @torch.no_grad()
 def least_squares(
     x: Float[Tensor, "batch m"],
-    atoms: Rows | Float[Tensor, "n m"],
-    indices: Int[Tensor, "batch k"],
+    atoms: Rows | Float[Tensor, "n d"],
+    indices: Int[Tensor, "rows k"],
     *,
     chunk: int = RESIDUAL_CHUNK,
-) -> Float[Tensor, "batch k"]:
-    """The coefficients z that minimise ‖x − Σ_i z_i d_{indices[i]}‖ for each sample, computed in float64.
+) -> Float[Tensor, "rows k"]:
+    """The coefficients z that minimise ‖x − Σ_i z_i d_{indices[i]}‖ for each sample.
 
     Where atoms depend on each other there are many, and the one of least norm (of coefficients times lengths) is
     returned: of two equal atoms each gets half. Atoms count as dependent where one has less than √(100 ε) of its length
     outside the span of others, ε the rounding of their own precision: .35 % in float32, 1.5·10⁻⁷ in float64.
     An atom of zeros gets zero.
 
-    `chunk` samples are solved at a time, each with about 3k(m + k) numbers in float64.
+    Normal equations by Cholesky, refined once; `chunk` samples at a time, with about 4k(m + k) numbers each.
     """
     atoms = _Atoms(atoms)
     x = _signals(x, atoms)
@@ -345,19 +347,22 @@ def least_squares(
 
 def _solve(x: Tensor, vectors: Tensor, used: Tensor | None = None) -> Tensor:
     """Coefficients [batch, k] for given atoms [batch, k, m]; zero where not `used`."""
-    tolerance, dtype = _dependent(x.dtype), x.dtype
-    length = vectors.norm(dim=2).double()
+    length = vectors.norm(dim=2)
     used = length > 0 if used is None else used & (length > 0)
     scale = torch.where(used, 1 / length, 0)
-    x, vectors = x.double(), vectors.double() * scale[:, :, None]
-    gram = vectors @ vectors.mT
+    vectors = vectors * scale[:, :, None]
+    gram = (vectors @ vectors.mT).double()
     gram.diagonal(dim1=1, dim2=2).add_(~used)
     factor, failed = torch.linalg.cholesky_ex(gram)
+    tolerance = _dependent(x.dtype)
     weak = (failed != 0) | (factor.diagonal(dim1=1, dim2=2).square().amin(1) < tolerance)
-    values = torch.cholesky_solve(vectors @ x[:, :, None], factor)[:, :, 0]
+    values = torch.zeros_like(scale)[:, :, None]
+    for _ in range(2):  # the second time refines: it solves for the residual
+        rest = x[:, :, None] - vectors.mT @ values
+        values += torch.cholesky_solve((vectors @ rest).double(), factor).to(x.dtype)
     if weak.any():
-        values[weak] = (torch.linalg.pinv(vectors[weak].mT, rtol=tolerance**0.5) @ x[weak][:, :, None])[:, :, 0]
-    return (values * scale).to(dtype)
+        values[weak] = torch.linalg.pinv(vectors[weak].mT, rtol=tolerance**0.5) @ x[weak][:, :, None]
+    return values[:, :, 0] * scale
 
 
 def _nonnegative(x: Tensor, atoms: _Atoms, k: int, tolerance: float | None) -> tuple[Tensor, Tensor]:
@@ -377,9 +382,7 @@ def _nonnegative(x: Tensor, atoms: _Atoms, k: int, tolerance: float | None) -> t
             break
         indices[:, step], used[:, step] = chosen, live
         vectors[:, step] = atoms.vectors(chosen)
-        values[:, : step + 1] = _inward(
-            x, vectors[:, : step + 1], values[:, : step + 1].clone(), used[:, : step + 1]
-        )
+        values[:, : step + 1] = _inward(x, vectors[:, : step + 1], values[:, : step + 1].clone(), used[:, : step + 1])
         residual = x - (values[:, None] @ vectors)[:, 0]
     # an atom that left, and came back, must not stand in its old place too
     spare = _without(x.new_zeros(len(x), len(atoms)), indices, used).topk(k, dim=1).indices
@@ -415,7 +418,7 @@ def _inward(x: Tensor, vectors: Tensor, values: Tensor, used: Tensor) -> Tensor:
 @torch.no_grad()
 def one_shot(
     x: Float[Tensor, "batch m"],
-    atoms: Rows | Float[Tensor, "n m"],
+    atoms: Rows | Float[Tensor, "n d"],
     k: int,
     *,
     select: str = "magnitude",
