@@ -25,6 +25,7 @@ install_import_hook(
         "helpers.pursuit",
         "helpers.expander",
         "helpers.checkpoints",
+        "helpers.frontier",
     ],
     "tests.typechecking.check",
 )
