@@ -36,6 +36,10 @@ GATHER_BYTES = 64 * 2**20
 TILE_BYTES = 8 * 2**20
 """Largest dense tile of packed rows that a pass over all of them builds; it lives as long as that product."""
 
+GATHER_SHARE, GATHER_BLOCK = 0.35, 128
+"""On a CPU all packed rows are gathered, `GATHER_BLOCK` samples at a time, while q ≤ 0.35·width; beyond that, and on a
+GPU, a matrix product over tiles is faster (`benchmarks.pursuit`: a gathered multiply-add costs about three of its)."""
+
 
 # -- two primitives, each the adjoint of the other ---------------------------------------------------------------------
 
@@ -265,8 +269,8 @@ class Rows(nn.Module):
 class Packed(Rows):
     """Rows of which each has q numbers in places of its own and zeros elsewhere (paper B's masked columns).
 
-    Parameters, gradients and the optimiser's state are [n, q]. Scores of all rows go through dense tiles of at most
-    `TILE_BYTES`; everything else reads and writes only the numbers there are.
+    Parameters, gradients and the optimiser's state are [n, q]. Scores of all rows are gathered, or go through dense
+    tiles of at most `TILE_BYTES`; everything else reads and writes only the numbers there are.
 
     Args:
         weight: [n, q], the numbers.
@@ -317,7 +321,10 @@ class Packed(Rows):
     def scores(self, x: Float[Tensor, "batch d"], only: Int[Tensor, " n"] | None = None) -> Float[Tensor, "batch n"]:
         if only is not None:
             return _linear(x, self.vectors(only), None if self.bias is None else self.bias[only])
-        scores = _PackedScores.apply(x, self.weight, self.rows)
+        if x.device.type == "cpu" and self.weight.shape[1] <= GATHER_SHARE * self.width:
+            scores = packed_products(x.to(self.weight.dtype), self.weight, self.rows)
+        else:
+            scores = _PackedScores.apply(x, self.weight, self.rows)
         return scores if self.bias is None else scores.add_(self.bias)
 
     def chosen(
@@ -349,6 +356,19 @@ class Packed(Rows):
         super().project_gradient_()
         if self.degrees is not None and self.weight.grad is not None:
             self.weight.grad.masked_fill_(self._unused(), 0.0)
+
+
+def packed_products(
+    x: Float[Tensor, "batch d"], weight: Float[Tensor, "n q"], rows: Int[Tensor, "n q"]
+) -> Float[Tensor, "batch n"]:
+    """w_j·x for all packed rows by gathering, O(qn) a sample, with its gradient.
+
+    With one sample a column, row j's score is a weighted sum of q rows of xᵀ: the first primitive, read the other way.
+    """
+    if not len(x):
+        return x.new_zeros(0, len(weight))
+    places = rows.long()
+    return torch.cat([weighted_sum(weight, places, part.T.contiguous()).T for part in x.split(GATHER_BLOCK)])
 
 
 def _tiles(weight: Tensor, rows: Tensor, width: int):

@@ -36,8 +36,10 @@ def pair(n=12, m=9, q=3, seed=0) -> tuple[Packed, Rows]:
     return packed, Rows(torch.tensor(dense), bias.clone())
 
 
-def small(monkeypatch, tile: int, gather: int) -> None:
+def small(monkeypatch, tile: int, gather: int, share: float = 0.0) -> None:
     monkeypatch.setattr(dictionary, "TILE_BYTES", tile)
+    monkeypatch.setattr(dictionary, "GATHER_SHARE", share)
+    monkeypatch.setattr(dictionary, "GATHER_BLOCK", 2 if gather < 1000 else 128)
     monkeypatch.setattr(dictionary, "GATHER_BYTES", gather)
 
 
@@ -68,9 +70,10 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize(("tile", "gather"), [(2**23, 2**26), (3 * 9 * 8, 4 * 3 * 16 * 2), (1, 1)])
-def test_every_product_and_gradient_is_the_dense_one(use, tile, gather, monkeypatch):
-    small(monkeypatch, tile, gather)
+def test_every_product_and_gradient_is_the_dense_one(use, tile, gather, share, monkeypatch):
+    small(monkeypatch, tile, gather, share)
     packed, dense = pair()
     mine, theirs = gradients(packed, USES[use]), gradients(dense, USES[use])
     theirs[-1] = theirs[-1].gather(1, packed.rows.long())
@@ -87,11 +90,12 @@ def test_every_product_and_gradient_is_the_dense_one(use, tile, gather, monkeypa
     share=st.floats(0.05, 1),
     seed=st.integers(0, 99),
     tile=st.integers(1, 2000),
+    gathers=st.booleans(),
 )
-def test_packed_is_dense_at_every_shape(n, m, share, seed, tile):
+def test_packed_is_dense_at_every_shape(n, m, share, seed, tile, gathers):
     q = max(1, round(share * m))
     with pytest.MonkeyPatch.context() as patch:
-        small(patch, tile, tile)
+        small(patch, tile, tile, float(gathers))
         packed, dense = pair(n, m, q, seed)
         x = torch.randn(4, m, generator=generator(seed), dtype=torch.float64)
         torch.testing.assert_close(packed.scores(x), dense.scores(x))
@@ -138,8 +142,10 @@ def twins(balance=lambda: losses.Balance(), n=24, m=10, q=4, k=3, steps=40):
 @pytest.mark.parametrize(
     "balance", [losses.Balance, lambda: losses.switch(0.1), lambda: losses.auxk(1.0, 3), lambda: losses.ghost(1.0, 3)]
 )
-def test_training_packed_is_training_under_a_mask(balance):
-    packed, dense = twins(balance)
+@pytest.mark.parametrize("q", [3, 4])
+def test_training_packed_is_training_under_a_mask(balance, q):
+    """By gathering (3 of 10 numbers) and by tiles (4 of 10)."""
+    packed, dense = twins(balance, q=q)
     np.testing.assert_allclose(packed.loss, dense.loss, rtol=1e-9)
     torch.testing.assert_close(packed.student.encoder.vectors(), dense.student.encoder.weight, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(packed.student.b_out, dense.student.b_out, rtol=1e-8, atol=1e-10)
