@@ -298,12 +298,11 @@ def _matrix(atoms: Rows | Tensor, only: Tensor | None = None) -> Tensor:
 
 
 def _sparse(atoms: Packed) -> Tensor:
-    """Packed columns as a sparse [n, m] matrix."""
+    """Packed columns as a sparse [n, m] matrix in CSR form, whose products need no sorting."""
     n, degree = atoms.rows.shape
-    owners = torch.arange(n, device=atoms.rows.device).repeat_interleave(degree)
-    places = torch.stack([owners, atoms.rows.long().flatten()])
-    values = atoms.weight.detach().flatten()
-    return torch.sparse_coo_tensor(places, values, (n, atoms.width), is_coalesced=True, check_invariants=False)
+    starts = torch.arange(0, n * degree + 1, degree, device=atoms.rows.device)
+    places, values = atoms.rows.long().flatten(), atoms.weight.detach().flatten()
+    return torch.sparse_csr_tensor(starts, places, values, (n, atoms.width), check_invariants=False)
 
 
 # -- flatness and coherence --------------------------------------------------------------------------------------------
