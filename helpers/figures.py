@@ -50,6 +50,11 @@ METHODS = {
     "implicit": Mark(PURPLE, "implicit SAE", "P"),
     "pca": Mark(INDIGO, "PCA", "X", "-."),
     "omp": Mark(WINE, "matching pursuit", "<"),
+    "csr": Mark(AMBER, "CSR product", "v", "-."),
+    # masks of expander SAEs; "expander" is the random one
+    "clustered": Mark(VERMILION, "clustered mask", "s"),
+    "informed": Mark(BLUE, "informed mask", "P"),
+    "pruned": Mark(INDIGO, "pruned dense", "v"),
     # data
     "real": Mark(GREEN, "activations", "o"),
     "gaussian": Mark(PURPLE, "matched Gaussian", "s", "--"),
