@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import tempfile
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from benchmarks import common
@@ -94,6 +97,18 @@ def kept_bytes(run) -> tuple[int, int]:
     return tuple(sum(t.numel() * t.element_size() for t in tensors) for tensors in (moving, fixed))
 
 
+def file_bytes(run) -> int:
+    """Bytes of the saved model: packed values with their row numbers, or the full matrix, and the biases."""
+    model = run.students[""]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model")
+        if isinstance(getattr(model, "encoder", None), dictionary.Packed):
+            dictionary.save_packed(model, path)
+        else:
+            save_file({name: p.detach() for name, p in model.named_parameters()}, path)
+        return path.stat().st_size
+
+
 def peak_growth(what: str, m: int, n: int, batch: int) -> float:
     """MB by which the peak memory of a fresh process grows from before the model is made to the end of four steps."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -123,6 +138,7 @@ def measure(m: int, n: int, batch: int, repeats: int) -> tuple[list[dict], list[
     runs = {what: make(what, m, n, stream) for what in WHAT}
     times = common.interleave({what: run.train_step for what, run in runs.items()}, repeats=repeats)
     kept = {what: kept_bytes(run) for what, run in runs.items()}
+    files = {what: file_bytes(run) for what, run in runs.items()}
     rows = [
         {
             "m": m,
@@ -133,6 +149,7 @@ def measure(m: int, n: int, batch: int, repeats: int) -> tuple[list[dict], list[
             "iqr_ms": 1e3 * times[what]["iqr"],
             "kept MB": sum(kept[what]) / 2**20,
             "peak grows MB": growth[what],
+            "file MB": files[what] / 2**20,
         }
         for what in WHAT
     ]
@@ -144,6 +161,10 @@ def measure(m: int, n: int, batch: int, repeats: int) -> tuple[list[dict], list[
         floor = 4 * 4 * numbers + kept[what][1]  # values, gradients, two moments: four bytes each
         memory = sum(kept[what]) / floor
         targets.append(common.at_most(f"{case}, d={q}: kept / (4·4·(dn + n + m) bytes + row numbers)", memory, 1.2))
+        if batch == BATCHES[0]:
+            smaller = files["dense tied"] / files[what]  # values alone: m/d
+            label = f"m={m}, n={n}, d={q}: file of the dense tied SAE / packed file (values alone: {m / q:.0f})"
+            targets.append(common.at_least(label, smaller, 0.9 * 4 * m / (6 * q + 4)))
     if batch == BATCHES[0]:
         what = f"m={m}, n={n}: largest relative difference of packed and masked outputs"
         targets.append(common.at_most(what, same_output(m, n), 1e-5))
