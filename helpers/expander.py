@@ -258,6 +258,19 @@ def expansion_bounds(
     return Expansion(low, torch.maximum(low, high), worst)
 
 
+def measured_expansion(
+    rows: Int[Tensor, "n degree"], d_model: int, size: int, generator: torch.Generator, *, most: int = 1_000_000
+) -> Expansion:
+    """ε_1 … ε_size: exact for as many sizes as `most` sets of atoms allow, bounds for the others."""
+    bounds = expansion_bounds(rows, d_model, size, generator)
+    sets = np.cumsum([math.comb(len(rows), t) for t in range(1, size + 1)], dtype=float)
+    if not (visited := int((sets <= most).sum())):
+        return bounds
+    exact = expansion(rows, d_model, visited, most=most)
+    low, high = (torch.cat([exact.low, b[visited:]]) for b in (bounds.low, bounds.high))
+    return Expansion(low, torch.maximum(low, high), exact.worst + bounds.worst[visited:])
+
+
 def expansion_floor(n_features: int, d_model: int, degree: int, size: int) -> float:
     """What ε_size is at least, for ANY mask of this shape: the best set of atoms is no better than the average one.
 
