@@ -95,8 +95,10 @@ class _Atoms:
             return Rows(self.dense).scores(x)
         # One sample a column: the d rows that an atom reads are then contiguous, and the sum over them is a vector sum.
         # A block of columns stays in the processor's cache.
-        blocks = (weighted_sum(self.weight, self.rows, part.T.contiguous()).T for part in x.split(RESIDUAL_CHUNK))
-        return torch.cat([block.contiguous() for block in blocks]) if len(x) else x.new_zeros(0, len(self))
+        out = x.new_empty(len(x), len(self))
+        for part, here in zip(x.split(RESIDUAL_CHUNK), out.split(RESIDUAL_CHUNK), strict=True):
+            here.copy_(weighted_sum(self.weight, self.rows, part.T.contiguous()).T)
+        return out
 
     def gram(self) -> Tensor:
         """[n, n]: products of all pairs."""
