@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from ipykernel.kernelspec import make_ipkernel_cmd
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
@@ -324,6 +325,7 @@ def execute(job: Job, console: Console) -> float:
 
 def _papermill(job: Job, partial: Path, console: Console) -> None:
     where = f"{job.chapter.slug}: {{}}\n  partial notebook: {partial}"
+    manager = AsyncKernelManager(kernel_spec_manager=_ThisInterpreter())
     try:
         with _progress(job, console) as on_cell_start:
             papermill.execute_notebook(
@@ -333,7 +335,7 @@ def _papermill(job: Job, partial: Path, console: Console) -> None:
                 progress_bar=False,
                 kernel_name="python3",
                 language="python",
-                km=AsyncKernelManager(kernel_spec_manager=_ThisInterpreter()),
+                km=manager,
                 on_cell_start=on_cell_start,
             )
     except PapermillExecutionError as error:
@@ -342,6 +344,9 @@ def _papermill(job: Job, partial: Path, console: Console) -> None:
         raise ChapterFailed(where.format(f"{cell}\n    {first}\n  {error.ename}: {error.evalue}")) from None
     except (CellExecutionError, DeadKernelError) as error:
         raise ChapterFailed(where.format(f"the kernel stopped ({error}); was memory enough?")) from None
+    finally:  # a manager that was handed in is not the notebook client's to stop, and a kernel may hold gigabytes
+        if manager.has_kernel:
+            run_sync(manager.shutdown_kernel)(now=True)
 
 
 class _ThisInterpreter(KernelSpecManager):

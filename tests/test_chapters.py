@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import textwrap
 
 import nbformat
@@ -248,6 +249,18 @@ def test_a_killed_kernel_is_reported(layout):
     write_chapter(layout.root, "01_first", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     failures, said = run(layout)
     assert len(failures) == 1 and "the kernel stopped" in said
+
+
+@pytest.mark.parametrize("last", ["pass", "raise RuntimeError('no')"])
+def test_no_kernel_outlives_its_chapter(layout, last):
+    """A kernel holds a model's gigabytes; the next chapter needs them."""
+    note = layout.root / "pid"
+    write_chapter(
+        layout.root, "01_first", f"import os, pathlib\npathlib.Path({str(note)!r}).write_text(str(os.getpid()))\n{last}"
+    )
+    run(layout)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
 
 
 def test_the_kernel_is_the_running_python_whatever_is_registered(layout, tmp_path, monkeypatch):
