@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy import special
 from scipy.optimize import linprog
 from torch import Tensor
 from torch.nn import functional as F
 
+from helpers.bounds import log_configurations
 from helpers.dictionary import Packed, Rows, SparseCodes
 
 MOST_SETS = 20_000_000
@@ -282,6 +284,20 @@ def expansion_floor(n_features: int, d_model: int, degree: int, size: int) -> fl
     missed = math.prod(max(0.0, 1 - uses / (n_features - i)) for i in range(size))
     reached = min(math.floor(d_model * (1 - missed) + 1e-9), degree * size)
     return 1 - reached / (degree * size)
+
+
+def unmatched_probability(n_features: int, d_model: int, degree: int, size: int) -> float:
+    """log₁₀ of a bound on the chance that a random mask has a set S of at most `size` atoms with |Γ(S)| < |S|.
+
+    The union bound over S and over the |S| − 1 rows that would hold it, for supports drawn uniformly without
+    replacement: Σ_{t=d+1}^{size} C(n, t)·C(m, t − 1)·(C(t − 1, d)/C(m, d))^t. Minus infinity where size ≤ degree.
+    """
+    _check_mask(n_features, d_model, degree)
+    _check_size(size, n_features)
+    t = np.arange(degree + 1, size + 1, dtype=float)
+    inside = log_configurations(t - 1, degree) - log_configurations(d_model, degree)
+    terms = log_configurations(n_features, t) + log_configurations(d_model, np.minimum(t - 1, d_model)) + t * inside
+    return float(special.logsumexp(terms) / math.log(10)) if len(t) else -math.inf
 
 
 def _greedy(ones: Packed, size: int, generator: torch.Generator, starts: int) -> tuple[Tensor, list[Tensor]]:

@@ -161,6 +161,21 @@ def test_the_floor_is_met_by_a_design():
     assert expander.expansion_floor(6, 4, 2, 5) == pytest.approx(1 - 4 / 10)
 
 
+def test_the_chance_of_an_unmatched_set_is_a_union_bound():
+    """Against exact arithmetic, and against how often it happens: three atoms on two rows of five."""
+    n, m, degree, size = 40, 30, 3, 9
+    exact = sum(
+        math.comb(n, t) * math.comb(m, t - 1) * (math.comb(t - 1, degree) / math.comb(m, degree)) ** t
+        for t in range(degree + 1, size + 1)
+    )
+    assert expander.unmatched_probability(n, m, degree, size) == pytest.approx(math.log10(exact))
+    assert expander.unmatched_probability(n, m, degree, degree) == -math.inf
+    bound = 10 ** expander.unmatched_probability(3, 5, 2, 3)  # 10 pairs of rows · (1/10)³
+    assert bound == pytest.approx(0.01)
+    masks = expander._subsets(3 * 20_000, 5, 2, generator(0)).sort(1).values.view(-1, 3, 2)
+    assert float((masks == masks[:, :1]).all((1, 2)).double().mean()) == pytest.approx(bound, abs=0.003)
+
+
 def test_what_cannot_be_visited_says_so():
     rows = expander.left_regular(200, 64, 4, generator(0))
     with pytest.raises(ValueError, match="size=6 means"):
