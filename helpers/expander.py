@@ -252,7 +252,7 @@ def expansion_bounds(
     kappa = torch.arange(1, size + 1, dtype=torch.float64)[:, None]
     at_least = (2 / (kappa + 1) * (degree * t - t * sums / 2 / kappa)).amax(0)
     at_least = torch.ceil(at_least - 1e-9).cummax(0).values  # rows are whole, and a larger set reaches no fewer
-    reached, sets = _greedy(ones, size, generator, starts)
+    reached, sets = crowded_sets(rows, d_model, size, generator, starts=starts)
     floor = torch.tensor([expansion_floor(n, d_model, degree, s) for s in range(1, size + 1)], dtype=torch.float64)
     found, high = _shortfall(reached, degree), _shortfall(at_least, degree)
     worst = tuple(chosen if found[i] >= floor[i] else None for i, chosen in enumerate(sets))
@@ -300,23 +300,30 @@ def unmatched_probability(n_features: int, d_model: int, degree: int, size: int)
     return float(special.logsumexp(terms) / math.log(10)) if len(t) else -math.inf
 
 
-def _greedy(ones: Packed, size: int, generator: torch.Generator, starts: int) -> tuple[Tensor, list[Tensor]]:
-    """Sets grown by the atom that brings fewest new rows: rows reached by the best set of each size, and that set."""
-    n, device = len(ones.rows), ones.rows.device
-    graph = _sparse(ones)
-    first = torch.randperm(n, generator=generator, device=generator.device)[:starts].to(device)
-    order = first[:, None]
-    covered = torch.zeros(len(first), ones.width, device=device).scatter_(1, ones.rows[first].long(), 1.0)
+def crowded_sets(
+    rows: Int[Tensor, "n degree"], d_model: int, size: int, generator: torch.Generator, *, starts: int = 8
+) -> tuple[Int[Tensor, " size"], list[Tensor]]:
+    """Sets of 1 … `size` atoms that reach few rows: how many the best one of each size reaches, and its atoms.
+
+    Grown greedily from `starts` random atoms by the atom that brings fewest new rows, ties at random. What is found
+    exists; that nothing better does is not claimed.
+    """
+    n, degree = rows.shape
+    _check_size(size, n)
+    device = rows.device
+    rows, graph = rows.long(), _sparse(Packed(torch.ones(n, degree, device=device), rows, d_model))
+    order = torch.randperm(n, generator=generator, device=generator.device)[:starts].to(device)[:, None]
+    covered = torch.zeros(len(order), d_model, device=device).scatter_(1, rows[order[:, 0]], 1.0)
     reached = [covered.sum(1)]
     for _ in range(1, size):
         inside = (graph @ covered.T).T  # rows of each atom that the set has already
-        inside += 0.5 * torch.rand(inside.shape, generator=generator, device=generator.device).to(device)  # breaks ties
+        inside += 0.5 * torch.rand(inside.shape, generator=generator, device=generator.device).to(device)
         following = inside.scatter(1, order, -1.0).argmax(1)
-        covered.scatter_(1, ones.rows[following].long(), 1.0)
+        covered.scatter_(1, rows[following], 1.0)
         order = torch.cat([order, following[:, None]], dim=1)
         reached.append(covered.sum(1))
     smallest, best = torch.stack(reached).min(dim=1)
-    return smallest.cpu(), [order[start, : t + 1].sort().values.cpu() for t, start in enumerate(best.tolist())]
+    return smallest.long().cpu(), [order[start, : t + 1].sort().values.cpu() for t, start in enumerate(best.tolist())]
 
 
 def _matrix(atoms: Rows | Tensor, only: Tensor | None = None) -> Tensor:

@@ -161,6 +161,17 @@ def test_the_floor_is_met_by_a_design():
     assert expander.expansion_floor(6, 4, 2, 5) == pytest.approx(1 - 4 / 10)
 
 
+def test_crowded_sets_find_the_crowd():
+    """Twelve atoms on six rows among many that are spread out: whoever starts inside stays inside."""
+    spread = 6 + torch.arange(200).view(50, 4)
+    crowd = torch.tensor(list(itertools.combinations(range(6), 4))[:12])
+    rows = torch.cat([spread, crowd])
+    reached, sets = expander.crowded_sets(rows, 206, 12, generator(0), starts=62)
+    assert int(reached[-1]) == 6 and set(sets[-1].tolist()) == set(range(50, 62))
+    for size, (count, chosen) in enumerate(zip(reached, sets, strict=True), start=1):
+        assert chosen.unique().numel() == size and rows[chosen].unique().numel() == int(count)
+
+
 def test_the_chance_of_an_unmatched_set_is_a_union_bound():
     """Against exact arithmetic, and against how often it happens: three atoms on two rows of five."""
     n, m, degree, size = 40, 30, 3, 9
