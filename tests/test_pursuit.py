@@ -135,6 +135,15 @@ def test_nonnegative_equals_numpy(k):
     assert (codes.values >= 0).all()
 
 
+def test_nonnegative_equals_numpy_where_several_atoms_leave_at_once():
+    """Rare, so it takes many atoms: of those beyond zero, the one that is first to reach it must leave."""
+    g = generator(4)
+    atoms = F.normalize(torch.randn(100, 60, generator=g, dtype=torch.float64), dim=1)
+    x = torch.randn(40, 60, generator=g, dtype=torch.float64)
+    expected = [slow_nonnegative(signal, atoms.numpy(), 60) for signal in x.numpy()]
+    np.testing.assert_allclose(pursuit.omp(x, atoms, 60, nonnegative=True).to_dense(100), expected, atol=1e-7)
+
+
 def test_nonnegative_becomes_the_best_nonnegative_fit():
     x, atoms = problem(batch=15, m=12, n=40, k=4, noise=0.5)
     codes = pursuit.omp(x, atoms, 40, nonnegative=True)
@@ -164,6 +173,17 @@ def test_residual_is_orthogonal_and_falls(way):
         assert (atoms[codes.indices] @ rest[:, :, None]).abs().max() < 1e-12
         lengths.append(rest.norm(dim=1))
     assert (torch.stack(lengths).diff(dim=0) < 0).all()
+
+
+def test_the_basis_is_orthogonal_where_atoms_are_nearly_parallel():
+    """One pass of Gram and Schmidt loses as many digits as the atoms' angles are small, squared."""
+    g = generator(0)
+    atoms = F.normalize(torch.randn(20, generator=g) + 1e-4 * torch.randn(10, 20, generator=g).double(), dim=1)
+    x = torch.randn(3, 20, generator=g).double()
+    state = pursuit._ByResidual(x, pursuit._Atoms(atoms), 8)
+    indices, used = pursuit._choose(x, state.atoms, 8, "magnitude", None, state)
+    assert used.all()
+    torch.testing.assert_close(state.basis @ state.basis.mT, torch.eye(8).double().expand(3, 8, 8), atol=1e-12, rtol=0)
 
 
 def test_the_two_ways_and_all_chunks_agree():
