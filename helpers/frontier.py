@@ -51,6 +51,8 @@ WIDEST = 4
 
 WAYS = ("encoder", "solved", "pursuit")
 """How codes are found: the encoder's; its atoms with least-squares coefficients; matching pursuit's atoms."""
+SPLICED = ("encoder", "pursuit")
+"""Ways whose reconstructions are put into the model; the other one is judged by its error alone."""
 
 
 # -- the dictionaries --------------------------------------------------------------------------------------------------
@@ -218,14 +220,14 @@ def _with_encoder(arm: Arm, sae: RankOneDictionary, random: torch.Generator) -> 
     return RankOneDictionary(encoder, Rows(atoms), k=arm.k, b_in=sae.b_out, b_out=sae.b_out, **options)
 
 
-def recipe(arm: Arm) -> Balance:
-    """Paper B's resampling, scaled to the run: five times in it, toward a residual drawn ∝ squared error.
+def recipe(arm: Arm, times: int = 5) -> Balance:
+    """Paper B's resampling, `times` intervals in the run as in its 5000 steps, toward a residual ∝ squared error.
 
     A low-rank encoder has no row to resample, so both small encoders get AuxK in its place.
     """
     if arm.shape in ("low-rank", "packed encoder"):
         return auxk(silent_for=max(1, arm.steps // 10))
-    return resample(max(2, arm.steps // 5), toward="residual", power=1.0)
+    return resample(max(2, arm.steps // times), toward="residual", power=1.0)
 
 
 def train(
@@ -332,8 +334,8 @@ class Trial:
     """What one trained dictionary does on held-out rows.
 
     `errors`, `norms` (‖x − x̄‖²), `relative` (‖x − x̂‖/‖x‖) and `rows` are sums over each article's test rows; `rates`
-    is how often each latent fires there. On the passage: `nats` [ways, articles] the model's loss, `way_errors` the
-    squared errors, and `spectrum` the share of the variance left along each principal direction, the largest first.
+    is how often each latent fires there. On the passage: `nats` [ways, articles] the model's loss by `SPLICED`,
+    `way_errors` the squared errors, and `spectrum` the share of the variance left along each principal direction.
     """
 
     arm: Arm
@@ -347,8 +349,8 @@ class Trial:
     rows: Float[np.ndarray, " articles"]
     rates: Float[np.ndarray, " n"]
     spectrum: Float[np.ndarray, " m"]
-    nats: Float[np.ndarray, "ways places"]
-    way_errors: Float[np.ndarray, "ways places"]
+    nats: Float[np.ndarray, "spliced places"]
+    way_errors: Float[np.ndarray, "codings places"]
     way_norms: Float[np.ndarray, " places"]
     values: int
     parameters: int
@@ -375,7 +377,8 @@ class Trial:
         return float(self.way_errors[self.ways.index(way)].sum() / self.way_norms.sum())
 
     def nats_of(self, way: str) -> Float[np.ndarray, " places"]:
-        return self.nats[self.ways.index(way)]
+        """The model's loss by article with these reconstructions."""
+        return self.nats[[each for each in self.ways if each in SPLICED].index(way)]
 
     def row(self) -> dict[str, object]:
         """The trial as a results file has it."""
@@ -402,9 +405,13 @@ class Trial:
         }
 
 
-def validation_fvu(arm: Arm, setting: Setting, seed: int, device: str = "cpu", cache_dir=None) -> float:
-    """Train one arm and judge it on validation rows: a task for `sweep`, by which learning rates are chosen."""
-    return evaluate(train(arm, setting, seed, device=device, cache_dir=cache_dir).student, arm.rows("validation")).fvu
+def validation_error(arm: Arm, setting: Setting, seed: int, device: str = "cpu", cache_dir=None) -> float:
+    """Train one arm and return its mean ‖x − x̂‖/‖x‖ on validation rows: a task for `sweep`.
+
+    Learning rates are chosen by it and not by FVU, because a handful of outlier rows can make most of an FVU.
+    """
+    sae, rows = train(arm, setting, seed, device=device, cache_dir=cache_dir).student, arm.rows("validation")
+    return float((evaluate(sae, rows).squared_error.sqrt() / rows.double().norm(dim=1)).mean())
 
 
 def trial(
@@ -420,6 +427,8 @@ def trial(
     unless that is False."""
     if unknown := set(ways) - set(WAYS):
         raise ValueError(f"ways names {', '.join(sorted(unknown))}; allowed: {', '.join(WAYS)}")
+    if "encoder" not in ways:
+        raise ValueError(f"ways={tuple(ways)} leaves out 'encoder'; allowed: it, and others beside it")
     if cache_dir is False:
         return _trial(arm, setting, seed, passage, tuple(ways), device, False)
     path = settings.cache_dir(cache_dir) / "trials" / f"{_key(arm, setting, seed, passage, ways, device)}.npz"
@@ -460,6 +469,7 @@ def _trial(arm: Arm, setting: Setting, seed: int, passage: Passage, ways: tuple[
     scene = passage.scene
     rows = scene.rows / arm.scale
     guesses = {way: reconstructions(sae, rows, way) for way in ways}
+    spliced = [scene.nats(guess * arm.scale) for way, guess in guesses.items() if way in SPLICED]
     stored = bytes_of(sae)
     return Trial(
         arm=arm,
@@ -473,7 +483,7 @@ def _trial(arm: Arm, setting: Setting, seed: int, passage: Passage, ways: tuple[
         rows=by_group(torch.ones(len(test)), article),
         rates=after.rates.numpy(),
         spectrum=spectrum(arm, rows, guesses[ways[0]]),
-        nats=np.stack([scene.nats(guess * arm.scale) for guess in guesses.values()]),
+        nats=np.stack(spliced),
         way_errors=np.stack(
             [by_group((rows - guess).double().square().sum(1), scene.articles) for guess in guesses.values()]
         ),
@@ -542,17 +552,22 @@ Name = tuple[str, int | None]
 
 
 def tuned(
-    arms: Mapping[Name, Arm], lrs: Sequence[float], seed: int, *, device: str, cache_dir, workers: int | None
+    cells: Mapping[Name, tuple[Arm, Setting]],
+    lrs: Sequence[float],
+    seed: int,
+    *,
+    device: str,
+    cache_dir,
+    workers: int | None,
 ) -> dict[Name, dict[float, float]]:
-    """Validation FVU of every arm at every learning rate, with one seed."""
-    cells = [
-        {"arm": arm, "setting": Setting(recipe(arm), lr, centred=True), "seed": seed} | {"device": device}
-        for arm in arms.values()
+    """Validation error of every cell at every learning rate in place of its own, with one seed."""
+    arguments = [
+        {"arm": arm, "setting": replace(setting, lr=lr), "seed": seed, "device": device, "cache_dir": cache_dir}
+        for arm, setting in cells.values()
         for lr in lrs
     ]
-    cells = [cell | {"cache_dir": cache_dir} for cell in cells]
-    found = iter(sweep(validation_fvu, cells, label="learning rates", workers=workers))
-    return {name: {lr: next(found) for lr in lrs} for name in arms}
+    found = iter(sweep(validation_error, arguments, label="learning rates", workers=workers))
+    return {name: {lr: next(found) for lr in lrs} for name in cells}
 
 
 def trials(
@@ -656,7 +671,7 @@ def points(found: Mapping[Name, Sequence[Trial]], yardstick: Yardstick, **bootst
         row = runs[0].row() | {"cell": cell, "degree": degree, "seeds": [each.seed for each in runs]}
         row |= {f"{name}_by_seed": [getattr(each, name) for each in runs] for name in BY_SEED}
         for ablation in ("zero", "mean"):
-            for way in runs[0].ways:
+            for way in set(runs[0].ways) & set(SPLICED):
                 told = yardstick.recovered(runs, way, ablation, **bootstrap)
                 row[f"{way}_{ablation}"] = [told.value, *told.ci]
                 row[f"{way}_{ablation}_by_seed"] = told.by_seed
