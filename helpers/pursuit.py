@@ -18,13 +18,16 @@ from helpers.dictionary import Packed, Rows, SparseCodes, weighted_sum
 GATHER_SHARE = 0.35
 """Packed atoms are gathered while d ≤ 0.35 m, and multiplied as a dense matrix above that.
 
-Measured by `benchmarks.pursuit` on two CPU cores (see there for sizes): a multiply-add of the gather costs about as
-much as three of the matrix product's, hardly depending on n and on the batch.
+At m=512 and a batch of 256, float32, on one core of an AMD EPYC, both took the same time at d/m = .47, .38 and .38 for
+n = 1024, 4096 and 16384. `benchmarks.pursuit` measures it anew.
 """
 
 GATHER_COST, PRODUCT_COST, GRAM_COST, BASIS_COST = 57.0, 22.0, 84.0, 80.0
 """Picoseconds of a multiply-add, one core, float32: gathering packed atoms, a matrix product, summing chosen rows of
 the Gram matrix, orthogonalising. Measured at m=512, n=4096; only their ratios are used, in `_gram_pays`."""
+
+HANDING_OVER = 13
+"""What a gathered correlation costs beside its d multiply-adds, in as many of them: it is written twice, transposed."""
 
 GRAM_BYTES = 512 * 2**20
 """The Gram matrix of all atoms is built only if it is no larger than this (n ≤ 11,585 in float32)."""
@@ -200,7 +203,8 @@ def _gram_pays(batch: int, atoms: _Atoms, k: int) -> bool:
     n, m = len(atoms), atoms.width
     if n * n * atoms.weight.element_size() > GRAM_BYTES:
         return False
-    correlate = n * (atoms.weight.shape[1] * GATHER_COST if atoms.gathers else m * PRODUCT_COST)
+    gathered = (atoms.weight.shape[1] + HANDING_OVER) * GATHER_COST
+    correlate = n * (gathered if atoms.gathers else m * PRODUCT_COST)
     build = n * correlate * (1 if atoms.gathers else 0.5)
     steps = batch * k
     return build + steps * n * k / 2 * GRAM_COST < steps * (correlate + m * k * BASIS_COST)
