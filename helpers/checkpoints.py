@@ -35,7 +35,6 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOLERANCE = 1e-5
 """`principal` stops where ‖WWᵀu − σ²u‖ ≤ TOLERANCE·σ₁² for each direction u asked for."""
-NOISE = 5e-6  # relative to σ₁², where float32 leaves rounding only
 BATCH_BYTES = 2**27
 """Experts are handled in batches of this size as float32 (16 experts of OLMoE-1B-7B), or one at a time."""
 Opener = Callable[[str], BinaryIO]
@@ -263,14 +262,13 @@ def leading(
     limit = min(w.shape[1:])
     block = min(rank + 7, limit)
     new = torch.randn(block, w.shape[2], generator=settings.generator(0)).to(w) @ w.mT
-    size = _largest_row(new)
     basis, images = (w.new_empty(len(w), 0, width) for width in w.shape[1:])
     for blocks in itertools.count(1):
-        new = _orthonormal(new, basis, NOISE * size)
+        new = _orthonormal(new, basis)
         image = new @ w
         basis, images = torch.cat([basis, new], 1), torch.cat([images, image], 1)
         if basis.shape[1] >= limit or blocks % 4 == 0:
-            squares, mix = torch.linalg.eigh(images @ images.mT)
+            squares, mix = (t.float() for t in torch.linalg.eigh((images @ images.mT).double()))
             squares, u = squares[:, -rank:].flip(1).clamp_min(0), mix[:, :, -rank:].flip(2).mT @ basis
             error = torch.linalg.vector_norm((u @ w) @ w.mT - squares[:, :, None] * u, dim=2)
             residuals = error / squares[:, :1].clamp_min(torch.finfo(w.dtype).tiny)
@@ -279,23 +277,18 @@ def leading(
             if basis.shape[1] >= 2 * limit:
                 raise ArithmeticError(f"residual {residuals.max():.1e}, complete basis, tolerance {tolerance:.1e}")
         new = image @ w.mT
-        size = _largest_row(new).maximum(size if blocks > 1 else torch.zeros_like(size))
 
 
-def _largest_row(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=2).amax(1)
-
-
-def _orthonormal(new: Tensor, basis: Tensor, floor: Tensor) -> Tensor:
-    """Orthonormal rows for what `new` adds to `basis`; zeros instead of what is shorter than `floor`: it is rounding.
+def _orthonormal(new: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal rows for what `new` adds to `basis`; rows of zeros where it adds nothing but rounding.
 
     By the Gram matrix of the rows in float64 (Stathopoulos & Wu 2002), twice, since once is not enough in float32.
     """
-    for least in (floor.double(), torch.full_like(floor, 0.5, dtype=torch.float64)):
+    for again in (False, True):
         left = (new - (new @ basis.mT) @ basis).double()
         squares, mix = torch.linalg.eigh(left @ left.mT)
-        kept = squares > least[:, None].square()
-        new = ((mix * torch.where(kept, squares.clamp_min(1e-300).rsqrt(), 0.0)[:, None]).mT @ left).float()
+        kept = squares > (0.25 if again else 1e-14 * squares[:, -1:])
+        new = ((mix * torch.where(kept, squares.rsqrt(), 0.0)[:, None]).mT @ left).float()
     return new
 
 
@@ -308,7 +301,7 @@ class _Checkpoint:
         config = self._json("config.json")
         self.config = config | config.get("text_config", {})
         try:
-            self.file_of: dict[str, str] = self._json(INDEX)["weight_map"]
+            self.file_of: dict[str, str] = self._json(INDEX).get("weight_map", {})
         except FileNotFoundError:
             try:
                 self.file_of = dict.fromkeys(self._header(SINGLE), SINGLE)

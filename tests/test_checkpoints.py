@@ -449,20 +449,21 @@ def test_a_steep_spectrum_takes_no_full_decomposition(monkeypatch):
     assert sizes and max(sizes) < 100
 
 
-def single(*shape) -> torch.Tensor:
-    return torch.zeros(1, *shape).index_put((torch.tensor(0), torch.tensor(70), torch.tensor(5)), torch.tensor(-3.0))
-
-
-@pytest.mark.parametrize("shape", [(200, 160), (160, 200)])
-def test_experts_of_low_rank_and_of_zeros(shape):
+@pytest.mark.parametrize("shape", [(200, 160), (160, 200), (45, 90), (17, 8)])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_experts_of_low_rank_of_zeros_and_of_equal_values(shape, rank):
+    """In one batch, so that those found at once go on with nothing but rounding to add."""
     d, f = shape
-    low = [random(1, d, r, seed=r) @ random(1, r, f, seed=9 + r) for r in (1, 2, 3, 20)]
-    w = torch.cat([*low, torch.zeros(1, d, f), single(d, f)])
-    u, squares, residuals = checkpoints.leading(w, 3)
-    sigma = np.linalg.svd(w.double().numpy(), compute_uv=False)[:, :3]
-    np.testing.assert_allclose(squares, sigma**2, atol=1e-5 * (sigma**2).max())
+    w = [random(d, r, seed=r) @ random(r, f, seed=9 + r) * 10.0 ** (r % 5 - 2) for r in (1, 2, 5, 9, 17, 33)]
+    two = torch.zeros(d, f)
+    two[3, 5], two[-1, -1] = -3, 2
+    w += [torch.zeros(d, f), two, torch.eye(max(d, f))[:d, :f], random(d, f) * torch.logspace(0, -12, f)]
+    u, squares, residuals = checkpoints.leading(torch.stack(w), rank)
+    wanted = np.linalg.svd(torch.stack(w).double().numpy(), compute_uv=False)[:, :rank] ** 2
+    largest = wanted[:, :1].clip(1e-9)
+    np.testing.assert_allclose(squares / largest, wanted / largest, atol=1e-5)
     assert u.isfinite().all() and residuals.max() <= checkpoints.TOLERANCE
-    assert u[5, 0].abs().argmax() == 70 and squares[5, 0] == 9
+    assert u[7, 0].abs().argmax() == 3 and abs(squares[7, 0] - 9) < 1e-5
 
 
 def test_a_tolerance_that_float32_cannot_meet_is_named():
