@@ -22,7 +22,6 @@ import torch
 from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from helpers import corpora, settings
 from helpers.teachers import SITES, Splice, Teacher, check_sites
@@ -133,7 +132,7 @@ def losses(
     """
     pieces = texts(teacher, corpus, n_tokens=n_tokens, split=split, max_length=max_length)
     parts = []
-    for batch in tqdm(pieces.batches(batch_size), desc="cross-entropy", unit="batch", mininterval=2, delay=2):
+    for batch in settings.progress(pieces.batches(batch_size), desc="cross-entropy", unit="batch", delay=2):
         nats, tokens = teacher.loss(*pieces.padded(batch), splice).per_text()
         parts.append(
             pd.DataFrame({"article": pieces.articles[batch], "nats": nats.cpu(), "tokens": tokens.cpu()}, batch)
@@ -348,7 +347,7 @@ def _run(teacher, pieces: Texts, layer: int, sites, batch_size: int, dtype: np.d
     arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in shapes}
     arrays["rows"][:] = _row_table(pieces, lengths)
     batches = pieces.batches(batch_size)
-    with tqdm(total=n, desc=f"harvest layer {layer}", unit="token", unit_scale=True, mininterval=2) as bar:
+    with settings.progress(total=n, desc=f"harvest layer {layer}", unit="token", unit_scale=True) as bar:
         for number, batch in enumerate(batches):
             if number >= done:
                 # Padding stands on the right, after all text: causal attention never sees it, so no mask is needed.
@@ -458,7 +457,7 @@ def _run_padded(teacher: Teacher, pieces: Texts, numbers: list[int], layer: int,
         teacher.tokenizer.pad_token_id if teacher.tokenizer.pad_token_id is not None else teacher.tokenizer.eos_token_id
     )
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    for batch in tqdm(batches, desc=f"padded batches, {teacher.attn_implementation} attention", mininterval=2):
+    for batch in settings.progress(batches, desc=f"padded batches, {teacher.attn_implementation} attention"):
         ids, mask = pieces.padded(batch, pad_id, left=True)
         text = teacher.rows_kept(ids, mask)
         where = {"text": text, "bos": mask.bool() & ~text, "padding": ~mask.bool()}

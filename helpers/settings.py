@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from platformdirs import user_cache_path
+from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository. Notebooks resolve paths from here, because papermill and nbval start them in different folders."""
@@ -22,6 +23,11 @@ def cache_dir(folder: str | Path | None = None) -> Path:
     path = Path(chosen).expanduser().resolve()
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def progress(*args, **options) -> tqdm:
+    """A progress bar, unless `TQDM_DISABLE` is set, as it is while chapters run; in a notebook tqdm forgets to look."""
+    return tqdm(*args, **{"disable": bool(os.environ.get("TQDM_DISABLE")), "mininterval": 2} | options)
 
 
 def mix(seed: int, counter: int) -> int:

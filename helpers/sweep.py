@@ -11,7 +11,8 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from tqdm.auto import tqdm
+
+from helpers import settings
 
 T = TypeVar("T")
 
@@ -52,7 +53,7 @@ def sweep(
     address = address or os.environ.get(ADDRESS)
     workers = min(workers or cores(), max(1, len(cells)))
     if address is None and workers == 1:
-        return [_alone(task, cell) for cell in tqdm(cells, label, mininterval=2, delay=2)]
+        return [_alone(task, cell) for cell in settings.progress(cells, label, delay=2)]
     from distributed import as_completed
 
     client = _client(address, workers)
@@ -60,7 +61,7 @@ def sweep(
         warnings.simplefilter("ignore")  # cells that carry arrays are large; that is meant
         futures = [client.submit(_alone, task, dict(cell), pure=False) for cell in cells]
     try:
-        for done in tqdm(as_completed(futures), label, total=len(futures), mininterval=2, delay=2):
+        for done in settings.progress(as_completed(futures), label, total=len(futures), delay=2):
             done.result()
         return [future.result() for future in futures]
     finally:

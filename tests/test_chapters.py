@@ -251,6 +251,14 @@ def test_a_killed_kernel_is_reported(layout):
     assert len(failures) == 1 and "the kernel stopped" in said
 
 
+def test_no_progress_bar_is_left_on_a_page(layout):
+    """tqdm's bar for notebooks does not look at TQDM_DISABLE; ours does."""
+    bar = "from helpers import settings\nfor _ in settings.progress(range(3), 'a long thing'):\n    pass"
+    write_chapter(layout.root, "01_first", bar, WRITES_RESULTS)
+    assert run(layout)[0] == []
+    assert "a long thing:" not in (layout.executed("quick") / "01_first.ipynb").read_text()
+
+
 @pytest.mark.parametrize("last", ["pass", "raise RuntimeError('no')"])
 def test_no_kernel_outlives_its_chapter(layout, last):
     """A kernel holds a model's gigabytes; the next chapter needs them."""
