@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks import common
 from helpers import pursuit, settings
-from helpers.dictionary import Packed
+from helpers.dictionary import GATHER_SHARE, Packed
 from helpers.expander import gaussian_values, left_regular
 
 M, N, K, BATCH = 512, 4096, 32, 256
@@ -174,7 +174,7 @@ def correlations(repeats: int) -> None:
         targets=[common.at_most("largest relative difference of the three", worst, 1e-5)],
         note="gather: `pursuit.correlations`, one embedding bag over the transposed batch; CSR: PyTorch's sparse "
         "product; GEMM: the dense matrix, which stands ready. Times include bringing the result into rows of samples. "
-        f"The gather is faster at: {'; '.join(crossings)}. `pursuit.GATHER_SHARE` is {pursuit.GATHER_SHARE}.",
+        f"The gather is faster at: {'; '.join(crossings)}. `dictionary.GATHER_SHARE` is {GATHER_SHARE}.",
     )
 
 

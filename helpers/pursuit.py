@@ -13,14 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helpers.dictionary import Packed, Rows, SparseCodes, weighted_sum
-
-GATHER_SHARE = 0.35
-"""Packed atoms are gathered while d ≤ 0.35 m, and multiplied as a dense matrix above that.
-
-At m=512 and a batch of 256, float32, on one core of an AMD EPYC, both took the same time at d/m = .47, .38 and .38 for
-n = 1024, 4096 and 16384. `benchmarks.pursuit` measures it anew.
-"""
+from helpers.dictionary import GATHER_SHARE, Packed, Rows, SparseCodes, packed_products, weighted_sum
 
 GATHER_COST, PRODUCT_COST, GRAM_COST, BASIS_COST = 57.0, 22.0, 84.0, 80.0
 """Picoseconds of a multiply-add, one core, float32: gathering packed atoms, a matrix product, summing chosen rows of
@@ -48,7 +41,9 @@ def correlations(
     """d_j·x for all atoms, without their biases.
 
     `method` is "gather" (packed atoms only), O(dn) a sample, or "dense", a matrix product of O(mn) for which packed
-    atoms are spread out to n·m numbers first; None takes the faster one, by `GATHER_SHARE`.
+    atoms are spread out to n·m numbers first; None takes the faster one, by `dictionary.GATHER_SHARE`:
+    at m=512 and a batch of 256, float32, one core of an AMD EPYC, both took the same time at d/m = .47, .38 and .38 for
+    n = 1024, 4096 and 16384; `benchmarks.pursuit` measures it anew.
 
     Raises `ValueError` for an unknown method, or atoms that cannot be gathered.
     """
@@ -70,7 +65,7 @@ class _Atoms:
             raise ValueError("atoms are low-rank rows (down is given); allowed: rows whose weight is the atoms")
         self.weight = (atoms if isinstance(atoms, Tensor) else atoms.weight).detach()
         self.packed = isinstance(atoms, Packed)
-        self.rows = atoms.rows.int() if self.packed else None
+        self.rows = atoms.rows.long() if self.packed else None
         self.width = atoms.width if self.packed else self.weight.shape[1]
         self.gathers = self.packed and self.weight.shape[1] <= GATHER_SHARE * self.width
         self.longest = self.weight.norm(dim=1).amax() if self.weight.numel() else self.weight.new_zeros(())
@@ -90,18 +85,11 @@ class _Atoms:
         """[..., m]: some atoms at full length."""
         if self._dense is not None:
             return self._dense[which]
-        values, rows = self.weight[which], self.rows[which].long()
+        values, rows = self.weight[which], self.rows[which]
         return values.new_zeros(*values.shape[:-1], self.width).scatter_(-1, rows, values)
 
     def correlate(self, x: Tensor) -> Tensor:
-        if not self.gathers:
-            return Rows(self.dense).scores(x)
-        # One sample a column: the d rows that an atom reads are then contiguous, and the sum over them is a vector sum.
-        # A block of columns stays in the processor's cache.
-        out = x.new_empty(len(x), len(self))
-        for part, here in zip(x.split(RESIDUAL_CHUNK), out.split(RESIDUAL_CHUNK), strict=True):
-            here.copy_(weighted_sum(self.weight, self.rows, part.T.contiguous()).T)
-        return out
+        return packed_products(x, self.weight, self.rows) if self.gathers else Rows(self.dense).scores(x)
 
     def gram(self) -> Tensor:
         """[n, n]: products of all pairs."""
