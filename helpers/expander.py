@@ -381,11 +381,14 @@ def babel(atoms: Rows | Tensor, order: int, *, only: Tensor | None = None) -> Fl
 
 
 def recovery_coefficient(atoms: Float[Tensor, "n m"], supports: Int[Tensor, "batch k"]) -> Float[Tensor, " batch"]:
-    """Tropp's max over j outside Λ of ‖Φ_Λ⁺φ_j‖₁, for each support Λ; below 1 matching pursuit never leaves Λ."""
+    """Tropp's max over j outside Λ of ‖Φ_Λ⁺φ_j‖₁, for each support Λ; below 1 matching pursuit never leaves Λ.
+
+    Infinite where the atoms of Λ are dependent.
+    """
     chosen = atoms[supports]
-    gram, cross = chosen @ chosen.mT, chosen @ atoms.T
-    sums = torch.linalg.solve(gram, cross).abs().sum(1)
-    return sums.scatter(1, supports, -math.inf).amax(1)
+    solved, singular = torch.linalg.solve_ex(chosen @ chosen.mT, chosen @ atoms.T)
+    sums = solved.abs().sum(1).scatter(1, supports, -math.inf).amax(1)
+    return torch.where((singular > 0) | sums.isnan(), math.inf, sums)
 
 
 # -- certificates ------------------------------------------------------------------------------------------------------

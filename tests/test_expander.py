@@ -251,6 +251,12 @@ def test_the_recovery_coefficient_is_tropps_and_below_the_babel_bound(seed, k):
         assert float(found.max()) <= float(sums[k] / (1 - sums[k - 1])) + 1e-9
 
 
+def test_dependent_atoms_have_no_recovery_coefficient():
+    atoms = torch.eye(4, dtype=torch.float64)[[0, 1, 0, 2]]
+    found = expander.recovery_coefficient(atoms, torch.tensor([[0, 2], [1, 3]]))
+    assert found.tolist() == [math.inf, 0.0]
+
+
 @SMALL
 @given(seed=st.integers(0, 999), k=st.integers(1, 3), gaussian=st.booleans())
 def test_coherence_is_bounded_by_expansion(seed, k, gaussian):
