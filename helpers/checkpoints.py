@@ -262,19 +262,22 @@ def leading(
     limit = min(w.shape[1:])
     block = min(rank + 7, limit)
     new = torch.randn(block, w.shape[2], generator=settings.generator(0)).to(w) @ w.mT
-    basis, images = (w.new_empty(len(w), 0, width) for width in w.shape[1:])
+    room = (w.new_empty(len(w), 2 * limit + block, width) for width in w.shape[1:])  # untouched, it takes no memory
+    (all_rows, all_images), size = room, 0
     for blocks in itertools.count(1):
-        new = _orthonormal(new, basis)
+        new = _orthonormal(new, all_rows[:, :size])
         image = new @ w
-        basis, images = torch.cat([basis, new], 1), torch.cat([images, image], 1)
-        if basis.shape[1] >= limit or blocks % 4 == 0:
+        all_rows[:, size : size + block], all_images[:, size : size + block] = new, image
+        size += block
+        if size >= limit or blocks % 4 == 0:
+            basis, images = all_rows[:, :size], all_images[:, :size]
             squares, mix = (t.float() for t in torch.linalg.eigh((images @ images.mT).double()))
             squares, u = squares[:, -rank:].flip(1).clamp_min(0), mix[:, :, -rank:].flip(2).mT @ basis
             error = torch.linalg.vector_norm((u @ w) @ w.mT - squares[:, :, None] * u, dim=2)
             residuals = error / squares[:, :1].clamp_min(torch.finfo(w.dtype).tiny)
             if residuals.max() <= tolerance:
                 return u, squares, residuals
-            if basis.shape[1] >= 2 * limit:
+            if size >= 2 * limit:
                 raise ArithmeticError(f"residual {residuals.max():.1e}, complete basis, tolerance {tolerance:.1e}")
         new = image @ w.mT
 
@@ -282,12 +285,14 @@ def leading(
 def _orthonormal(new: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal rows for what `new` adds to `basis`; rows of zeros where it adds nothing but rounding.
 
-    By the Gram matrix of the rows in float64 (Stathopoulos & Wu 2002), twice, since once is not enough in float32.
+    By the Gram matrix of the rows in float64 (Stathopoulos & Wu 2002), twice, since once is not enough in float32:
+    first against the last two blocks, all that `new` overlaps but for rounding, then against the whole basis.
     """
-    for again in (False, True):
-        left = (new - (new @ basis.mT) @ basis).double()
+    recent = basis[:, -2 * new.shape[1] :]
+    for rows in (recent, basis):
+        left = (new - (new @ rows.mT) @ rows).double()
         squares, mix = torch.linalg.eigh(left @ left.mT)
-        kept = squares > (0.25 if again else 1e-14 * squares[:, -1:])
+        kept = squares > (0.25 if rows is basis else 1e-14 * squares[:, -1:])
         new = ((mix * torch.where(kept, squares.rsqrt(), 0.0)[:, None]).mT @ left).float()
     return new
 

@@ -461,7 +461,7 @@ def test_experts_of_low_rank_of_zeros_and_of_equal_values(shape, rank):
     u, squares, residuals = checkpoints.leading(torch.stack(w), rank)
     wanted = np.linalg.svd(torch.stack(w).double().numpy(), compute_uv=False)[:, :rank] ** 2
     largest = wanted[:, :1].clip(1e-9)
-    np.testing.assert_allclose(squares / largest, wanted / largest, atol=1e-5)
+    np.testing.assert_allclose(squares.numpy() / largest, wanted / largest, atol=1e-5)
     assert u.isfinite().all() and residuals.max() <= checkpoints.TOLERANCE
     assert u[7, 0].abs().argmax() == 3 and abs(squares[7, 0] - 9) < 1e-5
 
