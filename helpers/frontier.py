@@ -21,24 +21,25 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import activations, dictionary, losses, settings, teachers, training
+from helpers import activations, dictionary, latents, losses, settings, teachers, training
 from helpers.dictionary import Packed, RankOneDictionary, Rows, expander_sae, save_packed, topk_sae
-from helpers.distillation import Spec
+from helpers.distillation import Distillation, Spec
 from helpers.expander import clustered, informed, left_regular
-from helpers.latents import Bench, Comparison, Divided
+from helpers.latents import Bench, Comparison
 from helpers.losses import Balance, auxk, resample
 from helpers.metrics import by_group, ce_recovered, crossed_interval, evaluate
 from helpers.pursuit import least_squares, omp
 from helpers.remedies import Setting
 from helpers.sweep import sweep
 from helpers.teachers import Splice
-from helpers.training import Fit, Shuffled, fit
+from helpers.training import Fit
 
 FORMAT = 1
 """Version of what `trial` keeps: raise it when the same cell gives other numbers."""
@@ -48,6 +49,9 @@ SAMPLES = 8192
 """Training rows that an informed mask and an adaptive degree look at."""
 WIDEST = 4
 """An adaptive atom gets at most this many times the mean degree."""
+
+FEWEST_ARTICLES = 5
+"""A loss on fewer articles than these gets no interval that a verdict could rest on."""
 
 WAYS = ("encoder", "solved", "pursuit")
 """How codes are found: the encoder's; its atoms with least-squares coefficients; matching pursuit's atoms."""
@@ -239,18 +243,12 @@ def train(
     cache_dir: str | Path | None | Literal[False] = None,
 ) -> Fit:
     """Train one arm, both phases where there are two, or load it from the cache where that was done before."""
-    store, where = arm.store("train"), torch.device(device)
     second = arm.first_steps > 0
-    stream = Shuffled(
-        store[arm.site], batch_size=arm.batch_size, seed=settings.mix(seed, 1) if second else seed, device=where,
-        fingerprint=f"{store.key}/{arm.site}",
-    )  # fmt: skip
     degree = "" if arm.degree is None else f" {arm.degree}"
-    done = fit(
-        arm.student(setting, seed, where, cache_dir), Divided(stream, arm.scale), steps=arm.steps - arm.first_steps,
-        lr=setting.lr, balance=setting.balance, clip=CLIP, log_every=max(1, arm.steps // 50), cache_dir=cache_dir,
-        autocast=torch.bfloat16 if where.type == "cuda" else None,
-        label=f"{arm.shape}{degree}, n = {arm.n_features}, seed {seed}",
+    done = latents.train(
+        arm, setting, settings.mix(seed, 1) if second else seed, student=arm.student(setting, seed, device, cache_dir),
+        steps=arm.steps - arm.first_steps, clip=CLIP, log_every=max(1, arm.steps // 50), device=device,
+        cache_dir=cache_dir, label=f"{arm.shape}{degree}, n = {arm.n_features}, seed {seed}",
     )  # fmt: skip
     if second:
         done.seconds += train(arm.first, setting, seed, device=device, cache_dir=cache_dir).seconds
@@ -452,7 +450,9 @@ def _key(arm: Arm, setting: Setting, seed: int, passage: Passage, ways: Sequence
     what = asdict(arm) | {"folders": {split: Path(folder).name for split, folder in arm.folders.items()}}
     where = asdict(replace(passage, cache_dir=None, device=torch.device(passage.device).type))
     code = [Path(module.__file__).read_text(encoding="utf-8") for module in (dictionary, losses, training)]
-    code += map(inspect.getsource, (Arm, train, pruned, adapted, Scene, _trial, reconstructions, evaluate, omp))
+    code += map(
+        inspect.getsource, (Arm, train, latents.train, pruned, adapted, Scene, _trial, reconstructions, evaluate, omp)
+    )
     own = (
         f"{FORMAT} {sorted(what.items())} {sorted(where.items())} {setting!r} {seed} {tuple(ways)} {torch.__version__}"
     )
@@ -689,6 +689,56 @@ def _curves(one: Trial) -> dict[str, list]:
     return {"spectrum": bins, "curve": [[rank, float(rates[rank - 1])] for rank in ranks]}
 
 
+# -- what a page shows of them -----------------------------------------------------------------------------------------
+
+NAMES = {
+    "expander": "expander",
+    "dense": "dense, tied",
+    "untied": "dense, untied",
+    "equal": "dense, as many values",
+    "equal, untied": "dense, untied, as many",
+    "clustered": "clustered, all rows",
+    "released": "clustered, as released",
+    "informed": "co-occurrence",
+    "pruned": "pruned and retuned",
+    "adaptive": "adaptive degree",
+}
+"""What a reader calls a cell."""
+
+
+def named(point: Mapping[str, object]) -> str:
+    """A point's cell and degree, for a label."""
+    return f"{NAMES.get(point['cell'], point['cell'])}, d = {point['degree']}"
+
+
+def table(points: Sequence[Mapping[str, object]], columns: Sequence[str]) -> pd.DataFrame:
+    """Cells in rows: of a value with its interval the value, of a value by seed the mean over seeds."""
+
+    def number(name: str, value):
+        if not isinstance(value, list):
+            return value
+        return float(np.mean(value)) if name.endswith("_by_seed") else value[0]
+
+    rows = [{name.removesuffix("_by_seed"): number(name, p[name]) for name in columns} for p in points]
+    index = pd.Index([NAMES.get(p["cell"], p["cell"]) for p in points], name="cell")
+    return pd.DataFrame(rows, index=index).round(3)
+
+
+def outcomes(differences: Sequence[Mapping[str, object]]) -> dict[str, list[str]]:
+    """Controls that the expander beats, ties with, loses to: the difference's `ci` is above, about or below 0."""
+    found: dict[str, list[str]] = {"beats": [], "ties with": [], "loses to": []}
+    for point in differences:
+        low, high = point["ci"]
+        found["beats" if low > 0 else "loses to" if high < 0 else "ties with"].append(named(point))
+    return found
+
+
+def best(points: Sequence[Mapping[str, object]], budget: float) -> Mapping[str, object] | None:
+    """The cell that recovers most CE (zero ablation, encoder) in at most `budget` bytes of file; None if none fits."""
+    fits = [point for point in points if point["file_bytes"] <= budget]
+    return max(fits, key=lambda point: point["encoder_zero"][0], default=None)
+
+
 # -- packed experts ----------------------------------------------------------------------------------------------------
 
 
@@ -723,6 +773,20 @@ def expert_values(student: RankOneDictionary) -> int:
     """Stored numbers of the experts, in and out, without biases, router and shared part."""
     parts = (student.encoder, student.decoder)
     return sum(part.n_values if isinstance(part, Packed) else part.weight.numel() for part in parts)
+
+
+def expert_row(name: str, found: Distillation) -> dict[str, object]:
+    """A kind of experts as a results file has it."""
+    one = found.students[0]
+    return {
+        "experts": name,
+        "count": found.spec.experts,
+        "fvu": found.fvu,
+        "lr": found.lr,
+        "expert values": expert_values(one.fit.student),
+        "parameters": one.fit.student.n_parameters,
+        "dead": one.test.dead,
+    }
 
 
 def packed_experts(spec: Spec, degree: int, d_in: int, d_out: int) -> PackedSpec:

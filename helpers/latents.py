@@ -110,22 +110,27 @@ def train(
     setting: Setting,
     seed: int,
     *,
+    student: RankOneDictionary | None = None,
     device: str | torch.device = "cpu",
     cache_dir: str | Path | None | Literal[False] = None,
     **recipe,
 ) -> Fit:
-    """Train one setting, or load it from the cache where that was done before. `recipe` goes to `training.fit`."""
+    """Train one setting, or load it from the cache where that was done before. `student` is the bench's own unless
+    one is given; `recipe` goes to `training.fit`."""
     store, where = bench.store("train"), torch.device(device)
     stream = Shuffled(
         store[bench.site], batch_size=bench.batch_size, seed=seed, device=where, fingerprint=f"{store.key}/{bench.site}"
     )
     # matrix products in bfloat16 where there are units for them, float32 parameters and sums everywhere
-    recipe.setdefault("autocast", torch.bfloat16 if where.type == "cuda" else None)
-    recipe.setdefault("log_every", max(1, bench.steps // 50))
-    label = f"{bench.site}, k = {bench.k}, seed {seed}: {setting.balance}"
+    defaults = {
+        "steps": bench.steps,
+        "log_every": max(1, bench.steps // 50),
+        "autocast": torch.bfloat16 if where.type == "cuda" else None,
+        "label": f"{bench.site}, k = {bench.k}, seed {seed}: {setting.balance}",
+    }
     return fit(
-        bench.student(setting, seed, where), Divided(stream, bench.scale), steps=bench.steps, lr=setting.lr,
-        balance=setting.balance, cache_dir=cache_dir, label=label, **recipe,
+        bench.student(setting, seed, where) if student is None else student, Divided(stream, bench.scale),
+        lr=setting.lr, balance=setting.balance, cache_dir=cache_dir, **(defaults | recipe),
     )  # fmt: skip
 
 

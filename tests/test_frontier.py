@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from helpers import activations, frontier, losses, teachers
+from helpers import activations, frontier, losses
 from helpers.dictionary import Packed, expander_sae, load_packed, save_packed, topk_sae
 from helpers.distillation import Spec
 from helpers.expander import left_regular
@@ -27,18 +27,7 @@ CENTRED = Setting(losses.Balance(), 1e-2, centred=True)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A tiny random model, a corpus of articles, and harvests of three splits."""
-    cache = tmp_path_factory.mktemp("cache")
-    name = tiny.save(cache / "teacher", "gpt-neox")
-    corpus = cache / "text.jsonl"
-    paragraphs = enumerate(tiny.text(120).split("\n\n"))
-    corpus.write_text("\n".join(json.dumps({"article": i // 3, "text": text}) for i, text in paragraphs), "utf-8")
-    model = teachers.load(name, device="cpu")
-    found = {}
-    for split, n in (("train", 600), ("validation", 90), ("test", 110)):
-        options = {"layer": 1, "sites": ("resid_post", "mlp_in"), "n_tokens": n, "split": split, "cache_dir": cache}
-        found[split] = str(activations.harvest(model, str(corpus), **options).folder)
-    return {"model": model, "teacher": name, "corpus": str(corpus), "folders": found, "cache": str(cache)}
+    return tiny.harvests(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -327,3 +316,33 @@ def test_packed_experts_store_as_much_as_dense_ones():
     assert spread[0] == pytest.approx(spread[1], rel=0.25)
     with pytest.raises(ValueError, match="degree=15 leaves 18 experts; allowed: at most 14"):
         frontier.packed_experts(dense, 15, 16, 12)
+
+
+# -- what a page shows -------------------------------------------------------------------------------------------------
+
+
+def point(cell, degree=7, recovered=0.5, size=100, **more):
+    return {"cell": cell, "degree": degree, "encoder_zero": [recovered, 0, 1], "file_bytes": size} | more
+
+
+def test_a_table_shows_values_and_means_over_seeds():
+    points = [point("expander", dead_by_seed=[0.1, 0.3]), point("informed", 50, 0.75, dead_by_seed=[0.0, 0.5])]
+    shown = frontier.table(points, ["degree", "encoder_zero", "dead_by_seed"])
+    assert list(shown.columns) == ["degree", "encoder_zero", "dead"]
+    assert list(shown.index) == ["expander", "co-occurrence"]
+    assert shown.to_numpy().tolist() == [[7, 0.5, 0.2], [50, 0.75, 0.25]]
+
+
+def test_an_interval_that_touches_neither_side_is_a_tie():
+    intervals = {"equal": (0.1, 0.2), "clustered": (-0.1, 0.1), "informed": (-0.2, -0.1), "pruned": (0.0, 0.1)}
+    found = frontier.outcomes([point(cell, ci=ci) for cell, ci in intervals.items()])
+    assert found == {
+        "beats": ["dense, as many values, d = 7"],
+        "ties with": ["clustered, all rows, d = 7", "pruned and retuned, d = 7"],
+        "loses to": ["co-occurrence, d = 7"],
+    }
+
+
+def test_the_best_is_the_best_of_those_that_fit():
+    points = [point("expander", 7, 0.5, 10), point("expander", 50, 0.7, 60), point("dense", 640, 0.9, 500)]
+    assert [frontier.best(points, budget) for budget in (9, 10, 60, 499, 500)] == [None, *points[:2], *points[1:]]

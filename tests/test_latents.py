@@ -1,35 +1,21 @@
 """Counts are the model's own firings, choosing follows the stated rule, and a trial that is kept is not repeated."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import activations, latents, losses, teachers
+from helpers import latents, losses
 from helpers.latents import Bench, Entry, Trial
 from helpers.remedies import Setting
 from helpers.settings import generator
 from tests import tiny
 
-SITES = ("resid_post", "mlp_in")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Harvests of a tiny random model: three splits that share no article."""
-    cache = tmp_path_factory.mktemp("cache")
-    name = tiny.save(cache / "teacher", "gpt-neox")
-    corpus = cache / "text.jsonl"
-    paragraphs = enumerate(tiny.text(120).split("\n\n"))
-    corpus.write_text("\n".join(json.dumps({"article": i // 3, "text": text}) for i, text in paragraphs), "utf-8")
-    model = teachers.load(name, device="cpu")
-    found = {}
-    for split, n in (("train", 600), ("validation", 90), ("test", 110)):
-        options = {"layer": 1, "sites": SITES, "n_tokens": n, "split": split, "cache_dir": cache}
-        found[split] = str(activations.harvest(model, str(corpus), max_length=16, **options).folder)
-    return found
+    return tiny.harvests(tmp_path_factory.mktemp("cache"))["folders"]
 
 
 @pytest.fixture

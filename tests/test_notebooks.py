@@ -16,7 +16,6 @@ from helpers.settings import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMMON = {"teacher", "layer", "corpus", "n_tokens", "seeds", "device", "cache_dir", "results_dir"}
 MOST_LINES = 25
-MOST_PARAMETERS = 30  # one a line, each with its meaning
 CHECKED = "# NBVAL_CHECK_OUTPUT"
 
 
@@ -71,8 +70,7 @@ def test_a_chapter_has_a_title_exercises_and_a_summary(notebook):
 def test_cells_are_short_and_plumbing_stays_in_helpers(notebook):
     for cell in code(notebook):
         lines = cell.source.splitlines()
-        most = MOST_PARAMETERS if "parameters" in cell.metadata.get("tags", []) else MOST_LINES
-        assert len(lines) <= most, f"{len(lines)} lines in the cell that begins {lines[0]!r}"
+        assert len(lines) <= MOST_LINES, f"{len(lines)} lines in the cell that begins {lines[0]!r}"
         assert "sys.path" not in cell.source
         ast.parse(cell.source)
 

@@ -1,11 +1,14 @@
 """Tiny random teachers of every architecture the book names, saved as folders that `teachers.load` reads."""
 
+import json
 from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from helpers import activations, teachers
 
 WORDS = """a river runs under the old stone bridge and two men carry bread to market while rain falls on green hills
 """.split()  # noqa: SIM905
@@ -53,3 +56,16 @@ def text(paragraphs: int, seed: int = 0) -> str:
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 31, (paragraphs,), generator=random).tolist()
     return "\n\n".join(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=random)) for n in lengths)
+
+
+def harvests(cache: Path) -> dict[str, object]:
+    """A tiny random model, a corpus of articles of three paragraphs, and the model's rows after and inside block 1 on
+    three splits that share no article: `model`, `teacher`, `corpus`, `folders` by split, `cache`."""
+    name, corpus = save(cache / "teacher", "gpt-neox"), cache / "text.jsonl"
+    paragraphs = enumerate(text(120).split("\n\n"))
+    corpus.write_text("\n".join(json.dumps({"article": i // 3, "text": each}) for i, each in paragraphs), "utf-8")
+    model, folders = teachers.load(name, device="cpu"), {}
+    options = {"layer": 1, "sites": ("resid_post", "mlp_in"), "cache_dir": cache}
+    for split, n in (("train", 600), ("validation", 90), ("test", 110)):
+        folders[split] = str(activations.harvest(model, str(corpus), n_tokens=n, split=split, **options).folder)
+    return {"model": model, "teacher": name, "corpus": str(corpus), "folders": folders, "cache": str(cache)}
