@@ -302,6 +302,9 @@ Attribution-ShareAlike 3.0 licence (https://creativecommons.org/licenses/by-sa/3
 in its page history. Changed here: markup, tables, lists, notes and captions were removed, and paragraphs with formulas
 left out; see `make_wikipedia_sample.py`.
 
+The other texts have no list of authors to give: `state_of_the_union.parquet` and `moby_dick.parquet` are in the public
+domain (see `README.md`).
+
 """
     return head + "".join(f"- [{title}](https://en.wikipedia.org/wiki/{quote(title)})\n" for title in sorted(titles))
 

@@ -14,12 +14,18 @@ from helpers import hub
 from helpers.settings import ROOT
 
 WIKIPEDIA_SAMPLE = ROOT / "data" / "wikipedia_sample.parquet"
+BOOK_TEXTS = {
+    "Wikipedia": WIKIPEDIA_SAMPLE,
+    "State of the Union": ROOT / "data" / "state_of_the_union.parquet",
+    "Moby Dick": ROOT / "data" / "moby_dick.parquet",
+}
+"""The files of the corpus "book-texts", by what its column `source` calls them."""
 SPLITS = ("train", "validation", "test")
 FILES = (".txt", ".jsonl", ".parquet")
 BLOCK = 20
 """Paragraphs of a `.txt` file that make a document: they stay together in one split. Fewer where the text is short."""
 ALLOWED = (
-    "'wikipedia-sample', a hub id such as 'Salesforce/wikitext:wikitext-103-raw-v1', "
+    "'wikipedia-sample', 'book-texts', a hub id such as 'Salesforce/wikitext:wikitext-103-raw-v1', "
     "or a local .txt, .jsonl or .parquet file"
 )
 
@@ -27,7 +33,9 @@ ALLOWED = (
 def load(corpus: str = "wikipedia-sample", split: str = "train") -> Dataset:
     """Paragraphs of one split: columns `article` (int), `title` and `text`; rows without text are left out.
 
-    `corpus` is `"wikipedia-sample"` (embedded), a hub id with an optional configuration after a colon, or a local file.
+    `corpus` is `"wikipedia-sample"` or `"book-texts"` (embedded), a hub id with an optional configuration after a colon,
+    or a local file. `"book-texts"` is the Wikipedia sample, the State of the Union addresses and Moby Dick; it has a
+    further column `source`, and its `article` numbers run on from one source to the next.
 
     A local file is divided here, always in the same way, into about 80 % `train`, 10 % `validation` and 10 % `test` by
     document, in the order of the SHA-256 of the documents' text; a column `split` is used instead where there is one.
@@ -42,8 +50,11 @@ def load(corpus: str = "wikipedia-sample", split: str = "train") -> Dataset:
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown; allowed: {', '.join(SPLITS)}")
-    path = local_file(corpus)
-    if path is None:
+    path = None if corpus == "book-texts" else local_file(corpus)
+    if corpus == "book-texts":
+        rows = _book_texts()
+        rows = rows[rows.split == split].drop(columns="split")
+    elif path is None:
         rows = _articles(_from_hub(corpus, split))
     else:
         rows = _documents(_read(path, corpus), corpus)
@@ -72,6 +83,8 @@ def local_file(corpus: str) -> Path | None:
 
 def fingerprint(corpus: str) -> str:
     """What determines a corpus, for cache keys: the SHA-256 of a file, the commit of a hub set (its name offline)."""
+    if corpus == "book-texts":
+        return "+".join(fingerprint(str(path)) for path in BOOK_TEXTS.values())
     path = local_file(corpus)
     if path is not None:
         with path.open("rb") as file:
@@ -79,6 +92,16 @@ def fingerprint(corpus: str) -> str:
     with contextlib.suppress(hub.Unreachable):
         return f"{corpus}@{hub.commit('dataset', corpus.partition(':')[0])}"
     return corpus
+
+
+def _book_texts() -> pd.DataFrame:
+    """The embedded texts with their `source`; a document's number says how many documents stand before it."""
+    parts, before = [], 0
+    for source, path in BOOK_TEXTS.items():
+        rows = _documents(_read(path, str(path)), str(path))
+        parts.append(rows.assign(article=rows.article + before, source=source))
+        before += rows.article.nunique()
+    return pd.concat(parts).astype({"article": "int32"})
 
 
 def _read(path: Path, corpus: str) -> pd.DataFrame:

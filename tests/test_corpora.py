@@ -125,7 +125,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("corpus", ["wikipedia", "a/b/c", "missing.txt", "/nowhere/at/all", ""])
 def test_unknown_names_say_what_is_allowed(corpus):
-    with pytest.raises(ValueError, match="allowed: 'wikipedia-sample', a hub id"):
+    with pytest.raises(ValueError, match="allowed: 'wikipedia-sample', 'book-texts', a hub id"):
         corpora.load(corpus)
 
 
