@@ -14,7 +14,7 @@ from helpers.book import toc_files
 from helpers.settings import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-COMMON = {"teacher", "layer", "corpus", "n_tokens", "seeds", "device", "cache_dir", "results_dir"}
+COMMON = {"teacher", "layer", "layers", "corpus", "n_tokens", "seeds", "device", "cache_dir", "results_dir"}
 MOST_LINES = 25
 CHECKED = "# NBVAL_CHECK_OUTPUT"
 
