@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -148,21 +148,14 @@ class Teacher:
         sites: Iterable[str] = ("mlp_in", "mlp_out"),
     ) -> dict[str, Float[Tensor, "batch seq d_model"]]:
         """Activations of `sites` at `layer`, padding included. The forward ends there: nothing later is computed."""
-        sites = check_sites(sites)
-        found: dict[str, Tensor] = {}
-        last = max(sites, key=SITES.index)
+        return self._sites(layer, input_ids, attention_mask, check_sites(sites))
 
-        def take(site: str, value: Tensor) -> None:
-            found[site] = value
-            if site == last:
-                raise _Stop
-
-        with contextlib.ExitStack() as hooks:
-            for site in sites:
-                hooks.enter_context(self._hook(layer, site, lambda value, site=site: take(site, value)))
-            hooks.enter_context(contextlib.suppress(_Stop))
-            self._base(input_ids, attention_mask)
-        return found
+    def through(
+        self, layer: int, batches: Sequence[Int[Tensor, "_ _"]], sites: Sequence[str], *, start: int, scratch: Path
+    ) -> Iterator[dict[str, Float[Tensor, "batch seq d_model"]]]:
+        """`run_to` for one batch after another, from number `start`; `scratch` is a folder that outlives the call."""
+        for input_ids in batches[start:]:
+            yield self.run_to(layer, input_ids, None, sites) if sites else {}
 
     @torch.inference_mode()
     def loss(
@@ -172,6 +165,15 @@ class Teacher:
         splice: Splice | None = None,
     ) -> TokenLosses:
         """Next-token cross-entropy −log p(token t+1 | tokens ≤ t) in nats, with `splice` in force if given."""
+        return self.loss_with_gradient(input_ids, attention_mask, splice)
+
+    def loss_with_gradient(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        splice: Splice | None = None,
+    ) -> TokenLosses:
+        """As `loss`; where the splice's rows carry a gradient, so do the nats. The model's own weights stay frozen."""
         input_ids = input_ids.to(self.device)
         hooks = contextlib.nullcontext()
         if splice is not None:
@@ -199,6 +201,24 @@ class Teacher:
         return replace(
             self, name=f"{self.name} (random, seed {seed})", fingerprint=f"{self.fingerprint}-random{seed}", model=model
         )
+
+    def _sites(
+        self, layer: int, inputs: Tensor, attention_mask: Tensor | None, sites: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch seq d_model"]]:
+        found: dict[str, Tensor] = {}
+        last = max(sites, key=SITES.index)
+
+        def take(site: str, value: Tensor) -> None:
+            found[site] = value
+            if site == last:
+                raise _Stop
+
+        with contextlib.ExitStack() as hooks:
+            for site in sites:
+                hooks.enter_context(self._hook(layer, site, lambda value, site=site: take(site, value)))
+            hooks.enter_context(contextlib.suppress(_Stop))
+            self._base(inputs, attention_mask)
+        return found
 
     def _base(self, input_ids: Tensor, attention_mask: Tensor | None) -> Float[Tensor, "batch seq d_model"]:
         """Final hidden states, without the logits."""
@@ -246,11 +266,13 @@ def load(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     revision: str | None = None,
+    layerwise: bool = False,
     cache_dir: str | Path | None = None,
 ) -> Teacher:
     """The embedded Gemma 3 270M (4-bit weights, unpacked once into the cache), a hub id or a local folder.
 
-    `attn_implementation` None is PyTorch's (`"sdpa"`) where the architecture has it, else `"eager"`.
+    `attn_implementation` None is PyTorch's (`"sdpa"`) where the architecture has it, else `"eager"`. With `layerwise`
+    the weights stay on disk and a harvest holds one block at a time (`helpers.layerwise`).
 
     Raises `ValueError` for a teacher, revision, device, dtype or attention that is not there, and for a hub id that was
     not downloaded before when the hub cannot be reached.
@@ -261,6 +283,10 @@ def load(
     source, fingerprint, options = _find(teacher, revision, cache_dir)
     options = {**options, "attn_implementation": attn_implementation, "dtype": getattr(torch, dtype)}
     quiet = {option: options[option] for option in ("revision", "local_files_only") if option in options}
+    if layerwise:
+        from helpers import layerwise as by_layer  # which builds on this module
+
+        return by_layer.load(teacher, source, fingerprint, where, options)
     try:
         with _no_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, **quiet)
