@@ -50,6 +50,10 @@ METHODS = {
     "implicit": Mark(PURPLE, "implicit SAE", "P"),
     "pca": Mark(INDIGO, "PCA", "X", "-."),
     "omp": Mark(WINE, "matching pursuit", "<"),
+    "shuffled": Mark(VERMILION, "experts shuffled", "s"),
+    "random_router": Mark(AMBER, "random router", "v"),
+    "random_directions": Mark(BROWN, "random directions", "D"),
+    "fitted_directions": Mark(GREEN, "fitted directions", "^"),
     "csr": Mark(AMBER, "CSR product", "v", "-."),
     # masks of expander SAEs; "expander" is the random one
     "clustered": Mark(VERMILION, "clustered mask", "s"),
