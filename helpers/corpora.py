@@ -33,9 +33,9 @@ ALLOWED = (
 def load(corpus: str = "wikipedia-sample", split: str = "train") -> Dataset:
     """Paragraphs of one split: columns `article` (int), `title` and `text`; rows without text are left out.
 
-    `corpus` is `"wikipedia-sample"` or `"book-texts"` (embedded), a hub id with an optional configuration after a colon,
-    or a local file. `"book-texts"` is the Wikipedia sample, the State of the Union addresses and Moby Dick; it has a
-    further column `source`, and its `article` numbers run on from one source to the next.
+    `corpus` is `"wikipedia-sample"` or `"book-texts"` (embedded), a hub id with an optional configuration after a
+    colon, or a local file. `"book-texts"` is the Wikipedia sample, the State of the Union addresses and Moby Dick; it
+    has a further column `source`, and its `article` numbers run on from one source to the next.
 
     A local file is divided here, always in the same way, into about 80 % `train`, 10 % `validation` and 10 % `test` by
     document, in the order of the SHA-256 of the documents' text; a column `split` is used instead where there is one.

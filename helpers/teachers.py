@@ -28,7 +28,9 @@ from helpers import gemma, hub, settings
 
 SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
 EMBEDDED = "gemma-3-270m"
-ALLOWED = f"'{EMBEDDED}' (embedded), a hub id such as 'EleutherAI/pythia-70m', or a local folder"
+ALLOWED = (
+    f"'{EMBEDDED}', 'book-moe' or 'book-twin' (embedded), a hub id such as 'EleutherAI/pythia-70m', or a local folder"
+)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOGIT_ROWS = 256
 """Tokens whose logits are held at once: at Gemma's 262,144 words, 256 rows are 268 MB."""
@@ -271,6 +273,9 @@ def load(
 ) -> Teacher:
     """The embedded Gemma 3 270M (4-bit weights, unpacked once into the cache), a hub id or a local folder.
 
+    `"book-moe"`, `"book-moe@STEP"` and `"book-twin"` are the mixture of experts that was trained for this book, its
+    checkpoints and its dense twin (`helpers.moe`).
+
     `attn_implementation` None is PyTorch's (`"sdpa"`) where the architecture has it, else `"eager"`. With `layerwise`
     the weights stay on disk and a harvest holds one block at a time (`helpers.layerwise`).
 
@@ -298,6 +303,8 @@ def load(
             f"teacher={teacher!r} (revision={revision!r}, attn_implementation={attn_implementation!r}) "
             f"could not be loaded: {reason}; {remedy}"
         ) from error
+    if where.type == "cpu" and model._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm")  # elsewhere it can be fifty times slower
     fingerprint = fingerprint or getattr(model.config, "_commit_hash", None) or str(source)
     loaded = Teacher(teacher, fingerprint, _frozen(model.to(where)), tokenizer)
     loaded.mlp(0)  # an architecture without blocks or MLPs is named now, not after a harvest
@@ -382,6 +389,11 @@ def _find(teacher: str, revision: str | None, cache_dir: str | Path | None) -> t
     if teacher == EMBEDDED:
         folder, sha = gemma.convert(settings.cache_dir(cache_dir))
         return str(folder), f"gguf:{sha}:v{gemma.VERSION}", {}
+    if teacher.startswith("book-"):
+        from helpers import moe  # it loads teachers itself
+
+        folder = moe.folder(teacher, cache_dir=cache_dir)
+        return str(folder), _folder_hash(folder), {}
     folder = Path(teacher).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
