@@ -388,11 +388,10 @@ def train(
     if bad := [step for step in checkpoints if not 0 <= step <= recipe.steps]:
         raise ValueError(f"checkpoints={bad} are not in the run; allowed: 0 to {recipe.steps}")
     where = settings.device(device)
-    code = [inspect.getsource(part) for part in (Packed, Recipe, _Run, _dropout, _optimiser)]
     weights = [tensor.detach().cpu().contiguous().view(torch.uint8).numpy() for tensor in model.state_dict().values()]
     settled = [model.config.to_dict(), asdict(recipe), sorted(checkpoints), log_every, validate_every, n_validation]
     texts = [corpora.fingerprint(corpus), tokenizer.backend_tokenizer.to_str(), where.type, torch.__version__]
-    key = _hash([settled, texts, code], *weights)
+    key = _hash([settled, texts, CODE], *weights)
     store = settings.cache_dir(cache_dir) / "moe" / f"run-{key}"
     run = _Run(Trained(model.to(where), tokenizer, store), recipe)
     run.advance(corpus, sorted({*checkpoints, recipe.steps}), log_every, validate_every, n_validation, label)
@@ -540,6 +539,10 @@ def _hash(content, *parts) -> str:
     return digest.hexdigest()
 
 
+CODE = [inspect.getsource(part) for part in (Packed, Recipe, _Run, _dropout, _optimiser)]
+"""What a stored run depends on, beside its parameters: a change of anything else here keeps it."""
+
+
 # -- held-out loss -----------------------------------------------------------------------------------------------------
 
 
@@ -570,13 +573,26 @@ def sources(corpus: str, split: str) -> dict[int, str]:
 
 
 def bits_per_byte(losses: pd.DataFrame, *, seed: int = 0) -> tuple[float, float, float]:
-    """Bits per byte of a table of `held_out`, with the ends of a 95 % bootstrap interval over documents."""
-    sums = losses.groupby("article")[["nats", "bytes"]].sum().to_numpy()
+    """Bits per byte of a table of `held_out`, with the ends of a 95 % bootstrap interval over documents.
+
+    The ends are NaN for fewer than `FEWEST` documents.
+    """
+    sums = _by_document(losses)
 
     def ratio(a: Float[np.ndarray, "documents 2"]) -> float:
         return float(a[:, 0].sum() / a[:, 1].sum() / math.log(2))
 
-    return ratio(sums), *metrics.bootstrap_interval(sums, ratio, seed=seed)
+    return ratio(sums), *_interval(sums, ratio, seed)
+
+
+FEWEST = 5
+"""Documents below which an interval over documents would say little."""
+
+
+def _interval(data: np.ndarray, statistic, seed: int) -> tuple[float, float]:
+    if len(data) < FEWEST:
+        return math.nan, math.nan
+    return metrics.bootstrap_interval(data, statistic, seed=seed)
 
 
 def compare(tables: dict[str, pd.DataFrame], against: str, *, seed: int = 0) -> pd.DataFrame:
@@ -597,7 +613,7 @@ def compare(tables: dict[str, pd.DataFrame], against: str, *, seed: int = 0) -> 
                 return float((a[:, 0].sum() - a[:, 2].sum()) / a[:, 1].sum() / math.log(2))
 
             bits, low, high = bits_per_byte(part, seed=seed)
-            gap_low, gap_high = metrics.bootstrap_interval(pairs, gap, seed=seed)
+            gap_low, gap_high = _interval(pairs, gap, seed)
             rows.append(
                 {
                     "model": model,
@@ -617,6 +633,99 @@ def compare(tables: dict[str, pd.DataFrame], against: str, *, seed: int = 0) -> 
 
 def _by_document(losses: pd.DataFrame) -> Float[np.ndarray, "documents 2"]:
     return losses.groupby("article")[["nats", "bytes"]].sum().to_numpy()
+
+
+# -- what the router does ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token of a text was sent to, the most weighted first; neither BOS nor padding is in it."""
+
+    tokens: Int[np.ndarray, " rows"]
+    pieces: Int[np.ndarray, " rows"]
+    """Number of the piece of text; its tokens stand one after the other."""
+    experts: Int[np.ndarray, "rows layers k"]
+    n_experts: int
+
+    def load(self) -> Float[np.ndarray, "layers experts"]:
+        """Share of all choices that fall on each expert: 1/n_experts where the load is even."""
+        return np.stack([np.bincount(e.ravel(), minlength=self.n_experts) / e.size for e in self._by_layer()])
+
+    def information(self, offset: int = 0, *, shuffles: int = 5, seed: int = 0) -> pd.DataFrame:
+        """Mutual information in bits of the token `offset` places on (0: the routed one) and an expert drawn from its
+        chosen k: one row a layer with `bits`, and `shuffled`, its mean after tokens were dealt out anew.
+
+        Counts alone give positive information between things that have none to do with each other, the more the rarer
+        the tokens are; `shuffled` is how much.
+        """
+        there = np.flatnonzero(self.pieces == np.roll(self.pieces, -offset))
+        there = there[(there + offset >= 0) & (there + offset < len(self.pieces))]
+        tokens = np.unique(self.tokens[there + offset], return_inverse=True)[1]
+        random, rows = np.random.default_rng(seed), []
+        for layer, experts in enumerate(self._by_layer()):
+            chosen = experts[there]
+            by_chance = [_information(random.permutation(tokens), chosen, self.n_experts) for _ in range(shuffles)]
+            found = _information(tokens, chosen, self.n_experts)
+            rows.append({"layer": layer, "bits": found, "shuffled": float(np.mean(by_chance))})
+        return pd.DataFrame(rows)
+
+    def favourites(
+        self, layer: int, tokenizer: PreTrainedTokenizerBase, *, n: int = 5, least: int = 10
+    ) -> pd.DataFrame:
+        """For each expert its `load`, and of the tokens seen `least` times or more the `n` that are sent to it most
+        often: `tokens`, and `shares`, how often each is."""
+        chosen = np.zeros((self.tokens.max() + 1, self.n_experts))
+        np.add.at(chosen, (np.repeat(self.tokens, self.experts.shape[2]), self.experts[:, layer].ravel()), 1)
+        seen = np.bincount(self.tokens)
+        known = np.flatnonzero(seen >= least)
+        share, load = chosen[known] / seen[known, None], self.load()[layer]
+        rows = []
+        for expert in range(self.n_experts):
+            best = np.argsort(-share[:, expert], kind="stable")[:n]
+            words = [tokenizer.decode([int(known[i])]) for i in best]
+            rows.append({"expert": expert, "load": load[expert], "tokens": words, "shares": share[best, expert]})
+        return pd.DataFrame(rows)
+
+    def _by_layer(self) -> Iterator[Int[np.ndarray, "rows k"]]:
+        return iter(self.experts.transpose(1, 0, 2))
+
+
+def _information(tokens: Int[np.ndarray, " rows"], experts: Int[np.ndarray, "rows k"], n_experts: int) -> float:
+    k = experts.shape[1]
+    cells = np.repeat(tokens, k) * n_experts + experts.ravel()
+    joint = np.bincount(cells, minlength=(tokens.max() + 1) * n_experts).reshape(-1, n_experts) / cells.size
+    apart = joint.sum(1, keepdims=True) * joint.sum(0)
+    full = joint > 0
+    return float((joint[full] * np.log2(joint[full] / apart[full])).sum())
+
+
+@torch.inference_mode()
+def routing(teacher: Teacher, corpus: str, *, n_tokens: int, split: str = "test") -> Routing:
+    """Where the tokens of a text are sent at every layer. Raises `ValueError` for a model without routers."""
+    if not hasattr(teacher.model.config, "num_experts_per_tok"):
+        raise ValueError(f"teacher={teacher.name!r} has no router; allowed: a mixture of experts")
+    pieces = activations.texts(teacher, corpus, n_tokens=n_tokens, split=split)
+    k, found = teacher.model.config.num_experts_per_tok, []
+    for batch in pieces.batches(16):
+        ids, mask = pieces.padded(batch)
+        ids, mask = ids.to(teacher.device), mask.to(teacher.device)
+        out = teacher.model(ids, attention_mask=mask, output_router_logits=True, use_cache=False, logits_to_keep=1)
+        kept = teacher.rows_kept(ids, mask)
+        chosen = torch.stack([logits.topk(k).indices.view(*ids.shape, k)[kept] for logits in out.router_logits], 1)
+        number = torch.tensor(batch)[:, None].expand_as(ids.cpu())[kept.cpu()]
+        found.append((ids[kept].cpu().numpy(), number.numpy(), chosen.cpu().numpy()))
+    return Routing(*(np.concatenate(part) for part in zip(*found, strict=True)), teacher.model.config.num_experts)
+
+
+def sample(teacher: Teacher, prompt: str, *, n_tokens: int = 60, temperature: float = 0.8, seed: int = 0) -> str:
+    """`prompt` and what the model writes after it, at most `n_tokens` tokens, until it ends the paragraph."""
+    ids = teacher.tokenizer(prompt, return_tensors="pt").to(teacher.device)
+    with _seeded(seed):
+        out = teacher.model.generate(
+            **ids, max_new_tokens=n_tokens, do_sample=True, temperature=temperature, top_k=50, pad_token_id=0
+        )
+    return teacher.tokenizer.decode(out[0], skip_special_tokens=True)
 
 
 # -- shipping ----------------------------------------------------------------------------------------------------------
