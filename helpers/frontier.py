@@ -556,18 +556,40 @@ def tuned(
     lrs: Sequence[float],
     seed: int,
     *,
+    further: int = 0,
     device: str,
     cache_dir,
     workers: int | None,
 ) -> dict[Name, dict[float, float]]:
-    """Validation error of every cell at every learning rate in place of its own, with one seed."""
-    arguments = [
-        {"arm": arm, "setting": replace(setting, lr=lr), "seed": seed, "device": device, "cache_dir": cache_dir}
-        for arm, setting in cells.values()
-        for lr in lrs
-    ]
-    found = iter(sweep(validation_error, arguments, label="learning rates", workers=workers))
-    return {name: {lr: next(found) for lr in lrs} for name in cells}
+    """Validation error of every cell at every learning rate in place of its own, with one seed.
+
+    Where a cell's best rate is the first or the last of its grid, the grid is continued there by the factor between
+    its last two rates, `further` times at most. Raises `ValueError` for rates that do not rise.
+    """
+    if not lrs or list(lrs) != sorted(set(lrs)) or lrs[0] <= 0:
+        raise ValueError(f"lrs={list(lrs)}; allowed: positive rates that rise")
+    found: dict[Name, dict[float, float]] = {name: {} for name in cells}
+    wanted = [(name, lr) for name in cells for lr in lrs]
+    for extension in range(further + 1):
+        arguments = [
+            {"arm": cells[name][0], "setting": replace(cells[name][1], lr=lr), "seed": seed} for name, lr in wanted
+        ]
+        arguments = [each | {"device": device, "cache_dir": cache_dir} for each in arguments]
+        label = "learning rates" if not extension else f"further learning rates ({extension})"
+        errors = sweep(validation_error, arguments, label=label, workers=workers) if wanted else []
+        for (name, lr), error in zip(wanted, errors, strict=True):
+            found[name][lr] = error
+        wanted = [(name, lr) for name, errors in found.items() if (lr := _beyond(errors)) is not None]
+    return {name: dict(sorted(errors.items())) for name, errors in found.items()}
+
+
+def _beyond(errors: Mapping[float, float]) -> float | None:
+    """The next rate on the side where the best one is an end of the grid; None where it is inside."""
+    rates, best = sorted(errors), min(errors, key=errors.get)
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    end, before = (rates[0], rates[1]) if best == rates[0] else (rates[-1], rates[-2])
+    return float(f"{end * end / before:.2g}")
 
 
 def trials(

@@ -318,6 +318,21 @@ def test_packed_experts_store_as_much_as_dense_ones():
         frontier.packed_experts(dense, 15, 16, 12)
 
 
+@pytest.mark.parametrize(("best", "tried"), [(0.01, 3), (0.03, 4), (0.1, 5), (0.3, 5), (2.5e-3, 4), (1e-3, 5), (1e-6, 5)])
+def test_a_grid_goes_on_where_its_best_rate_is_an_end(arm, monkeypatch, best, tried):
+    """Error falls towards one rate: the grid 3e-3, 1e-2, 3e-2 reaches it, or stops after two further rates."""
+    monkeypatch.setattr(frontier, "validation_error", lambda setting, **_: abs(np.log(setting.lr / best)))
+    monkeypatch.setattr(frontier, "sweep", lambda task, arguments, **_: [task(**each) for each in arguments])
+    how = {"further": 2, "device": "cpu", "cache_dir": None, "workers": 1}
+    found = frontier.tuned({("dense", 16): (arm, CENTRED)}, [3e-3, 1e-2, 3e-2], 0, **how)["dense", 16]
+    assert len(found) == tried and list(found) == sorted(found) and {3e-3, 1e-2, 3e-2} <= set(found)
+    chosen = min(found, key=found.get)
+    inside = chosen not in (min(found), max(found))
+    assert inside or len(found) == 5
+    with pytest.raises(ValueError, match=r"lrs=\[0.01, 0.003\]; allowed: positive rates that rise"):
+        frontier.tuned({}, [1e-2, 3e-3], 0, **how)
+
+
 # -- what a page shows -------------------------------------------------------------------------------------------------
 
 
