@@ -347,13 +347,13 @@ def _run(teacher, pieces: Texts, layer: int, sites, batch_size: int, dtype: np.d
     arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in shapes}
     arrays["rows"][:] = _row_table(pieces, lengths)
     batches = pieces.batches(batch_size)
+    # Padding stands on the right, after all text: causal attention never sees it, so no mask is needed.
+    padded = [pieces.padded(batch)[0] for batch in batches]
+    found = teacher.through(layer, padded, sites, start=done, scratch=folder.parent)
     with settings.progress(total=n, desc=f"harvest layer {layer}", unit="token", unit_scale=True) as bar:
         for number, batch in enumerate(batches):
             if number >= done:
-                # Padding stands on the right, after all text: causal attention never sees it, so no mask is needed.
-                ids, mask = pieces.padded(batch)
-                found = teacher.run_to(layer, ids, None, sites) if sites else {}
-                for site, values in found.items():
+                for site, values in next(found).items():
                     _store(arrays[site], values.float().cpu().numpy(), starts[batch], lengths[batch], pieces.bos)
                 if number % CHECKPOINT_BATCHES == CHECKPOINT_BATCHES - 1:
                     _checkpoint(partial, arrays, number + 1)

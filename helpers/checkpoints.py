@@ -146,7 +146,8 @@ class MoELayer:
     notes: tuple[str, ...]
     """What the checkpoint has and this leaves out, and what was assumed."""
     d_ff: int
-    _plan: Callable[[str], list[Slab]] = field(repr=False)
+    plan: Callable[[str], list[Slab]] = field(repr=False)
+    """Where each expert's matrix lies, by `which`."""
     _open: Opener = field(repr=False)
 
     @property
@@ -184,7 +185,7 @@ class MoELayer:
         experts = range(self.n_experts) if experts is None else experts
         if outside := [e for e in experts if not 0 <= e < self.n_experts]:
             raise ValueError(f"experts={outside} are not in layer {self.layer}; allowed: 0 to {self.n_experts - 1}")
-        slabs = self._plan(which)
+        slabs = self.plan(which)
         return self._batches([slabs[e] for e in experts])
 
     def _batches(self, slabs: list[Slab]) -> Iterator[Float[Tensor, "batch d_model d_ff"]]:
@@ -201,7 +202,7 @@ def read(source: str | Path, layers: Sequence[int] | None = None, *, revision: s
     checked here, before the experts are read: `ValueError` says what is wrong with a dense checkpoint or layer, a layer
     that is not there, a missing or truncated shard, a tensor of another shape or of a quantised format.
     """
-    checkpoint = _Checkpoint(str(source), revision)
+    checkpoint = Checkpoint(str(source), revision)
     with_experts, dense = checkpoint.layers_with_experts, checkpoint.dense_layers
     if not with_experts:
         raise ValueError(f"no experts found in {source}; layers with MLPs: {_ranges(dense) or 'none'}")
@@ -297,7 +298,7 @@ def _orthonormal(new: Tensor, basis: Tensor) -> Tensor:
     return new
 
 
-class _Checkpoint:
+class Checkpoint:
     """Names, places and shapes of a checkpoint's tensors; headers are read when a tensor of their file is asked for."""
 
     def __init__(self, source: str, revision: str | None):
@@ -353,7 +354,7 @@ class _Checkpoint:
         }
         return self.headers[file]
 
-    def _entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> Entry:
         file = self.file_of[name]
         try:
             entry = self._header(file).get(name)
@@ -365,10 +366,10 @@ class _Checkpoint:
             raise ValueError(f"{self.source}: {name} is stored as {entry.dtype}; allowed: {', '.join(DTYPES)}")
         return entry
 
-    def _tensor(self, name: str | None) -> Tensor | None:
+    def tensor(self, name: str | None) -> Tensor | None:
         if name is None:
             return None
-        entry = self._entry(name)
+        entry = self.entry(name)
         dtype = DTYPES[entry.dtype]
         flat = _read(self.open, entry.file, entry.start, math.prod(entry.shape) * dtype.itemsize)
         return torch.frombuffer(flat, dtype=dtype).view(entry.shape).float()
@@ -391,8 +392,8 @@ class _Checkpoint:
                     f"supported; allowed: {', '.join(DTYPES)}, as in a copy saved with dtype=torch.bfloat16"
                 )
         layout, router_name = self._layout(n)
-        router = self._tensor(names[router_name])
-        correction = self._tensor(next((names[s] for s in names if s.endswith("e_score_correction_bias")), None))
+        router = self.tensor(names[router_name])
+        correction = self.tensor(next((names[s] for s in names if s.endswith("e_score_correction_bias")), None))
         plan = partial(self.slabs, n, layout, tuple(router.shape))
         kind, top_k = config.get("model_type"), config.get("num_experts_per_tok")
         if not isinstance(top_k, int) or not 1 <= top_k <= len(router):
@@ -401,7 +402,7 @@ class _Checkpoint:
         return MoELayer(
             layer=n,
             router=router,
-            bias=self._tensor(names.get(router_name.removesuffix("weight") + "bias")),
+            bias=self.tensor(names.get(router_name.removesuffix("weight") + "bias")),
             correction=correction,
             top_k=top_k,
             scoring=config.get("scoring_func") or ("softmax" if correction is None else "sigmoid"),
@@ -412,7 +413,7 @@ class _Checkpoint:
             layout=layout.name,
             notes=tuple(self._notes(names, kind)),
             d_ff=plan("w_down")[0].d_ff,
-            _plan=plan,
+            plan=plan,
             _open=self.open,
         )
 
@@ -434,7 +435,7 @@ class _Checkpoint:
         found = {m: name for suffix, name in self.names[n].items() if (m := re.fullmatch(pattern, suffix))}
         slabs: dict[int, Slab] = {}
         for match, name in found.items():
-            entry = self._entry(name)
+            entry = self.entry(name)
             if len(entry.shape) != len(axes) or entry.shape[axes.index("d")] != d_model:
                 raise ValueError(f"{name} of {self.source} is {list(entry.shape)}; expected axes {axes}, d={d_model}")
             *fused, rows, columns = entry.shape
