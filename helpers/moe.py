@@ -60,17 +60,17 @@ CHECKPOINT_SECONDS = 60.0
 # -- the shipped model -------------------------------------------------------------------------------------------------
 
 
-def record(folder: Path = FOLDER) -> dict:
+def record(folder: Path | None = None) -> dict:
     """How the shipped model was trained: parameters, loss curves, held-out losses, seconds, environment."""
-    path = Path(folder) / "training.json"
+    path = Path(folder or FOLDER) / "training.json"
     if not path.is_file():
-        raise ValueError(f"{path.name} is not in {folder}; allowed: a folder written by moe.ship")
+        raise ValueError(f"{path.name} is not in {path.parent}; allowed: a folder written by moe.ship")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def steps(folder: Path = FOLDER) -> list[int]:
+def steps(folder: Path | None = None) -> list[int]:
     """Steps of the checkpoints there are, the final model's last."""
-    packed = sorted(int(path.stem) for path in (Path(folder) / "checkpoints").glob("*.safetensors"))
+    packed = sorted(int(path.stem) for path in (Path(folder or FOLDER) / "checkpoints").glob("*.safetensors"))
     return [*packed, record(folder)["steps"]]
 
 
@@ -137,7 +137,8 @@ def _new_folder(target: Path) -> Iterator[Path]:
     new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         yield new
-        new.chmod(0o755)
+        for path in (new, *new.rglob("*")):  # mkdtemp and safetensors make what only their owner can read
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if target.is_dir():
             old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
             os.replace(target, old / "old")
@@ -547,20 +548,23 @@ CODE = [inspect.getsource(part) for part in (Packed, Recipe, _Run, _dropout, _op
 
 
 def held_out(
-    model: Teacher | KneserNey, tokenizer: PreTrainedTokenizerBase, corpus: str, split: str, n_tokens: int
+    model: Teacher | KneserNey, corpus: str, split: str, n_tokens: int, *, reader: Teacher | None = None
 ) -> pd.DataFrame:
     """Loss of held-out text: one row a piece with `article`, `source`, `nats`, `tokens` and `bytes` (UTF-8).
 
-    Every model is given the same pieces (at most 256 tokens with BOS) and nothing before them.
+    Every model is given the same pieces, those that `reader` reads (default: the model itself): at most 256 tokens
+    with BOS, and nothing before them. Raises `ValueError` for n-grams without a reader.
     """
-    reader = model if isinstance(model, Teacher) else Teacher("n-grams", "", None, tokenizer)
+    reader = reader or model
+    if not isinstance(reader, Teacher):
+        raise ValueError("reader=None: n-grams have no tokenizer; allowed: the teacher they are compared with")
     pieces = activations.texts(reader, corpus, n_tokens=n_tokens, split=split)
     if isinstance(model, Teacher):
         found = activations.losses(model, corpus, n_tokens=n_tokens, split=split, batch_size=16)
     else:
         tokens = [len(piece) - 1 for piece in pieces.tokens]
         found = pd.DataFrame({"article": pieces.articles, "nats": model.nats(pieces.tokens), "tokens": tokens})
-    size = bytes_of(tokenizer)
+    size = bytes_of(reader.tokenizer)
     return found.assign(
         bytes=[int(size[piece].sum()) for piece in pieces.tokens], source=found.article.map(sources(corpus, split))
     )
@@ -731,13 +735,13 @@ def sample(teacher: Teacher, prompt: str, *, n_tokens: int = 60, temperature: fl
 # -- shipping ----------------------------------------------------------------------------------------------------------
 
 
-def ship(mixture: Trained, twin: Trained, content: dict, folder: str | Path = FOLDER) -> Path:
+def ship(mixture: Trained, twin: Trained, content: dict, folder: str | Path | None = None) -> Path:
     """Write the shipped model: final weights of both in bfloat16, the mixture's checkpoints in 8 bits, the record.
 
     `content` goes into training.json beside the number of steps and the checkpoints. All or nothing: a folder that is
     there is replaced when the new one is complete.
     """
-    folder, last = Path(folder), mixture.steps[-1]
+    folder, last = Path(folder or FOLDER), mixture.steps[-1]
     with _new_folder(folder) as new:
         _halved(mixture.folder(last), new)
         _halved(twin.folder(twin.steps[-1]), new / "twin")

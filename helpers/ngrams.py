@@ -110,7 +110,7 @@ class KneserNey:
 
 
 def _discounted(keys: np.ndarray, counts: np.ndarray, contexts: int, vocabulary: int) -> _Order:
-    """Discounts from the counts of counts (Chen & Goodman 1999, eq. 26), and each context's total and γ."""
+    """Discounts from the counts of counts (Chen & Goodman 1999), and each context's total and γ."""
     n1, n2, n3, n4 = (int((counts == c).sum()) for c in range(1, 5))
     if min(n1, n2, n3) == 0:  # a text too small for the estimate
         discounts = np.array([0.0, 0.5, 0.5, 0.5])
