@@ -26,6 +26,8 @@ install_import_hook(
         "helpers.expander",
         "helpers.checkpoints",
         "helpers.frontier",
+        "helpers.gaps",
+        "helpers.implicit",
     ],
     "tests.typechecking.check",
 )
