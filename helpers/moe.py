@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +46,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from helpers import activations, claims, corpora, metrics, settings, teachers
+from helpers import activations, claims, corpora, metrics, settings, sweep, teachers
 from helpers.ngrams import KneserNey
 from helpers.teachers import Teacher
 
@@ -397,6 +397,45 @@ def train(
     run = _Run(Trained(model.to(where), tokenizer, store), recipe)
     run.advance(corpus, sorted({*checkpoints, recipe.steps}), log_every, validate_every, n_validation, label)
     return run.trained
+
+
+def train_both(
+    size: Size,
+    recipes: Mapping[str, Recipe],
+    corpus: str,
+    *,
+    checkpoints: Sequence[int] = (),
+    device: str = "auto",
+    cache_dir: str | Path | None = None,
+    workers: int | None = None,
+    **options,
+) -> dict[str, Trained]:
+    """`train` for `"mixture"` and `"dense"`, each by its recipe, side by side on a thread each (on a GPU, one by one).
+
+    Widths this small do not fill two cores. `checkpoints` are the mixture's; `options` go to `train`.
+    """
+    if unknown := set(recipes) - {"mixture", "dense"}:
+        raise ValueError(f"recipes={sorted(unknown)}: allowed: 'mixture', 'dense'")
+    cells = [
+        {"kind": kind, "size": size, "recipe": recipe, "corpus": corpus, "device": device, "cache_dir": cache_dir}
+        | {"options": {"checkpoints": list(checkpoints) if kind == "mixture" else [], "label": kind, **options}}
+        for kind, recipe in recipes.items()
+    ]
+    tokenizer(corpus, size.vocabulary, cache_dir=cache_dir)  # once, before both look for it
+    workers = 1 if settings.device(device).type != "cpu" else workers
+    if workers != 1:
+        sweep.sweep(_train_and_store, cells, label="training", workers=workers)
+    return {cell["kind"]: _train_kind(**cell) for cell in cells}  # from the store
+
+
+def _train_and_store(**cell) -> None:
+    _train_kind(**cell)
+
+
+def _train_kind(kind: str, size: Size, recipe: Recipe, corpus: str, device: str, cache_dir, options: dict) -> Trained:
+    text = tokenizer(corpus, size.vocabulary, cache_dir=cache_dir)
+    model = getattr(size, kind)(recipe.seed)
+    return train(model, text, corpus, recipe, device=device, cache_dir=cache_dir, **options)
 
 
 class _Run:

@@ -81,8 +81,8 @@ class KneserNey:
     def nats(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float[np.ndarray, " texts"]:
         """−log p of each text's tokens after its BOS, summed, in nats; what follows its last token is not asked for."""
         tokens, place = self._flat(texts)
-        p = self._probabilities(tokens, place)
-        logs = np.where(place > 0, -np.log(p), 0.0)
+        p = np.where(place > 0, self._probabilities(tokens, place), 1.0)
+        logs = -np.log(p)
         ends = np.cumsum([len(text) for text in texts])
         return np.diff(np.concatenate([[0.0], np.cumsum(logs)])[np.concatenate([[0], ends])])
 

@@ -1,5 +1,6 @@
 """The mixture of experts: its text, its tokenizer, a training that can be killed, and what is shipped."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -41,11 +42,11 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Forty documents of three paragraphs each."""
+    """Sixty documents of three paragraphs each."""
     random = np.random.default_rng(0)
     rows = [
         {"title": f"document {n}", "text": " ".join(random.choice(WORDS, size=random.integers(8, 40))) + f" {n}.{i}"}
-        for n in range(40)
+        for n in range(60)
         for i in range(3)
     ]
     path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
@@ -197,6 +198,19 @@ def test_a_killed_run_goes_on_to_the_same_numbers(trained, corpus, tokenizer, tm
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"state\.pt is damaged .* delete it"):
         train(SIZE.mixture(), tokenizer, corpus, tmp_path)
+
+
+def test_both_are_trained_by_their_own_recipes(corpus, tmp_path):
+    recipes = {"mixture": RECIPE, "dense": dataclasses.replace(RECIPE, lr=1e-3)}
+    options = {"checkpoints": [1], "n_validation": 60, "device": "cpu", "workers": 1, "cache_dir": tmp_path}
+    both = moe.train_both(SIZE, recipes, corpus, **options)
+    assert both["mixture"].steps == [1, 6] and both["dense"].steps == [6]
+    assert both["mixture"].model.config.model_type == "olmoe" and both["dense"].model.config.model_type == "qwen3"
+    alone = moe.tokenizer(corpus, 300, cache_dir=tmp_path)
+    again = moe.train(SIZE.dense(), alone, corpus, recipes["dense"], n_validation=60, device="cpu", cache_dir=tmp_path)
+    assert again.store == both["dense"].store
+    with pytest.raises(ValueError, match=r"recipes=\['twin'\]: allowed: 'mixture', 'dense'"):
+        moe.train_both(SIZE, {"twin": RECIPE}, corpus)
 
 
 def test_another_seed_or_rate_is_another_run(trained, corpus, tokenizer, tmp_path):
