@@ -47,7 +47,7 @@ class Scaled(Rows):
 
     def __init__(self, weight: Tensor, scale: float):
         super().__init__(weight)
-        self.register_buffer("scale", torch.tensor(float(scale), dtype=weight.dtype))  # a buffer: part of a run's key
+        self.register_buffer("scale", torch.full((1,), float(scale), dtype=weight.dtype))  # as part of a key
 
     def combine(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> Float[Tensor, "batch d"]:
         return super().combine(values * self.scale, indices)
@@ -73,10 +73,9 @@ def mixture(
     A seed gives the same neurons at every rank; the router of a higher rank is the beginning of that of rank 1.
 
     Raises:
-        ValueError: for a rank that does not divide both `active` and `total`.
+        ValueError: for a rank that does not divide both `active` and `total`, or more active neurons than there are.
     """
-    if rank < 1 or active % rank or total % rank:
-        raise ValueError(f"rank={rank} does not divide; allowed: a divisor of active={active} and total={total}")
+    _check_shape(active, total, rank)
     plain = secret_moe(len(b_in), len(b_out), total, active, generator=generator, shared_neurons=0)
     return RankOneDictionary(
         plain.encoder,
@@ -89,6 +88,13 @@ def mixture(
         b_out=b_out.clone(),
         expert_rank=rank,
     )
+
+
+def _check_shape(active: int, total: int, rank: int) -> None:
+    if not 1 <= active <= total:
+        raise ValueError(f"active={active} neurons cannot be chosen; allowed: 1 to total={total}")
+    if rank < 1 or active % rank or total % rank:
+        raise ValueError(f"rank={rank} does not divide; allowed: a divisor of active={active} and total={total}")
 
 
 def topk(
@@ -372,7 +378,7 @@ class Cell:
 def family(kind: str, active: int, total: int, rank: int = 1, **place: str) -> Cell:
     """A cell of the family: `mixture` of any rank, `topk` (untied) or `tied`, with means for its biases at the start.
 
-    Raises `ValueError` for another kind, a rank that `mixture` cannot have, and `tied` where it cannot be.
+    Raises `ValueError` for another kind, a shape that it cannot have, and `tied` where it cannot be.
     """
     if kind not in ("mixture", "topk", "tied"):
         raise ValueError(f"kind={kind!r} is unknown; allowed: 'mixture', 'topk', 'tied'")
@@ -380,6 +386,7 @@ def family(kind: str, active: int, total: int, rank: int = 1, **place: str) -> C
         raise ValueError("kind='tied' shares one bias between input and output; allowed: objective='reconstruct'")
     if kind != "mixture" and rank != 1:
         raise ValueError(f"rank={rank} has no pre-activation to choose by; allowed for kind={kind!r}: 1")
+    _check_shape(active, total, rank)
 
     def build(bench: Bench, seed: int) -> RankOneDictionary:
         site = SITE[place.get("objective", "predict")]
@@ -388,15 +395,8 @@ def family(kind: str, active: int, total: int, rank: int = 1, **place: str) -> C
             return mixture(active, total, rank, **how)
         return topk(active, total, tied=kind == "tied", **how)
 
-    build(_Shapes, 0)  # a bad rank is named now, not after a harvest
     of = f"{active // rank} of {total // rank}" + (f" × {rank}" if rank > 1 else "")
     return Cell(f"{kind} {of}, {', '.join(place.values())}".rstrip(", "), build, **place)
-
-
-class _Shapes:
-    """Stands for a bench where only the shape of a student is asked."""
-
-    mean = dict.fromkeys(SITE.values(), torch.zeros(2))
 
 
 @dataclass(frozen=True)
@@ -436,19 +436,28 @@ class Outcome:
         return float((worst - self.nats.mean(0).sum()) / (worst - self.base.clean.sum()))
 
     def row(self) -> dict[str, object]:
-        """The cell as a table and a results file have it."""
+        """The cell as a table and a results file have it; intervals are 95 %, over articles and seeds.
+
+        `multiply_adds` of one token, and the router's part of them, are those of the family's members; None elsewhere.
+        """
+        own = self.student if isinstance(self.student, RankOneDictionary) and self.student.k else None
         return {
             "cell": self.cell.name,
             "objective": self.cell.objective,
             "signal": self.cell.signal,
             "fvu": self.fvu,
+            "fvu_ci": estimate({"": self}, lambda sums: fvu(sums[""]), n_resamples=1000).ci,
             "added": self.added,
+            "added_ci": estimate({"": self}, lambda sums: added(sums[""]), n_resamples=1000).ci,
             "recovered": self.recovered(),
             "recovered_mean": self.recovered("mean"),
-            "dead": float(np.mean(self.dead)),
+            "dead": None if np.isnan(self.dead).any() else float(np.mean(self.dead)),
             "lr": self.lr,
             "tried": {f"{lr:g}": pair for lr, pair in self.tried.items()},
             "parameters": self.student.n_parameters,
+            "multiply_adds": own and own.multiply_adds,
+            "router": own and own.router.weight.numel(),
+            "seeds": len(self.fits),
             "seconds": round(sum(fit.seconds for fit in self.fits), 1),
         }
 
@@ -525,7 +534,7 @@ def reference(on: Bench) -> Reference:
     """What every splice of this bench is compared with."""
     clean = on.clean["test"]
     ablated = {name: frame.nats.to_numpy() for name, frame in on.ablated.items()}
-    return Reference(clean.nats.to_numpy(), tokens=clean.tokens.to_numpy(), **ablated)
+    return Reference(clean.nats.to_numpy(), tokens=clean.tokens.to_numpy(float), **ablated)
 
 
 def _tried(on: Bench, cell: Cell, student: nn.Module) -> tuple[float, float]:
@@ -631,6 +640,14 @@ def averages(values: Mapping[Corner, float]) -> dict[str, float]:
     """Each knob's step averaged over the six orders (its Shapley value)."""
     orders = walks(values).values()
     return {knob: float(np.mean([steps[knob] for steps in orders])) for knob in KNOBS}
+
+
+def interactions(values: Mapping[Corner, float]) -> dict[str, float]:
+    """Each knob's step when it is turned last minus its step when it is turned first; 0 where gaps add."""
+    first, last = {}, {}
+    for order, steps in walks(values).items():
+        first[order[0]], last[order[2]] = steps[order[0]], steps[order[2]]
+    return {knob: last[knob] - first[knob] for knob in KNOBS}
 
 
 def spreads(values: Mapping[Corner, float]) -> dict[str, float]:
