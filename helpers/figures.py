@@ -59,6 +59,14 @@ METHODS = {
     "clustered": Mark(VERMILION, "clustered mask", "s"),
     "informed": Mark(BLUE, "informed mask", "P"),
     "pruned": Mark(INDIGO, "pruned dense", "v"),
+    # ways to train a layer, and the knobs between a TopK SAE and a production layer
+    "posthoc": Mark(BLUE, "fitted afterwards", "o"),
+    "joint": Mark(VERMILION, "fitted, then on the loss", "s"),
+    "loss_alone": Mark(AMBER, "on the loss alone", "v"),
+    "transcoder": Mark(VERMILION, "transcoder", "s"),
+    "rank": Mark(GREEN, "rank"),
+    "training": Mark(WINE, "training", "s", "--"),
+    "objective": Mark(INDIGO, "objective", "^", "-."),
     # data
     "real": Mark(GREEN, "activations", "o"),
     "gaussian": Mark(PURPLE, "matched Gaussian", "s", "--"),
