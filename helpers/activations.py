@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -292,7 +293,9 @@ def harvest(
 
     Neither padding nor BOS is in the store. The forward stops at the last site asked for; batches are of equal length
     as far as possible, and each site is a file of its own, so a site that is there already is not computed again. A
-    harvest that was killed goes on where it stopped; two processes that want the same one do not work twice.
+    harvest that was killed goes on where it stopped; two processes that want the same one do not work twice. Of a
+    teacher that was loaded with `layerwise=True` ask for layers in ascending order, and for all sites of a layer at
+    once: then all layers together take one forward pass.
 
     Raises `ValueError` before any work for a layer, site, split, dtype or corpus that is not there or a full
     disk, and for a store that is damaged, naming the file.
@@ -349,8 +352,10 @@ def _run(teacher, pieces: Texts, layer: int, sites, batch_size: int, dtype: np.d
     batches = pieces.batches(batch_size)
     # Padding stands on the right, after all text: causal attention never sees it, so no mask is needed.
     padded = [pieces.padded(batch)[0] for batch in batches]
-    found = teacher.through(layer, padded, sites, start=done, scratch=folder.parent)
-    with settings.progress(total=n, desc=f"harvest layer {layer}", unit="token", unit_scale=True) as bar:
+    with (
+        contextlib.closing(teacher.through(layer, padded, sites, start=done, scratch=folder.parent)) as found,
+        settings.progress(total=n, desc=f"harvest layer {layer}", unit="token", unit_scale=True) as bar,
+    ):
         for number, batch in enumerate(batches):
             if number >= done:
                 for site, values in next(found).items():

@@ -1,14 +1,14 @@
 """A forward pass that holds one block: all text goes through a block before the next block's weights are read.
 
-OLMoE-1B-7B is 14 GB and DeepSeek-MoE-16B 33 GB, more than a 24 GB GPU or a patient CPU's memory holds. One block is 0.8
-and 1.2 GB in bfloat16, twice that in float32. `teachers.load(name, layerwise=True)` gives a teacher whose modules
-are built without memory; a block is filled from the safetensors (`checkpoints`) when the text has come to it and
-emptied afterwards. Between blocks the residual streams lie in a file, so that a harvest that was killed goes on at the
+In bfloat16 OLMoE-1B-7B takes 14 GB and DeepSeek-MoE-16B 33 GB, one of their blocks 0.8 and 1.2 GB; in float32, which a
+CPU wants, everything takes twice that. `teachers.load(name, layerwise=True)` gives a teacher whose modules are
+built without memory; a block is filled from the safetensors (`checkpoints`) when the text has come to it and emptied
+afterwards. Between blocks the residual streams lie in a file, so that a harvest that was killed goes on at the
 block where it stopped, and a harvest at a later layer goes on from the one before. What is computed is the model's own
 code; `activations.harvest` is used as with any teacher.
 
-On the device are one block, or the embedding, and one batch of text; in host memory besides that one batch of expert
-matrices (`checkpoints.BATCH_BYTES` as float32, in three copies while it is read).
+On the device are one block, or the embedding, and one batch of text; in host memory, besides what is on the device if
+that is the CPU, about four times `checkpoints.BATCH_BYTES` while experts are read, or the embedding in float32.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ FORMAT = 1
 TYPES = ("deepseek", "llama", "mixtral", "olmoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 LOOP = "eager"
-"""Experts run one after another, each on its tokens; grouped products want certain widths and dtypes."""
+"""Experts run one after another, each on its tokens; grouped products want certain widths and dtypes. The two differ by
+rounding, and so by an expert where two score alike."""
 SMALL = ("*.json", "*.model", "*.txt")
 """What is fetched from the hub at once; a shard is fetched when a harvest needs one of its blocks."""
 
@@ -60,7 +61,7 @@ class _Passed(nn.Module):
         return hidden_states
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Layerwise(Teacher):
     """A teacher whose weights are on disk, except for those of the block that is at work."""
 
@@ -125,9 +126,10 @@ class Layerwise(Teacher):
         """
         self.block(layer)
         parts = [None, *range(layer + 1)]
-        files = {self.checkpoint.file_of[name] for n in parts for name in self._names(n).values()}
         if self.hub:
-            snapshot_download(allow_patterns=sorted(files), **self.hub)
+            names = [*self._names(None).values(), *(w for n in parts[1:] for w in self.checkpoint.names[n].values())]
+            files = {self.checkpoint.file_of[name] for name in names}
+            _fetch(files, self.hub)
         for n in parts:
             parameters = dict(self._module(n).named_parameters())
             for parameter, name in self._names(n).items():
@@ -205,6 +207,9 @@ class Layerwise(Teacher):
     def _advance(self, layer: int, batches: Sequence[Tensor], states: _States) -> None:
         """Take the text through the blocks before `layer`, from the latest of them that it has been through."""
         at = max((n for n in states.kept() if n <= layer), default=None)
+        if at == layer:
+            return
+        states.check(files=2 if at is None else 1)
         total = states.rows * (layer - (at or 0))
         with settings.progress(total=total, desc=f"blocks before {layer}", unit="token", unit_scale=True) as bar:
             if at is None:
@@ -238,6 +243,12 @@ class _States:
         self.rows, self.row_bytes = self.ends[-1], d_model * dtype.itemsize
         folder.mkdir(parents=True, exist_ok=True)
 
+    def check(self, files: int) -> None:
+        """`ValueError` where the disk has no room for so many files more."""
+        needed, free = files * self.rows * self.row_bytes, shutil.disk_usage(self.folder).free
+        if free < needed * 1.02 + 2**20:
+            raise ValueError(f"{self.folder}: text between blocks takes {needed:,} bytes, only {free:,} are free")
+
     def kept(self) -> list[int]:
         return [int(path.name.removeprefix("before-")) for path in self.folder.glob("before-*[0-9]")]
 
@@ -253,9 +264,6 @@ class _States:
             yield part.view(self.dtype).view(self.shapes[number])
 
     def write(self, n: int, batches: Iterable[Float[Tensor, "batch seq d_model"]], bar=None) -> None:
-        needed, free = self.rows * self.row_bytes, shutil.disk_usage(self.folder).free
-        if free < needed * 1.02 + 2**20:
-            raise ValueError(f"{self.folder}: text between blocks takes {needed:,} bytes, only {free:,} are free")
         part = self.folder / "part"
         rows, first = np.memmap(part, np.uint8, "w+", shape=(self.rows, self.row_bytes)), 0
         for hidden, last in zip(batches, self.ends, strict=True):
@@ -271,15 +279,15 @@ def load(name: str, source: str, fingerprint: str | None, where: torch.device, o
     """What `teachers.load(name, layerwise=True)` gives; the embedding and the blocks stay on disk.
 
     Raises `ValueError` for a model type that was not tested block by block, quantised weights, an index that lacks
-    tensors, and a model without files.
+    tensors, and files that are not there or not those of the model.
     """
-    hub = {}
-    if not Path(source).is_dir():
+    hub, folder = {}, Path(source)
+    if not folder.is_dir():
         hub = {"repo_id": source} | {k: options[k] for k in ("revision", "local_files_only") if k in options}
-        folder = Path(snapshot_download(allow_patterns=list(SMALL), **hub))
+        folder = _fetch(SMALL, hub)
+        if not (folder / checkpoints.INDEX).exists():
+            _fetch([checkpoints.SINGLE], hub)
         fingerprint = fingerprint or folder.name  # the cache names a snapshot by its commit
-    else:
-        folder = Path(source)
     checkpoint = Checkpoint(str(folder), None)
     kind = checkpoint.config.get("model_type")
     if kind not in TYPES:
@@ -290,13 +298,27 @@ def load(name: str, source: str, fingerprint: str | None, where: torch.device, o
             f"teacher={name!r} is quantised ({method}), layerwise=True; allowed: {', '.join(checkpoints.DTYPES)}"
         )
     dtype, attention = options["dtype"], options["attn_implementation"]
-    model = _on_meta(folder, checkpoint.config, dtype=dtype, attn_implementation=attention)
-    tokens = (PreTrainedTokenizerFast if kind == "deepseek" else AutoTokenizer).from_pretrained(folder)
-    model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=model.base_model.config).to(where)
+    try:
+        model = _on_meta(folder, checkpoint.config, dtype=dtype, attn_implementation=attention)
+        tokens = (_deepseek_tokenizer if kind == "deepseek" else AutoTokenizer.from_pretrained)(folder)
+    except Exception as error:  # transformers and tokenizers raise their own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"teacher={name!r}, layerwise=True: {type(error).__name__}: {reason}") from error
+    base = model.base_model
+    base.rotary_emb = type(base.rotary_emb)(config=base.config).to(where)
     loaded = Layerwise(name, f"{fingerprint}-layerwise", model, tokens, checkpoint, where, hub)
     for n in (None, *range(loaded.n_layers)):
         loaded._names(n)
     return loaded
+
+
+def _fetch(patterns: Iterable[str], hub: dict) -> Path:
+    """The folder in the hub's cache that has these files of a model, fetched if need be."""
+    try:
+        return Path(snapshot_download(allow_patterns=sorted(patterns), **hub))
+    except Exception as error:  # the client has its own kinds for each thing that goes wrong
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"teacher={hub['repo_id']!r}: its files could not be fetched: {reason}") from error
 
 
 def _on_meta(folder: Path, config: dict, **options) -> PreTrainedModel:
@@ -310,12 +332,26 @@ def _on_meta(folder: Path, config: dict, **options) -> PreTrainedModel:
     return model.to(options["dtype"]).eval().requires_grad_(False)
 
 
+def _deepseek_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """tokenizer.json as it is, and BOS where tokenizer_config.json asks for it.
+
+    Its `LlamaTokenizerFast` loses the spaces in transformers 5 (issue 45488), whose other tokenizers leave out the BOS
+    that the model was trained with.
+    """
+    file = folder / "tokenizer_config.json"
+    told = json.loads(file.read_text()) if file.exists() else {}
+    extra = {"add_bos_token": True} if told.get("add_bos_token") else {}
+    return PreTrainedTokenizerFast.from_pretrained(folder, **extra)
+
+
 def _llama_of(config: dict) -> LlamaConfig:
     """DeepSeek-MoE-16B's attention, norms and dense layer are Llama's; its own class is code on the hub."""
     known = {"scoring_func": ("softmax",), "norm_topk_prob": (False, None), "topk_method": ("greedy", None)}
     for option, allowed in known.items():
         if (value := config.get(option, allowed[0])) not in allowed:
             raise ValueError(f"config.json has {option}={value!r} for model_type='deepseek'; allowed: {allowed[0]!r}")
+    if not config.get("n_shared_experts"):
+        raise ValueError("config.json has n_shared_experts=None for model_type='deepseek'; allowed: 1 or more")
     ours = {name: value for name, value in config.items() if name not in ("model_type", "architectures", "auto_map")}
     return LlamaConfig(**ours)
 
@@ -325,8 +361,8 @@ def _put_experts(model: PreTrainedModel, config: dict) -> None:
 
     Softmax over all experts, the largest top_k, not divided by their sum, plus experts that every token goes through.
     """
-    same = ("hidden_size", "hidden_act", "moe_intermediate_size", "n_routed_experts", "n_shared_experts")
-    moe = DeepseekV2Config(**{name: config[name] for name in (*same, "num_experts_per_tok")})
+    same = "hidden_size hidden_act moe_intermediate_size n_routed_experts n_shared_experts num_experts_per_tok"
+    moe = DeepseekV2Config(**{name: config[name] for name in [*same.split(), "num_attention_heads"]})
     moe._experts_implementation = LOOP
     first, every = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
     for n, block in enumerate(model.base_model.layers):

@@ -28,6 +28,7 @@ install_import_hook(
         "helpers.frontier",
         "helpers.gaps",
         "helpers.implicit",
+        "helpers.layerwise",
     ],
     "tests.typechecking.check",
 )
