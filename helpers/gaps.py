@@ -37,6 +37,8 @@ SITE = {"reconstruct": "mlp_in", "predict": "mlp_out"}
 SIGNALS = {"local": 1.0, "fine-tuned": 0.5, "end to end": 0.0}
 """What trains a student: up to this share of the steps its own squared error, from there on the model's loss."""
 KNOBS = ("rank", "training", "objective")
+FEWEST = 5
+"""Articles that an interval is given over."""
 
 
 # -- students ----------------------------------------------------------------------------------------------------------
@@ -292,18 +294,21 @@ def bench(
 ) -> Bench:
     """Harvest one layer; `sizes` are the tokens of train, validation and test.
 
-    Raises `ValueError` for a split without a size, and what `activations.harvest` raises.
+    Raises `ValueError` for a split without a size, for test text of fewer than five articles, over which no interval
+    can be given, and what `activations.harvest` raises.
     """
     if set(sizes) != set(SPLITS):
         raise ValueError(f"sizes={dict(sizes)}; allowed: one for each of {', '.join(SPLITS)}")
     how = {"max_length": max_length}
+    pieces = {split: activations.texts(teacher, corpus, n_tokens=n, split=split, **how) for split, n in sizes.items()}
+    if (articles := len(np.unique(pieces["test"].articles))) < FEWEST:
+        raise ValueError(f"{sizes['test']} test tokens hold {articles} articles; allowed: at least {FEWEST}")
     stores = {
         split: activations.harvest(
             teacher, corpus, layer=layer, sites=list(SITE.values()), n_tokens=n, split=split, cache_dir=cache_dir, **how
         )
         for split, n in sizes.items()
     }
-    pieces = {split: activations.texts(teacher, corpus, n_tokens=n, split=split, **how) for split, n in sizes.items()}
     return Bench(teacher, layer, corpus, stores, pieces, dict(sizes), max_length)
 
 

@@ -26,9 +26,9 @@ def on(tmp_path_factory):
     """A bench on a tiny random Llama, whose tokenizer has a BOS token, and a text of random words."""
     folder = tmp_path_factory.mktemp("gaps")
     corpus = folder / "words.txt"
-    corpus.write_text(tiny.text(700), encoding="utf-8")
+    corpus.write_text(tiny.text(1300), encoding="utf-8")
     teacher = teachers.load(tiny.save(folder / "llama", "llama"), device="cpu")
-    sizes = {"train": 600, "validation": 120, "test": 150}
+    sizes = {"train": 600, "validation": 120, "test": 500}
     return gaps.bench(teacher, str(corpus), layer=LAYER, sizes=sizes, max_length=16, cache_dir=folder / "cache")
 
 
@@ -297,6 +297,8 @@ def test_a_whole_model_is_compared_on_the_same_tokens(on, moe, tmp_path):
 def test_a_bench_needs_all_three_splits(on):
     with pytest.raises(ValueError, match="one for each of train, validation, test"):
         gaps.bench(on.teacher, on.corpus, layer=LAYER, sizes={"train": 10})
+    with pytest.raises(ValueError, match="20 test tokens hold . articles; allowed: at least 5"):
+        gaps.bench(on.teacher, on.corpus, layer=LAYER, sizes={"train": 9, "validation": 9, "test": 20})
     with pytest.raises(ValueError, match="batch_size=0"):
         gaps.Pieces(on, "predict", batch_size=0, seed=0)
 
