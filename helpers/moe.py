@@ -717,7 +717,7 @@ class Routing:
         self, layer: int, tokenizer: PreTrainedTokenizerBase, *, n: int = 5, least: int = 10
     ) -> pd.DataFrame:
         """For each expert its `load`, and of the tokens seen `least` times or more the `n` that are sent to it most
-        often: `tokens`, and `shares`, how often each is."""
+        often (of equals the more frequent): `tokens`, and `shares`, how often each is."""
         chosen = np.zeros((self.tokens.max() + 1, self.n_experts))
         np.add.at(chosen, (np.repeat(self.tokens, self.experts.shape[2]), self.experts[:, layer].ravel()), 1)
         seen = np.bincount(self.tokens)
@@ -725,7 +725,7 @@ class Routing:
         share, load = chosen[known] / seen[known, None], self.load()[layer]
         rows = []
         for expert in range(self.n_experts):
-            best = np.argsort(-share[:, expert], kind="stable")[:n]
+            best = np.lexsort((-seen[known], -share[:, expert]))[:n]
             words = [tokenizer.decode([int(known[i])]) for i in best]
             rows.append({"expert": expert, "load": load[expert], "tokens": words, "shares": share[best, expert]})
         return pd.DataFrame(rows)
