@@ -530,16 +530,17 @@ def by_rule(
         noise = settings.generator(seed)
         variants.append(("random", random_directions(n, d, noise).to(first), random_router(bench.moe, noise)))
         variants.append(("shuffled", first[derangement(n, noise).to(first.device)], bench.moe))
+    coded = []
     for rule in rules:
         for control, atoms, moe in variants:
-            codes = {which: weighed(bench, which, rule, moe) for which in ("fitting", "judging")}
-            for site in SITES:
-                y = bench.rows("judging", site)
-                for how in fitted:
-                    own = scaled(atoms, codes["fitting"], bench.rows("fitting", site), how)
-                    left = y - weighted_sum(codes["judging"].values, codes["judging"].indices, own)
-                    explained = y.double().square().sum(1) - left.double().square().sum(1)
-                    found.setdefault((control, site, rule, how), []).append(explained)
+            coded.append((control, rule, atoms, *(weighed(bench, which, rule, moe) for which in WHICH)))
+    for site in SITES:
+        fitting, judging = (bench.rows(which, site) for which in WHICH)
+        for control, rule, atoms, codes, unseen in coded:
+            for how in fitted:
+                left = judging - weighted_sum(unseen.values, unseen.indices, scaled(atoms, codes, fitting, how))
+                explained = judging.double().square().sum(1) - left.double().square().sum(1)
+                found.setdefault((control, site, rule, how), []).append(explained)
     return {key: bench.judged(each, key[1], True) for key, each in found.items()}
 
 
