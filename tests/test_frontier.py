@@ -318,7 +318,7 @@ def test_packed_experts_store_as_much_as_dense_ones():
         frontier.packed_experts(dense, 15, 16, 12)
 
 
-@pytest.mark.parametrize(("best", "tried"), [(0.01, 3), (0.03, 4), (0.1, 5), (0.3, 5), (2.5e-3, 4), (1e-3, 5), (1e-6, 5)])
+@pytest.mark.parametrize(("best", "tried"), [(0.01, 3), (0.03, 4), (0.1, 5), (0.3, 5), (2.5e-3, 4), (1e-6, 5)])
 def test_a_grid_goes_on_where_its_best_rate_is_an_end(arm, monkeypatch, best, tried):
     """Error falls towards one rate: the grid 3e-3, 1e-2, 3e-2 reaches it, or stops after two further rates."""
     monkeypatch.setattr(frontier, "validation_error", lambda setting, **_: abs(np.log(setting.lr / best)))
