@@ -346,13 +346,19 @@ class Pieces:
 @dataclass(frozen=True)
 class EndToEnd(Balance):
     """Trains a student in its place in the model on the model's loss alone, from the share `start` of the steps on:
-    what it adds to the squared error is cross-entropy (nats per token) minus that squared error."""
+    what it adds to the squared error is cross-entropy (nats per token) minus that squared error.
+
+    Half-way Adam forgets its moments, whatever `start` is: those of the squared error would hold back the gradients of
+    the loss, and a student that goes on with the squared error is to be equal in everything else.
+    """
 
     stream: Pieces = field(repr=False, compare=False)
     named: str
     start: float = 0.0
 
     def loss(self, now: Moment) -> Tensor | float:
+        if now.optimiser is not None and now.step == math.ceil(now.steps / 2):
+            now.optimiser.state.clear()
         if now.step < self.start * now.steps:
             return 0.0
         bench, site = self.stream.bench, self.stream.site
@@ -486,23 +492,31 @@ def trial(
     steps: int,
     batch_size: int,
     device: str | torch.device = "cpu",
+    further: int = 0,
     cache_dir: str | Path | None | Literal[False] = None,
     **recipe,
 ) -> Outcome:
-    """Train a cell: every learning rate with the first seed, then with the other seeds the one whose splice has the
-    lowest loss on validation text. Every cell of a seed sees the same batches, and is chosen and judged alike.
+    """Train a cell: every learning rate with the first seed, then with the other seeds the one that is best on
+    validation text in what trains the cell, FVU or the loss of the spliced model. Every cell of a seed sees the same
+    batches, and is judged alike.
 
     Args:
+        lrs: rising; where the best is the first or the last, the grid is continued there by the factor between its
+            last two rates, `further` times at most.
         batch_size: pieces of text in a batch.
         recipe: further arguments of `training.fit`.
     """
-    if not lrs or not seeds:
-        raise ValueError(f"lrs={list(lrs)}, seeds={list(seeds)}; allowed: at least one of each")
+    if not seeds:
+        raise ValueError(f"seeds={list(seeds)}; allowed: at least one")
+    if not lrs or list(lrs) != sorted(set(lrs)) or lrs[0] <= 0:
+        raise ValueError(f"lrs={list(lrs)}; allowed: positive rates that rise")
+    if not 0 <= further <= (20 if len(lrs) > 1 else 0):
+        raise ValueError(f"further={further} with lrs={list(lrs)}; allowed: 0 to 20, and 0 with a single rate")
 
     def train(rates: Sequence[float], seed: int) -> dict[float, Fit]:
         stream = Pieces(on, cell.objective, batch_size=batch_size, seed=seed)
         start = SIGNALS[cell.signal]
-        balance = EndToEnd(stream, stream.fingerprint, start) if start < 1 else Balance()
+        balance = EndToEnd(stream, stream.fingerprint, start)
         named = {f"{lr:g}": cell.build(on, seed).to(device) for lr in rates}
         fits = fit(
             named, stream, steps=steps, lr={f"{lr:g}": lr for lr in rates}, balance=balance, cache_dir=cache_dir,
@@ -510,9 +524,15 @@ def trial(
         )  # fmt: skip
         return {lr: fits[f"{lr:g}"] for lr in rates}
 
-    first = train(lrs, seeds[0])
-    tried = {lr: _tried(on, cell, each.student) for lr, each in first.items()}
-    best = min(tried, key=lambda lr: tried[lr][0])
+    first, tried, wanted = {}, {}, list(lrs)
+    for _ in range(further + 1):
+        first |= train(wanted, seeds[0])
+        tried |= {lr: _tried(on, cell, first[lr].student) for lr in wanted}
+        best = min(tried, key=lambda lr: tried[lr][cell.signal == "local"])
+        if best not in (min(tried), max(tried)) or len(lrs) == 1:
+            break
+        factor = lrs[-1] / lrs[-2]
+        wanted = [best / factor if best == min(tried) else best * factor]
     fits = [first[best], *(train([best], seed)[best] for seed in seeds[1:])]
     errors, norms, losses, dead = zip(*(_judge(on, cell, each.student) for each in fits), strict=True)
     return Outcome(cell, best, tried, fits, np.stack(errors), norms[0], np.stack(losses), list(dead), reference(on))
@@ -628,16 +648,12 @@ def walks(values: Mapping[Corner, float]) -> dict[tuple[str, ...], dict[str, flo
 
     Raises `ValueError` where a corner has no value.
     """
-    if missing := [corner for corner in CORNERS if corner not in values]:
-        raise ValueError(f"values has no {missing}; allowed: all eight corners")
-    found = {}
+    step, found = edges(values), {}
     for order in itertools.permutations(KNOBS):
-        turned, steps = [False] * 3, {}
+        turned, found[order] = [False] * 3, {}
         for knob in order:
-            before = values[tuple(turned)]
+            found[order][knob] = step[knob, tuple(turned)]
             turned[KNOBS.index(knob)] = True
-            steps[knob] = values[tuple(turned)] - before
-        found[order] = steps
     return found
 
 
@@ -647,15 +663,30 @@ def averages(values: Mapping[Corner, float]) -> dict[str, float]:
     return {knob: float(np.mean([steps[knob] for steps in orders])) for knob in KNOBS}
 
 
-def interactions(values: Mapping[Corner, float]) -> dict[str, float]:
-    """Each knob's step when it is turned last minus its step when it is turned first; 0 where gaps add."""
-    first, last = {}, {}
-    for order, steps in walks(values).items():
-        first[order[0]], last[order[2]] = steps[order[0]], steps[order[2]]
-    return {knob: last[knob] - first[knob] for knob in KNOBS}
+def edges(values: Mapping[Corner, float]) -> dict[tuple[str, Corner], float]:
+    """The steps that orders are made of: for each knob and each state of the two others (its own is off), what turning
+    it adds. Twelve numbers, four a knob.
+
+    Raises `ValueError` where a corner has no value.
+    """
+    if missing := [corner for corner in CORNERS if corner not in values]:
+        raise ValueError(f"values has no {missing}; allowed: all eight corners")
+    found = {}
+    for at, knob in enumerate(KNOBS):
+        for corner in CORNERS:
+            if not corner[at]:
+                found[knob, corner] = values[*corner[:at], True, *corner[at + 1 :]] - values[corner]
+    return found
 
 
-def spreads(values: Mapping[Corner, float]) -> dict[str, float]:
-    """Largest minus smallest step of each knob over the six orders; 0 for all knobs only where gaps add."""
-    orders = walks(values).values()
-    return {knob: float(np.ptp([steps[knob] for steps in orders])) for knob in KNOBS}
+def interactions(values: Mapping[Corner, float]) -> dict[tuple[str, str, bool], float]:
+    """For each pair of knobs, with the third off and on: the step of the first with the second turned minus its step
+    without. Six numbers, all 0 exactly where gaps add."""
+    steps, found = edges(values), {}
+    for a, b in itertools.combinations(range(3), 2):
+        third = 3 - a - b
+        for on in (False, True):
+            off = tuple(on if i == third else False for i in range(3))
+            with_b = tuple(on if i == third else i == b for i in range(3))
+            found[KNOBS[a], KNOBS[b], on] = steps[KNOBS[a], with_b] - steps[KNOBS[a], off]
+    return found

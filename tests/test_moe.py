@@ -429,6 +429,12 @@ def test_the_shipped_model_is_small_and_whole():
 
 
 @SHIPPED
+def test_the_shipped_model_beats_the_counts_on_held_out_documents():
+    rows = {row["model"]: row for row in moe.record()["held_out"] if row["source"] == "all"}
+    assert rows["mixture"]["documents"] >= 40 and rows["mixture"]["difference_high"] < 0
+
+
+@SHIPPED
 def test_the_shipped_tokenizer_was_trained_on_the_book_texts():
     """Trained again, it is the same: the merges are a function of the text."""
     again = moe._train_bpe(corpora.load("book-texts", "train")["text"][:], 4096)
