@@ -59,13 +59,58 @@ LABELS = {
     "random": "all random",
     "pca": "k fixed principal components",
     "sae": "trained TopK SAE's choice",
+    "sae_own": "trained TopK SAE, its own codes",
     "fitted_directions": "router's choice, fitted directions",
-    "omp": "trained directions, best choice",
+    "omp": "trained directions, matching pursuit's choice",
     "all_directions": "all n directions at once",
 }
 """Controls in the order in which figures show them; `ladder` says what each is."""
-MARKS = dict.fromkeys(("other_token", "second", "w_up", "w_gate", "all_directions"), "dense")
+MARKS = dict.fromkeys(("other_token", "second", "w_up", "w_gate", "all_directions"), "dense") | {"sae_own": "sae"}
 """Marks of `figures` for those controls that have none of their own name."""
+
+
+# -- before long work --------------------------------------------------------------------------------------------------
+
+
+def check(
+    experts: Sequence[MoELayer],
+    *,
+    seeds: Sequence[int],
+    ranks: Sequence[int] = (1,),
+    lrs: Sequence[float] | None = None,
+    controls: Sequence[str] = (*DETERMINISTIC, *DRAWN),
+    needed: Sequence[str] = (),
+) -> None:
+    """Looks at a chapter's parameters before anything is harvested.
+
+    Raises `ValueError` that names the parameter, its value and what is allowed: no layers, ranks without 1 or too large
+    for a layer, no seeds, no learning rates, controls that are unknown or lack a `needed` one, and layers that choose
+    by more than their scores.
+    """
+    if not experts:
+        raise ValueError("layers=[]; allowed: at least one layer that has experts")
+    for moe in experts:
+        _by_scores_alone(moe)
+    most = min(moe.d_model // moe.top_k for moe in experts)
+    if any(int(r) != r for r in ranks) or 1 not in ranks or not 1 <= min(ranks) <= max(ranks) <= most:
+        raise ValueError(f"ranks={list(ranks)}; allowed: whole numbers, 1 to {most} = d_model // top_k, 1 among them")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)}; allowed: at least one, each once; five or more for good intervals")
+    if lrs is not None and (not lrs or min(lrs) <= 0):
+        raise ValueError(f"lrs={list(lrs)}; allowed: at least one learning rate, all above 0")
+    _known(controls)
+    if missing := [control for control in needed if control not in controls]:
+        raise ValueError(f"controls={list(controls)} lacks {missing}; allowed: any that hold {', '.join(needed)}")
+
+
+def _known(controls: Sequence[str]) -> None:
+    if unknown := set(controls) - {*DETERMINISTIC, *DRAWN}:
+        raise ValueError(f"controls={sorted(unknown)}; allowed: {', '.join((*DETERMINISTIC, *DRAWN))}")
+
+
+def _by_scores_alone(moe: MoELayer) -> None:
+    if moe.correction is not None or moe.n_group > 1:
+        raise ValueError(f"layer {moe.layer} chooses with a correction or in groups; allowed: by its scores alone")
 
 
 # -- the dictionary ----------------------------------------------------------------------------------------------------
@@ -84,8 +129,7 @@ def implicit_sae(
     expert read the same score. Raises `ValueError` where the layer chooses by more than its scores (a correction
     bias, groups of experts), and for directions of another shape.
     """
-    if moe.correction is not None or moe.n_group > 1:
-        raise ValueError(f"layer {moe.layer} chooses with a correction or in groups; allowed: by its scores alone")
+    _by_scores_alone(moe)
     n, rank, d = directions.shape
     if (n, d) != (moe.n_experts, moe.d_model):
         raise ValueError(f"directions are {n} × {d}; allowed: {moe.n_experts} × {moe.d_model}, experts × d_model")
@@ -239,6 +283,43 @@ def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explaine
     return estimate(lambda f: _geometric(f[: len(of)] / f[len(of) :]), *of, *to, **options)
 
 
+def over_layers(
+    of: Sequence[Explained], to: Sequence[Explained] | float, *, seed: int = 0, n_resamples: int = 1000
+) -> Estimate:
+    """`ratio` of parts without chance, one for each layer, with an interval over layers × articles, each resampled as
+    a whole. Few layers make a rough interval; with one layer it is over articles only.
+
+    Raises `ValueError` for parts of several draws, and for lists of other lengths.
+    """
+    parts = [*of, *([] if isinstance(to, float) else to)]
+    if any(len(part.explained) > 1 for part in parts) or len(parts) not in (len(of), 2 * len(of)):
+        raise ValueError(f"{len(parts)} parts for {len(of)} layers; allowed: parts of one draw, one or two for each")
+    data = np.stack([np.stack([part.explained[0], part.total], -1) for part in parts])
+    data = data.reshape(-1, len(of), *data.shape[1:]).transpose(1, 2, 0, 3)  # layers, articles, (of, to), sums
+
+    def statistic(sample: np.ndarray) -> float:
+        sums = sample.sum(1)
+        shares = sums[..., 0] / sums[..., 1]
+        return _geometric(shares[:, 0] / (to if isinstance(to, float) else shares[:, 1]))
+
+    if data.shape[1] < FEWEST_ARTICLES:
+        return Estimate(statistic(data), None, None)
+    return Estimate(statistic(data), *crossed_interval(data, statistic, seed=seed, n_resamples=n_resamples))
+
+
+def above(found: Sequence[float | None], threshold: float) -> bool | None:
+    """Whether a number with its interval lies above a threshold; None where the interval holds the threshold."""
+    value, low, high = found
+    low, high = (value, value) if low is None else (low, high)
+    return True if low > threshold else False if high <= threshold else None
+
+
+def graded(predictions: Mapping[str, bool | None]) -> str:
+    """A line for each prediction with what became of it; None is an interval that holds the threshold."""
+    words = {True: "as predicted", False: "NOT as predicted", None: "undecided"}
+    return "\n".join(f"{words[outcome]:17} {text}" for text, outcome in predictions.items())
+
+
 def _geometric(numbers: np.ndarray) -> float:
     with np.errstate(divide="ignore"):  # where something explains nothing the mean is 0
         return float(np.exp(np.log(numbers).mean()))
@@ -328,6 +409,14 @@ def effective_experts(load: Float[Tensor, " experts"]) -> float:
     return float(torch.special.entr(load.double()).sum().exp())
 
 
+def participation(bench: Bench, site: str) -> float:
+    """Participation ratio (tr C)² / tr C² of the fitting rows' covariance: d where all directions have as much
+    variance, 1 where one has all. The number of rows bounds it too.
+    """
+    cov = bench.fitting.moments(site).cov
+    return float(cov.diagonal().sum() ** 2 / cov.square().sum())
+
+
 # -- the ladder --------------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +441,8 @@ def ladder(
 
     implicit            the layer's router and W_down's leading directions (at every rank of `ranks`)
     shuffled            the same, each expert's directions at another expert's router row (at every rank; beyond 1 only
-                        for the first two seeds)
+                        for the first two seeds); some of the directions a row gets belong to others of its experts
+                        all the same, see `overlap`
     other_token         the same, each row with the choice made for another row
     random_router       Gaussian router rows, trained directions
     random_directions   the layer's router, random directions
@@ -361,13 +451,13 @@ def ladder(
     all_directions      no choice: the span of all first directions
     pca                 the k·r leading principal components of the fitting rows, the same for every row
     fitted_directions   the layer's router, directions fitted to the fitting rows (centred only)
-    omp                 first directions, chosen for each row by matching pursuit, which sees the row (centred only)
+    omp                 first directions, chosen one by one for each row by matching pursuit, which sees the row
+                        (greedy, so not the best choice there is; centred only)
 
     Those with chance in them are drawn once for each seed. Raises `ValueError` for an unknown control, ranks beyond
     the bench's, and fewer than one seed.
     """
-    if unknown := set(controls) - {*DETERMINISTIC, *DRAWN}:
-        raise ValueError(f"controls={sorted(unknown)}; allowed: {', '.join((*DETERMINISTIC, *DRAWN))}")
+    _known(controls)
     if not ranks or not 1 <= min(ranks) <= max(ranks) <= bench.rank:
         raise ValueError(f"ranks={list(ranks)}; allowed: 1 to {bench.rank}, the bench's rank")
     if not seeds:
@@ -388,7 +478,7 @@ def ladder(
 def _chosen(bench: Bench, seeds, controls, ranks) -> Iterator[tuple[str, int, Tensor, Tensor]]:
     """Controls that choose without seeing the target: name, rank, atoms, and the atoms of each judging row."""
     moe, own = bench.moe, bench.choice().indices
-    n, d, first = moe.n_experts, moe.d_model, bench.directions[:, 0]
+    first = bench.directions[:, 0]
     for rank in ranks if "implicit" in controls else ():
         yield "implicit", rank, *_flat(bench.directions[:, :rank], own)
     if "second" in controls:
@@ -399,11 +489,8 @@ def _chosen(bench: Bench, seeds, controls, ranks) -> Iterator[tuple[str, int, Te
             other = checkpoints.principal(moe, 1, which, device=bench.device).directions[:, 0]
             yield which, 1, other.to(own.device), own
     for seed in seeds:
-        noise = settings.generator(seed)  # the same few draws for every layer, in this order
-        drawn = random_directions(n, d, noise).to(first)
-        elsewhere = bench.choice(moe=random_router(moe, noise)).indices
-        moved = derangement(n, noise).to(own.device)
-        rows = torch.randperm(len(own), generator=noise).to(own.device)
+        draw = _draw(bench, seed)
+        drawn, elsewhere, moved = draw.directions, bench.choice(moe=draw.router).indices, draw.moved
         for rank in ranks if "shuffled" in controls else ():
             if rank == 1 or seed in seeds[:2]:
                 yield "shuffled", rank, *_flat(bench.directions[moved, :rank], own)
@@ -411,11 +498,43 @@ def _chosen(bench: Bench, seeds, controls, ranks) -> Iterator[tuple[str, int, Te
             "random": (drawn, elsewhere),
             "random_directions": (drawn, own),
             "random_router": (first, elsewhere),
-            "other_token": (first, own[rows]),
+            "other_token": (first, own[draw.rows]),
         }
         for control, (atoms, support) in simple.items():
             if control in controls:
                 yield control, 1, atoms, support
+
+
+class _Draw(NamedTuple):
+    directions: Float[Tensor, "experts d_model"]
+    router: MoELayer
+    moved: Int[Tensor, " experts"]
+    rows: Int[Tensor, " rows"]
+
+
+def _draw(bench: Bench, seed: int) -> _Draw:
+    """All that chance decides for a seed: the same few numbers for every layer, in this order."""
+    noise, like = settings.generator(seed), bench.directions
+    directions = random_directions(bench.moe.n_experts, bench.moe.d_model, noise).to(like)
+    router = random_router(bench.moe, noise)
+    moved = derangement(bench.moe.n_experts, noise).to(like.device)
+    rows = torch.randperm(bench.judging.n, generator=noise).to(like.device)
+    return _Draw(directions, router, moved, rows)
+
+
+def overlap(bench: Bench, seeds: Sequence[int]) -> list[float]:
+    """What *shuffled* does not take away: of the directions that a judged row is handed there, the share that belongs
+    to another of the experts chosen for that row; one number for each seed.
+
+    With even and independent choices it would be (k − 1)/(n − 1).
+    """
+    chosen, shares = bench.choice().indices, []
+    member = torch.zeros(len(chosen), bench.moe.n_experts, dtype=torch.bool, device=chosen.device)
+    member.scatter_(1, chosen, True)
+    for seed in seeds:
+        handed = _draw(bench, seed).moved[chosen]
+        shares.append(float(member.gather(1, handed).double().mean()))
+    return shares
 
 
 def _of_site(bench: Bench, site, centred, y, controls, ranks) -> Iterator[tuple[str, int, Tensor]]:
@@ -587,14 +706,20 @@ def best_sae(
 
 @torch.no_grad()
 def judge_sae(bench: Bench, sae: RankOneDictionary, site: str, *, own_codes: bool = False) -> Explained:
-    """What an SAE of `train_saes` explains of the judging rows: by least squares on its choice, or by its own codes."""
+    """What an SAE of `train_saes` explains of the judging rows: by least squares on its choice, or by its own codes.
+
+    Least squares starts from where the SAE does, its own b_dec, so its own codes can do no better. The total is that
+    of all other controls, about the mean of the fitting rows.
+    """
     scale = float(bench.fitting.moments(site).variance) ** 0.5
     rows, y = bench.rows("judging", site, False) / scale, bench.rows("judging", site)
     if own_codes:
-        left = (rows - sae(rows)) * scale
-        return bench.judged([y.double().square().sum(1) - left.double().square().sum(1)], site, True)
-    explained = Projection(sae.decoder.weight.detach(), sae.encode(rows).indices).explained(y)
-    return bench.judged(explained, site, True)
+        left = (rows - sae(rows)).double().square().sum(1)
+    else:
+        rest = rows if sae.b_out is None else rows - sae.b_out
+        found = Projection(sae.decoder.weight.detach(), sae.encode(rows).indices).explained(rest)[0]
+        left = rest.double().square().sum(1) - found
+    return bench.judged([y.double().square().sum(1) - scale**2 * left], site, True)
 
 
 # -- what experts write ------------------------------------------------------------------------------------------------
@@ -633,7 +758,7 @@ class Hits(NamedTuple):
     base: Estimate
     """By the same directions on all tokens: what common words give."""
     shuffled: Estimate
-    """Where the expert is chosen, by the direction of another expert, less what that direction has on all tokens."""
+    """Where the expert is chosen, by the directions of experts that are not, less what those have on all tokens."""
     lift: Estimate
     """own − base − shuffled: what the pairing of expert and direction is worth."""
 
@@ -647,43 +772,48 @@ def next_tokens(store: ActivationStore) -> tuple[Int[np.ndarray, " n"], Int[np.n
 def lens_hits(bench: Bench, logits: Float[Tensor, "experts vocabulary"], top: int, *, n_resamples: int = 1000) -> Hits:
     """Whether an expert's direction, read by the lens, says what comes next where that expert is chosen.
 
-    For direction i and expert j let A_ij be the share of j's tokens whose next token is among the `top` words of i,
-    and b_i that share over all tokens. Over experts, weighed by load: own is A_jj, base b_j, shuffled the mean over
-    i ≠ j of A_ij − b_i, lift A_jj − b_j − shuffled. Judging rows only.
+    For row t let h_ti say whether its next token is among the `top` words of direction i, and b_i be the mean of h_ti
+    over all rows. Over all pairs of a row and an expert j chosen there: own is the mean of h_tj, base that of b_j,
+    shuffled that of h_ti − b_i over the n − k directions i whose experts are NOT chosen there, lift what own − base
+    has beyond shuffled. Judging rows only.
     """
     if not 1 <= top < logits.shape[1]:
         raise ValueError(f"top={top} words; allowed: 1 to {logits.shape[1] - 1}")
     rows, after = next_tokens(bench.judging)
-    n = len(logits)
+    n, k = len(logits), bench.moe.top_k
     listed = torch.zeros(logits.shape, dtype=torch.bool).scatter_(1, logits.topk(top, dim=1).indices, True)
     hit = listed[:, torch.from_numpy(after).long()].T.double().numpy()  # rows × directions
     chosen = bench.choice().indices.cpu().numpy()[rows]
     chose = np.zeros((len(rows), n))
     np.put_along_axis(chose, chosen, 1.0, axis=1)
+    stranger = (hit * (1 - chose)).sum(1) / (n - k)
     _, article = np.unique(np.array(bench.judging.article)[rows], return_inverse=True)
-    data = np.zeros((n, article.max() + 1, 6))  # experts, articles, sums
+    data = np.zeros((n, article.max() + 1, 4 + 2 * n))  # experts, articles, sums
     for a in range(data.shape[1]):
-        here, h, c = article == a, hit[article == a], chose[article == a]
-        together, count, by = c.T @ h, c.sum(0), h.sum(0)
-        own = together.diagonal()
-        sums = (own, count, by, here.sum(), (together.sum(1) - own) / (n - 1), (by.sum() - by) / (n - 1))
-        data[:, a] = np.stack([np.broadcast_to(each, n) for each in sums], axis=1)
+        here = article == a
+        h, c = hit[here], chose[here]
+        data[:, a, 0], data[:, a, 1], data[:, a, 2] = (h * c).sum(0), c.sum(0), here.sum()
+        data[:, a, 3], data[:, a, 4 : 4 + n] = c.T @ stranger[here], c.T @ (1 - c) / (n - k)
+        data[:, a, 4 + n :] = h.sum(0)
 
-    def parts(sample: np.ndarray) -> np.ndarray:
-        own, count, by, all_rows, others, by_others = np.moveaxis(sample.sum(1), 1, 0)
-        total = max(count.sum(), 1.0)
-        own, base = own.sum() / total, (count * by / all_rows).sum() / total
-        shuffled = (others.sum() - (count * by_others / all_rows).sum()) / total
+    def parts(sample: np.ndarray, experts: np.ndarray) -> np.ndarray:
+        sums = sample.sum(1)
+        b = sums[0, 4 + n :] / sums[0, 2]  # of every direction, whichever experts were drawn
+        total = max(sums[:, 1].sum(), 1.0)
+        own, base = sums[:, 0].sum() / total, (sums[:, 1] * b[experts]).sum() / total
+        shuffled = (sums[:, 3].sum() - (sums[:, 4 : 4 + n] @ b).sum()) / total
         return np.array([own, base, shuffled, own - base - shuffled])
 
-    value = parts(data)
+    value = parts(data, np.arange(n))
     if data.shape[1] < FEWEST_ARTICLES:
         return Hits(*(Estimate(float(v), None, None) for v in value))
-    options = {"n_resamples": n_resamples}
-    return Hits(*(
-        Estimate(float(value[i]), *crossed_interval(data, lambda s, i=i: float(parts(s)[i]), **options))
-        for i in range(4)
-    ))  # fmt: skip
+    random = np.random.default_rng(0)
+    drawn = []
+    for _ in range(n_resamples):  # as `crossed_interval`, for four numbers at once
+        experts = random.integers(n, size=n)
+        drawn.append(parts(data[experts][:, random.integers(data.shape[1], size=data.shape[1])], experts))
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return Hits(*(Estimate(*map(float, each)) for each in zip(value, low, high, strict=True)))
 
 
 def contexts(bench: Bench, expert: int, count: int, *, before: int = 6, after: int = 3) -> list[tuple[str, str, str]]:
@@ -703,19 +833,21 @@ def read(teacher: str, layers: Sequence[int], *, cache_dir: str | Path | None = 
     return checkpoints.read(moe.folder(teacher, cache_dir=cache_dir) if shipped else teacher, layers)
 
 
-def points(found: Mapping[Key, Explained], **about) -> list[dict]:
-    """A ladder as plain numbers: FVE, and at rank 1 its ratio to `random`, centred ones with their intervals."""
+def points(found: Mapping[Key, Explained], expected: float, **about) -> list[dict]:
+    """A ladder as plain numbers: FVE and its ratio to what random directions are expected to explain, `expected` = k/d
+    times the rank; centred ones with their intervals."""
     rows = []
     for key, part in found.items():
-        options = {"n_resamples": 400 if key.centred else 0}
-        base = found.get(key._replace(control="random"))
-        row = about | key._asdict() | {"fve": list(fve(part, **options)), "by_draw": part.by_draw}
-        rows.append(row | {"ratio": None if base is None else list(ratio(part, base, **options))})
+        share = fve(part, n_resamples=400 if key.centred else 0)
+        row = about | key._asdict() | {"fve": list(share), "by_draw": part.by_draw}
+        base = expected * key.rank
+        rows.append(row | {"ratio": [None if each is None else each / base for each in share]})
     return rows
 
 
 def draw_ladder(ax: Axes, rows: Sequence[dict], controls: Sequence[str] = tuple(LABELS)) -> None:
-    """Dots of FVE, one line a control: filled where centred, hollow where not; intervals, and ratios at the right."""
+    """Dots of FVE, one line a control: filled where centred, hollow where not; intervals, and at the right the ratio
+    to k/d of the centred ones. What has an FVE below zero stands at the left edge."""
     order = list(controls)
     for row in rows:
         if row["control"] not in order:
@@ -724,8 +856,9 @@ def draw_ladder(ax: Axes, rows: Sequence[dict], controls: Sequence[str] = tuple(
         place, (value, low, high) = order.index(row["control"]), row["fve"]
         if low is not None:
             ax.plot([low, high], [place] * 2, color=look.colour, lw=1.4)
-        ax.plot(value, place, look.marker, color=look.colour, mfc=look.colour if row["centred"] else "white", ms=6)
-        if row["centred"] and row["ratio"] is not None:
+        fill = look.colour if row["centred"] else "white"
+        ax.plot(max(value, 0.0), place, look.marker, color=look.colour, mfc=fill, ms=6)
+        if row["centred"]:
             text = {"xycoords": ("axes fraction", "data"), "fontsize": 7, "va": "center", "ha": "left"}
             ax.annotate(f"×{row['ratio'][0]:.1f}", (1.01, place), **text)
     ax.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 1))
@@ -733,17 +866,37 @@ def draw_ladder(ax: Axes, rows: Sequence[dict], controls: Sequence[str] = tuple(
 
 
 def factors(
-    found: Sequence[Mapping[Key, Explained]], site: str, *, centred: bool = True, **options
+    found: Sequence[Mapping[Key, Explained]], site: str, expected: float, *, centred: bool = True, **options
 ) -> dict[str, Estimate]:
-    """The ratio implicit / random as a product of three: what directions, routing and pairing add, in this order.
+    """The ratio implicit / `expected` as a product of three: what directions, routing and pairing add, in this order.
 
-    directions   random router, trained directions  /  all random
+    directions   random router, trained directions  /  all random, whose expectation is `expected` = k/d
     routing      trained router and directions, shuffled pairing  /  random router, trained directions
     pairing      implicit  /  shuffled pairing
 
-    Geometric means over the ladders in `found`, one for each layer, so that the product is exact.
+    Geometric means over the ladders in `found`, one for each layer, so that the product is exact. Shuffling leaves some
+    pairs together (`overlap`), so the factor of pairing is too low rather than too high.
     """
-    of = {c: [f[Key(c, site, centred)] for f in found] for c in ("random", "random_router", "shuffled", "implicit")}
-    steps = {"directions": ("random_router", "random"), "routing": ("shuffled", "random_router")}
-    steps |= {"pairing": ("implicit", "shuffled"), "ratio": ("implicit", "random")}
-    return {name: ratio(of[above], of[below], **options) for name, (above, below) in steps.items()}
+    of = {c: [f[Key(c, site, centred)] for f in found] for c in ("random_router", "shuffled", "implicit")}
+    steps = {"directions": ("random_router", None), "routing": ("shuffled", "random_router")}
+    steps |= {"pairing": ("implicit", "shuffled"), "ratio": ("implicit", None)}
+    return {
+        name: ratio(of[over], expected if under is None else of[under], **options)
+        for name, (over, under) in steps.items()
+    }
+
+
+def pairing_growth(
+    after: Sequence[Mapping[Key, Explained]], before: Sequence[Mapping[Key, Explained]], site: str, **options
+) -> Estimate:
+    """The factor of pairing after training over that before it, with its interval over draws × articles.
+
+    `after` and `before` are ladders on the same articles and seeds, one for each layer.
+    """
+    parts = [f[Key(control, site, True)] for f in (*after, *before) for control in ("implicit", "shuffled")]
+
+    def statistic(shares: np.ndarray) -> float:
+        pairing = shares[::2] / shares[1::2]
+        return _geometric(pairing[: len(after)]) / _geometric(pairing[len(after) :])
+
+    return estimate(statistic, *parts, **options)

@@ -235,9 +235,30 @@ def test_a_layer_of_rank_one_experts_is_rebuilt_exactly_and_its_pairing_matters(
     assert judged[Key("implicit", "mlp_in", False)].fve < 0.5
     for broken in ("shuffled", "random_router", "random_directions", "other_token", "random"):
         assert judged[Key(broken, "mlp_out", False)].fve < 0.8, broken
-    walk = implicit.factors([judged], "mlp_out", n_resamples=50)
+    walk = implicit.factors([judged], "mlp_out", TOP_K / D, n_resamples=50)
     product = walk["directions"].value * walk["routing"].value * walk["pairing"].value
     assert product == pytest.approx(walk["ratio"].value) and walk["ratio"].low <= product <= walk["ratio"].high
+    assert walk["ratio"].value == pytest.approx(judged[Key("implicit", "mlp_out", True)].fve * D / TOP_K)
+
+
+def test_overlap_counts_the_handed_directions_of_other_chosen_experts(bench):
+    chosen = bench.choice().indices.numpy()
+    for seed, share in enumerate(implicit.overlap(bench, [0, 1, 2])):
+        draw = torch.Generator().manual_seed(seed)
+        implicit.random_directions(EXPERTS, D, draw)
+        implicit.random_router(bench.moe, draw)
+        moved = implicit.derangement(EXPERTS, draw).numpy()
+        kept = [len({int(moved[j]) for j in row} & set(row.tolist())) for row in chosen]
+        assert share == pytest.approx(np.mean(kept) / TOP_K)
+
+
+def test_pairing_grows_by_the_ratio_of_its_factors(judged):
+    assert implicit.pairing_growth([judged], [judged], "mlp_out", n_resamples=20) == pytest.approx((1, 1, 1))
+    other = dict(judged)
+    shuffled = judged[Key("shuffled", "mlp_out", True)]
+    other[Key("shuffled", "mlp_out", True)] = Explained(4 * shuffled.explained, shuffled.total)
+    grown = implicit.pairing_growth([judged, judged], [judged, other], "mlp_out", n_resamples=20)
+    assert grown == pytest.approx((2, 2, 2))
 
 
 def test_fitted_directions_never_do_worse_where_they_were_fitted(bench):
@@ -280,6 +301,29 @@ def test_bad_parameters_are_named(scene, bench):
         implicit.derangement(1, torch.Generator())
 
 
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ({"ranks": [2, 4]}, r"ranks=\[2, 4\]; allowed: whole numbers, 1 to 8 = d_model // top_k, 1 among them"),
+        ({"ranks": [1, 9]}, r"ranks=\[1, 9\]"),
+        ({"ranks": [1, 1.5]}, r"ranks=\[1, 1.5\]"),
+        ({"seeds": []}, r"seeds=\[\]; allowed: at least one"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\]"),
+        ({"lrs": []}, r"lrs=\[\]; allowed: at least one"),
+        ({"controls": ["implicit", "nobody"]}, r"controls=\['nobody'\]; allowed: implicit, "),
+        ({"controls": ["implicit"], "needed": ["implicit", "pca"]}, r"lacks \['pca'\]; allowed: any that hold"),
+    ],
+)
+def test_parameters_are_looked_at_before_long_work(bench, bad, told):
+    implicit.check([bench.moe], seeds=[0], ranks=[1, 8], lrs=[0.1], controls=["pca"], needed=["pca"])
+    with pytest.raises(ValueError, match=told):
+        implicit.check([bench.moe], **{"seeds": [0], **bad})
+    with pytest.raises(ValueError, match="layer 1 chooses with a correction or in groups"):
+        implicit.check([replace(bench.moe, n_group=2)], seeds=[0])
+    with pytest.raises(ValueError, match="layers="):
+        implicit.check([], seeds=[0])
+
+
 # -- intervals ---------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +346,35 @@ def test_ratios_pair_draws_and_articles():
         implicit.ratio(many, few)
     with pytest.raises(ValueError, match="as many"):
         implicit.ratio([many, many], [many])
+
+
+def test_over_layers_resamples_layers_too():
+    total = np.full(8, 2.0)
+    parts = [Explained(np.full((1, 8), share), total) for share in (0.4, 1.6)]
+    value, low, high = implicit.over_layers(parts, 0.1, n_resamples=400)
+    assert value == pytest.approx(implicit.ratio(parts, 0.1).value)
+    assert implicit.ratio(parts, 0.1) == pytest.approx((value,) * 3)  # the articles do not differ: layers do
+    assert (low, high) == pytest.approx((2, 8))
+    assert implicit.over_layers(parts, parts[:1] * 2, n_resamples=400).value == pytest.approx(value / 2)
+    assert implicit.over_layers(parts[:1], 0.1) == pytest.approx((2, 2, 2))
+    few = [Explained(part.explained[:, :4], total[:4]) for part in parts]
+    assert implicit.over_layers(few, 0.1).ci is None
+    with pytest.raises(ValueError, match="parts of one draw"):
+        implicit.over_layers([Explained(np.ones((2, 8)), total)], 0.1)
+    with pytest.raises(ValueError, match="for 2 layers"):
+        implicit.over_layers(parts, parts[:1])
+
+
+def test_predictions_are_graded_by_their_intervals():
+    assert implicit.above((2, 1.5, 2.5), 1) is True and implicit.above((2, 1.5, 2.5), 3) is False
+    assert implicit.above((2, 1.5, 2.5), 2.2) is None and implicit.above((2, None, None), 1) is True
+    lines = implicit.graded({"a": True, "b": False, "c": None}).splitlines()
+    assert lines == ["as predicted      a", "NOT as predicted  b", "undecided         c"]
+
+
+def test_participation_ratio_is_that_of_the_covariance(bench):
+    values = np.linalg.eigvalsh(np.cov(rows_of(bench, "fitting", "mlp_in", False).T))
+    assert implicit.participation(bench, "mlp_in") == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-4)
 
 
 # -- fixed coefficients ------------------------------------------------------------------------------------------------
@@ -360,6 +433,13 @@ def test_a_trained_sae_of_the_same_shape(bench):
     y = rows_of(bench, "judging", "mlp_in", True)
     left = x.numpy() - scale * saes[1e-2](x / scale).detach().numpy()
     assert own.fve == pytest.approx(1 - (left**2).sum() / (y**2).sum(), rel=1e-4)
+    assert (free.explained > own.explained - 1e-6).all(), (
+        "least squares starts from b_dec, so its own codes are in reach"
+    )
+    rest = x.double().numpy() - scale * saes[1e-2].b_out.detach().double().numpy()
+    chosen, atoms = saes[1e-2].encode(x / scale).indices.numpy(), saes[1e-2].decoder.weight.detach().double().numpy()
+    left = (rest**2).sum() * (1 - slow_fve(rest, atoms, chosen))
+    assert free.fve == pytest.approx(1 - left / (y**2).sum(), rel=1e-4)
 
 
 # -- what experts write ------------------------------------------------------------------------------------------------
@@ -390,23 +470,18 @@ def test_hits_of_the_lens_one_token_at_a_time(bench):
     pairs = [
         (t, store.token_id[t + 1]) for t in range(store.n - 1) if store.rows["text"][t] == store.rows["text"][t + 1]
     ]
-    a = np.zeros((EXPERTS, EXPERTS))
-    base, count = np.zeros(EXPERTS), np.zeros(EXPERTS)
+    base = np.mean([[after in words[i] for i in range(EXPERTS)] for _, after in pairs], axis=0)
+    own, own_base, shuffled = [], [], []
     for t, after in pairs:
-        for i in range(EXPERTS):
-            base[i] += after in words[i]
-            a[i, chosen[t]] += after in words[i]
-        count[chosen[t]] += 1
-    base /= len(pairs)
-    weight = count / count.sum()
-    own = sum(weight[j] * a[j, j] / max(count[j], 1) for j in range(EXPERTS))
-    shuffled = sum(
-        weight[j] * np.mean([a[i, j] / max(count[j], 1) - base[i] for i in range(EXPERTS) if i != j])
-        for j in range(EXPERTS)
-    )
-    assert hits.own.value == pytest.approx(own) and hits.base.value == pytest.approx(weight @ base)
+        strangers = [i for i in range(EXPERTS) if i not in chosen[t]]
+        for j in chosen[t]:
+            own.append(after in words[j])
+            own_base.append(base[j])
+            shuffled.append(np.mean([(after in words[i]) - base[i] for i in strangers]))
+    own, own_base, shuffled = map(np.mean, (own, own_base, shuffled))
+    assert hits.own.value == pytest.approx(own) and hits.base.value == pytest.approx(own_base)
     assert hits.shuffled.value == pytest.approx(shuffled)
-    assert hits.lift.value == pytest.approx(own - weight @ base - shuffled)
+    assert hits.lift.value == pytest.approx(own - own_base - shuffled)
     assert hits.lift.low <= hits.lift.value <= hits.lift.high
 
 
@@ -445,12 +520,13 @@ def test_load_is_a_share_of_choices(bench):
 
 
 def test_points_are_plain_and_figures_draw_them(judged):
-    rows = json.loads(json.dumps(implicit.points(judged, layer=1)))
+    rows = json.loads(json.dumps(implicit.points(judged, TOP_K / D, layer=1)))
     assert len(rows) == len(judged) and all(row["layer"] == 1 for row in rows)
     own = next(row for row in rows if (row["control"], row["site"], row["centred"]) == ("implicit", "mlp_out", True))
-    base = judged[Key("random", "mlp_out", True)].fve
     assert own["fve"][0] == pytest.approx(judged[Key("implicit", "mlp_out", True)].fve)
-    assert own["ratio"][0] == pytest.approx(own["fve"][0] / base) and own["ratio"][1] < own["ratio"][0]
+    assert (
+        own["ratio"] == pytest.approx([each * D / TOP_K for each in own["fve"]]) and own["ratio"][1] < own["ratio"][0]
+    )
     figure = matplotlib.figure.Figure()
     ax = figure.add_subplot()
     implicit.draw_ladder(ax, [row for row in rows if row["site"] == "mlp_out" and row["rank"] == 1])
