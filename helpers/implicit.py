@@ -92,7 +92,7 @@ def check(
     for moe in experts:
         _by_scores_alone(moe)
     most = min(moe.d_model // moe.top_k for moe in experts)
-    if any(int(r) != r for r in ranks) or 1 not in ranks or not 1 <= min(ranks) <= max(ranks) <= most:
+    if 1 not in ranks or not 1 <= min(ranks) <= max(ranks) <= most:
         raise ValueError(f"ranks={list(ranks)}; allowed: whole numbers, 1 to {most} = d_model // top_k, 1 among them")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)}; allowed: at least one, each once; five or more for good intervals")
