@@ -45,6 +45,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.olmoe.modeling_olmoe import MoeCausalLMOutputWithPast, load_balancing_loss_func
 
 from helpers import activations, claims, corpora, metrics, settings, sweep, teachers
 from helpers.ngrams import KneserNey
@@ -241,7 +242,7 @@ class Size:
     """Hidden neurons of one expert."""
     vocabulary: int = 4096
     balance: float = 0.01
-    """Weight of the balancing loss (`router_aux_loss_coef`)."""
+    """Weight of the balancing loss of each layer (`router_aux_loss_coef`)."""
 
     def __post_init__(self):
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
@@ -267,7 +268,7 @@ class Size:
         }
 
     def mixture(self, seed: int = 0) -> OlmoeForCausalLM:
-        """The mixture of experts with random weights."""
+        """The mixture of experts with random weights, whose `aux_loss` balances every layer by itself."""
         config = OlmoeConfig(
             **self._shared(),
             intermediate_size=self.d_ff,
@@ -277,7 +278,9 @@ class Size:
             experts_implementation="grouped_mm",
         )
         with _seeded(seed):
-            return OlmoeForCausalLM(config)
+            model = OlmoeForCausalLM(config)
+        model.register_forward_hook(_balance_layers)
+        return model
 
     def dense(self, seed: int = 0) -> Qwen3ForCausalLM:
         """Its twin: the same widths, and in each MLP as many neurons as `top_k` experts have."""
@@ -286,6 +289,17 @@ class Size:
         )
         with _seeded(seed):
             return Qwen3ForCausalLM(config)
+
+
+def _balance_layers(model: OlmoeForCausalLM, inputs: tuple, output: MoeCausalLMOutputWithPast) -> None:
+    """Switch's balancing loss, E Σ_e f_e p_e, added up over layers (Fedus et al. 2021; what OLMoE was trained with).
+
+    That of `transformers` counts the layers' experts together: expert 3 of one layer may take what expert 3 of another
+    does not, and a third of each layer's experts end up with no tokens.
+    """
+    if output.router_logits is not None:
+        sizes = model.config.num_experts, model.config.num_experts_per_tok
+        output.aux_loss = sum(load_balancing_loss_func((logits,), *sizes) for logits in output.router_logits)
 
 
 @contextlib.contextmanager
@@ -392,7 +406,8 @@ def train(
     weights = [tensor.detach().cpu().contiguous().view(torch.uint8).numpy() for tensor in model.state_dict().values()]
     settled = [model.config.to_dict(), asdict(recipe), sorted(checkpoints), log_every, validate_every, n_validation]
     texts = [corpora.fingerprint(corpus), tokenizer.backend_tokenizer.to_str(), where.type, torch.__version__]
-    key = _hash([settled, texts, CODE], *weights)
+    code = CODE + [inspect.getsource(_balance_layers)] * isinstance(model, OlmoeForCausalLM)  # the twin has no experts
+    key = _hash([settled, texts, code], *weights)
     store = settings.cache_dir(cache_dir) / "moe" / f"run-{key}"
     run = _Run(Trained(model.to(where), tokenizer, store), recipe)
     run.advance(corpus, sorted({*checkpoints, recipe.steps}), log_every, validate_every, n_validation, label)

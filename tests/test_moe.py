@@ -156,13 +156,38 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     assert rates[550] == pytest.approx(0.2 + 0.9)
 
 
+def slow_balance(logits):
+    """E Σ_e f_e p_e of one layer, one token after another."""
+    sent, mass = np.zeros(SIZE.n_experts), np.zeros(SIZE.n_experts)
+    for row in logits.astype(float):
+        probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        mass += probabilities / len(logits)
+        sent[np.argsort(-probabilities)[: SIZE.top_k]] += 1 / len(logits)
+    return SIZE.n_experts * (sent * mass).sum()
+
+
+def test_every_layer_is_balanced_by_itself():
+    """Two layers that are one-sided in opposite ways are no balanced pair, as they are for `transformers`."""
+    model, e = SIZE.mixture(), SIZE.n_experts
+    one_sided = torch.zeros(6, e)
+    one_sided[:, : SIZE.top_k] = 20.0
+    output = moe.MoeCausalLMOutputWithPast(router_logits=(one_sided, one_sided.flip(1)))
+    moe._balance_layers(model, (), output)
+    assert float(output.aux_loss) == pytest.approx(2 * e, rel=1e-4)  # twice E Σ 1/k · 1 over the k chosen
+    pooled = moe.load_balancing_loss_func(output.router_logits, e, SIZE.top_k)
+    assert float(pooled) == pytest.approx(SIZE.top_k, rel=1e-4)  # as if all were even
+
+
 def test_a_step_lowers_the_loss_of_its_batch_and_counts_the_balance(corpus, tokenizer, tmp_path):
     run = moe._Run(moe.Trained(SIZE.mixture(), tokenizer, tmp_path), moe.Recipe(steps=50, lr=1e-2, warmup=1))
     ids = moe.Packed(moe.paragraphs(tokenizer, corpus), batch_size=4, length=16).batch(0)
     with torch.no_grad():
-        out = run.model(ids, labels=ids, output_router_logits=True)
+        out = run.model(ids, output_router_logits=True)
     first = run.update(ids)
-    assert first["loss"] + SIZE.balance * first["balance"] == pytest.approx(float(out.loss), rel=1e-4)
+    assert first["balance"] == pytest.approx(
+        sum(slow_balance(logits.numpy()) for logits in out.router_logits), rel=1e-5
+    )
+    assert len(out.router_logits) == SIZE.n_layers
     assert first["loss"] == pytest.approx(math.log(300), rel=0.05)
     for run.step in range(1, 20):
         last = run.update(ids)
