@@ -430,19 +430,21 @@ class Chapter:
         return found | ({longer.origin: longer.points[name]} if longer and longer.points.get(name) else {})
 
     def save(self) -> Chapter:
-        """Writes the results file (atomically) and returns the chapter, so that a last line shows its verdicts."""
-        write_json(
-            self.path,
-            {
-                "chapter": self.slug,
-                "profile": settings.profile(),
-                "parameters": self.parameters,
-                "environment": self.environment,
-                "seconds": round(time.perf_counter() - self._started, 2),
-                "records": [asdict(record) for record in self.records],
-                **({"points": self.points} if self.points else {}),
-            },
-        )
+        """Writes the results file (atomically) and returns the chapter, so that a last line shows its verdicts.
+
+        Raises `ValueError` for points that are no lists of mappings, which nothing could read again.
+        """
+        content = {
+            "chapter": self.slug,
+            "profile": settings.profile(),
+            "parameters": self.parameters,
+            "environment": self.environment,
+            "seconds": round(time.perf_counter() - self._started, 2),
+            "records": [asdict(record) for record in self.records],
+            **({"points": self.points} if self.points else {}),
+        }
+        validated(Results, content, self.path.name)
+        write_json(self.path, content)
         return self
 
     def __str__(self) -> str:

@@ -313,6 +313,13 @@ def test_the_results_file_has_the_published_form(book, log):
     ]
 
 
+def test_points_that_nothing_could_read_again_are_named_and_not_written(log):
+    log.points["curves"] = {"mixture": [1.0]}
+    with pytest.raises(ValueError, match=r"points.curves: Input should be a valid list"):
+        log.save()
+    assert not log.path.exists()
+
+
 def test_a_chapter_without_records_is_saved_too(log):
     assert json.loads(log.save().path.read_text())["records"] == []
     assert "tests no claim" in log._repr_html_()
