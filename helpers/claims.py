@@ -589,7 +589,8 @@ class Results(BaseModel):
     def origin(self) -> str:
         """Where the numbers come from, for a caption: profile, device, threads and date."""
         run = self.environment
-        device = f"{run.get('threads')} CPU threads" if run.get("device") == "cpu" else run.get("device")
+        several = "" if run.get("threads") == 1 else "s"
+        device = f"{run.get('threads')} CPU thread{several}" if run.get("device") == "cpu" else run.get("device")
         return f"{self.profile} run, {device}, {str(run.get('date'))[:10]}, commit {run.get('commit')}"
 
 
