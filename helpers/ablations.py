@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helpers.dictionary import RankOneDictionary, Rows
-from helpers.distillation import Comparison, Distillation, Spec, Task, judge, judged, train
-from helpers.metrics import crossed_interval
+from helpers.distillation import Distillation, Spec, Task, judge, judged, train
+from helpers.metrics import Comparison, compared
 from helpers.training import Fit
 
 # -- errors in pairs ---------------------------------------------------------------------------------------------------
@@ -39,8 +40,7 @@ def compare(
     def of(errors: np.ndarray) -> float:
         return float(statistic(errors.sum((0, 1))))
 
-    by_seed = [of(data[i : i + 1]) for i in range(len(data))]
-    return Comparison(of(data), crossed_interval(data, of, **bootstrap), by_seed, data.shape[0] * data.shape[1])
+    return compared(data, of, **bootstrap)
 
 
 def ratio(over: Distillation, under: Distillation, **bootstrap) -> Comparison:
@@ -94,7 +94,7 @@ def settled(fits: Sequence[Fit], share: float = 0.1, **bootstrap) -> Comparison:
         half, end = some.sum((0, 1))
         return float(half / end)
 
-    return Comparison(of(data), crossed_interval(data, of, **bootstrap), [of(each[None]) for each in data], width)
+    return replace(compared(data, of, **bootstrap), n=width)
 
 
 # -- pure mixtures that equal a student with a shared part, or try to --------------------------------------------------

@@ -23,7 +23,7 @@ from helpers import settings
 from helpers.activations import ActivationStore, Moments
 from helpers.dictionary import RankOneDictionary, dense_mlp, secret_moe
 from helpers.losses import Balance
-from helpers.metrics import Evaluation, by_group, crossed_interval, evaluate
+from helpers.metrics import Comparison, Evaluation, by_group, compared, crossed_interval, evaluate
 from helpers.teachers import Teacher
 from helpers.training import Fit, Shuffled, fit
 
@@ -417,20 +417,6 @@ COSTS = {
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A number made of several students' errors: 95 % interval over seeds and articles, and for each seed alone."""
-
-    value: float
-    ci: tuple[float, float]
-    by_seed: list[float]
-    n: int
-
-    @property
-    def resampled(self) -> Literal["articles", "seed × article"]:
-        return "articles" if len(self.by_seed) == 1 else "seed × article"
-
-
-@dataclass(frozen=True)
 class Gain(Comparison):
     """FVU of a dense student over FVU of a sparse one of the same cost; `width` is the dense student's."""
 
@@ -474,8 +460,7 @@ def _common(students: Sequence[Distillation]) -> list[int]:
 
 
 def _gain(errors: np.ndarray, ratio: Callable[[np.ndarray], float], width: float, bootstrap: dict) -> Gain:
-    by_seed = [ratio(errors[i : i + 1]) for i in range(len(errors))]
-    return Gain(ratio(errors), crossed_interval(errors, ratio, **bootstrap), by_seed, errors[..., 0].size, width)
+    return Gain(**vars(compared(errors, ratio, **bootstrap)), width=width)
 
 
 def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str):

@@ -32,9 +32,9 @@ from helpers import activations, dictionary, latents, losses, settings, teachers
 from helpers.dictionary import Packed, RankOneDictionary, Rows, expander_sae, save_packed, topk_sae
 from helpers.distillation import Distillation, Spec
 from helpers.expander import clustered, informed, left_regular
-from helpers.latents import Bench, Comparison
+from helpers.latents import Bench
 from helpers.losses import Balance, auxk, resample
-from helpers.metrics import by_group, ce_recovered, crossed_interval, evaluate
+from helpers.metrics import Comparison, by_group, ce_recovered, compared, evaluate
 from helpers.pursuit import least_squares, omp
 from helpers.remedies import Setting
 from helpers.sweep import sweep
@@ -658,9 +658,7 @@ class Yardstick:
             *spliced, worst, intact = some.sum((0, 1))
             return statistic({name: ce_recovered(worst, x, intact) for name, x in zip(names, spliced, strict=True)})
 
-        value, (low, high) = of(data), crossed_interval(data, of, **bootstrap)
-        by_seed = [of(data[i : i + 1]) for i in range(len(data))]
-        return Comparison(value, (min(low, value), max(high, value)), by_seed)
+        return compared(data, of, **bootstrap)
 
     def recovered(self, runs: Sequence[Trial], way: str = "encoder", ablation: str = "zero", **bootstrap) -> Comparison:
         """CE recovered by one cell."""

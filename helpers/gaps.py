@@ -27,7 +27,7 @@ from helpers import activations, settings
 from helpers.activations import ActivationStore, Texts
 from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, Trace, secret_moe, topk_sae
 from helpers.losses import Balance, Moment
-from helpers.metrics import by_group, crossed_interval, evaluate
+from helpers.metrics import Comparison, by_group, compared, evaluate
 from helpers.teachers import Splice, Teacher
 from helpers.training import Fit, fit
 
@@ -580,21 +580,7 @@ def _judge(on: Bench, cell: Cell, student: nn.Module) -> tuple[np.ndarray, np.nd
 # -- what is said of several cells -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number made of several cells, with its 95 % interval over articles, and seeds where there are several."""
-
-    value: float
-    ci: tuple[float, float]
-    by_seed: list[float]
-    n: int
-
-    @property
-    def resampled(self) -> Literal["articles", "seed × article"]:
-        return "articles" if len(self.by_seed) == 1 else "seed × article"
-
-
-def estimate(cells: Mapping[str, Outcome], statistic: Callable[[dict], float], **bootstrap) -> Estimate:
+def estimate(cells: Mapping[str, Outcome], statistic: Callable[[dict], float], **bootstrap) -> Comparison:
     """A statistic of several cells' sums over articles; articles and seeds are resampled together for all of them.
 
     `statistic` is given `{name: {"errors", "norms", "nats", "clean", "zero", "mean", "tokens"}}`: sums over articles
@@ -616,9 +602,7 @@ def estimate(cells: Mapping[str, Outcome], statistic: Callable[[dict], float], *
         table = some.sum((0, 1))
         return statistic({name: dict(zip(columns, row, strict=True)) for name, row in zip(names, table, strict=True)})
 
-    value, (low, high) = of(data), crossed_interval(data, of, **bootstrap)
-    by_seed = [of(data[i : i + 1]) for i in range(len(data))]
-    return Estimate(value, (min(low, value), max(high, value)), by_seed, data.shape[0] * data.shape[1])
+    return compared(data, of, **bootstrap)
 
 
 def added(sums: Mapping[str, float]) -> float:

@@ -26,7 +26,7 @@ from helpers import dictionary, losses, settings, training
 from helpers.activations import ActivationStore
 from helpers.dictionary import RankOneDictionary, topk_sae
 from helpers.losses import Balance, auxk, ghost, loss_free, resample, switch
-from helpers.metrics import by_group, crossed_interval, evaluate
+from helpers.metrics import Comparison, by_group, compared, evaluate
 from helpers.remedies import Setting
 from helpers.sweep import sweep
 from helpers.teachers import Splice
@@ -419,23 +419,6 @@ def at_other_k(
     return dict(zip(cells, trials, strict=True))
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A number made of several trials, with its 95 % interval over articles, and seeds where there are several.
-
-    The largest of many rates is larger in a resample than in the sample, on average; where that leaves the number
-    itself outside its interval, the interval is widened to hold it.
-    """
-
-    value: float
-    ci: tuple[float, float]
-    by_seed: list[float]
-
-    @property
-    def resampled(self) -> Literal["articles", "seed × article"]:
-        return "articles" if len(self.by_seed) == 1 else "seed × article"
-
-
 def largest_rates(
     runs: Mapping[str, Sequence[Trial]],
     statistic: Callable[[dict[str, float]], float],
@@ -464,7 +447,7 @@ def largest_rates(
         rates = (sums[:, :-1] / sums[:, -1:]).reshape(len(some), len(names), width).max(-1).mean(0)
         return statistic(dict(zip(names, rates.tolist(), strict=True)))
 
-    return _compared(data, of, bootstrap)
+    return compared(data, of, **bootstrap)
 
 
 def error(runs: Sequence[Trial], **bootstrap) -> Comparison:
@@ -474,12 +457,7 @@ def error(runs: Sequence[Trial], **bootstrap) -> Comparison:
     def of(some: np.ndarray) -> float:
         return float(some[..., 0].sum() / some[..., 1].sum())
 
-    return _compared(data, of, bootstrap)
-
-
-def _compared(data: np.ndarray, of: Callable[[np.ndarray], float], bootstrap: dict) -> Comparison:
-    value, (low, high) = of(data), crossed_interval(data, of, **bootstrap)
-    return Comparison(value, (min(low, value), max(high, value)), [of(data[i : i + 1]) for i in range(len(data))])
+    return compared(data, of, **bootstrap)
 
 
 MEASURES = ("fvu", "largest_rate", "dead", "dense")

@@ -112,3 +112,24 @@ def test_recovery_does_not_depend_on_lengths_or_order():
     )
     perfect = metrics.recovery(2 * truth.flip(0), truth)
     assert [perfect.found, perfect.matched, perfect.mmcs, perfect.mcc] == pytest.approx([1, 1, 1, 1])
+
+
+def test_a_comparison_has_its_seeds_and_an_interval_that_holds_it():
+    data = np.random.default_rng(0).gamma(2.0, size=(3, 40, 2))
+    ratio = metrics.compared(data, lambda some: some[..., 0].sum() / some[..., 1].sum(), n_resamples=400)
+    sums = data.sum(1)
+    assert ratio.value == pytest.approx(sums[:, 0].sum() / sums[:, 1].sum())
+    assert ratio.by_seed == pytest.approx((sums[:, 0] / sums[:, 1]).tolist())
+    assert ratio.n == 120
+    assert ratio.resampled == "seed × article"
+    # the delta method's standard error, over articles: that of seeds comes on top
+    residual = data.mean(0)[:, 0] - ratio.value * data.mean(0)[:, 1]
+    error = residual.std() / (data[..., 1].mean() * 40**0.5)
+    assert 2.5 * error < ratio.ci[1] - ratio.ci[0] < 8 * error
+    # the largest of forty is larger in no resample: the interval is widened to the number itself
+    largest = metrics.compared(data[:1, :, 0], lambda some: some.max(), n_resamples=50)
+    assert largest.ci[0] <= largest.value <= largest.ci[1]
+    assert largest.resampled == "articles"
+    low = metrics.crossed_interval(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50)[0]
+    assert low > -40  # a resample has fewer different articles …
+    assert metrics.compared(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50).ci[0] == -40
