@@ -460,6 +460,12 @@ def test_the_shipped_model_beats_the_counts_on_held_out_documents():
 
 
 @SHIPPED
+def test_no_expert_of_the_shipped_model_is_idle_in_any_layer():
+    load = moe.routing(teachers.load("book-moe", device="cpu"), "book-texts", n_tokens=4_000).load()
+    assert load.min() * load.shape[1] > 0.5 and load.max() * load.shape[1] < 2
+
+
+@SHIPPED
 def test_the_shipped_tokenizer_was_trained_on_the_book_texts():
     """Trained again, it is the same: the merges are a function of the text."""
     again = moe._train_bpe(corpora.load("book-texts", "train")["text"][:], 4096)
