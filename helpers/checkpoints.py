@@ -116,9 +116,10 @@ class Slab(NamedTuple):
         return self.shape[not self.transposed] // (1 if self.part == "all" else 2)
 
     def read(self, open_file: Opener) -> Float[Tensor, "d_model d_ff"]:
+        """The matrix as a view of the bytes that were read, in the stored precision."""
         flat = _read(open_file, self.file, self.start, math.prod(self.shape) * self.dtype.itemsize)
         matrix = torch.frombuffer(flat, dtype=self.dtype).view(self.shape)
-        return PARTS[self.part](matrix.T if self.transposed else matrix).float()
+        return PARTS[self.part](matrix.T if self.transposed else matrix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +193,13 @@ class MoELayer:
         size = max(1, BATCH_BYTES // (4 * self.d_model * self.d_ff))
         with ThreadPoolExecutor(READERS) as pool:
             for first in range(0, len(slabs), size):
-                yield torch.stack(list(pool.map(lambda slab: slab.read(self._open), slabs[first : first + size])))
+                batch = slabs[first : first + size]
+                stacked = torch.empty(len(batch), self.d_model, self.d_ff)
+                # Threads only read bytes. OpenMP gives each thread that computes a team of its own; with more of those
+                # than cores, all products take twice as long from then on, here too.
+                for expert, matrix in zip(stacked, pool.map(lambda slab: slab.read(self._open), batch), strict=True):
+                    expert.copy_(matrix)
+                yield stacked
 
 
 def read(source: str | Path, layers: Sequence[int] | None = None, *, revision: str | None = None) -> list[MoELayer]:
