@@ -270,24 +270,26 @@ def leading(
     limit = min(w.shape[1:])
     block = min(rank + 7, limit)
     new = torch.randn(block, w.shape[2], generator=settings.generator(0)).to(w) @ w.mT
-    room = (w.new_empty(len(w), 2 * limit + block, width) for width in w.shape[1:])  # untouched, it takes no memory
-    (all_rows, all_images), size = room, 0
+    widths = (w.shape[1], w.shape[2], w.shape[1])  # of rows, rows·W and rows·WWᵀ; untouched, the room takes no memory
+    room, size = [w.new_empty(len(w), 2 * limit + block, width) for width in widths], 0
     for blocks in itertools.count(1):
-        new = _orthonormal(new, all_rows[:, :size])
-        image = new @ w
-        all_rows[:, size : size + block], all_images[:, size : size + block] = new, image
+        rows = _orthonormal(new, room[0][:, :size])
+        image = rows @ w
+        new = image @ w.mT
+        for all_of, part in zip(room, (rows, image, new), strict=True):
+            all_of[:, size : size + block] = part
         size += block
         if size >= limit or blocks % 4 == 0:
-            basis, images = all_rows[:, :size], all_images[:, :size]
+            basis, images, back = (all_of[:, :size] for all_of in room)
             squares, mix = (t.float() for t in torch.linalg.eigh((images @ images.mT).double()))
-            squares, u = squares[:, -rank:].flip(1).clamp_min(0), mix[:, :, -rank:].flip(2).mT @ basis
-            error = torch.linalg.vector_norm((u @ w) @ w.mT - squares[:, :, None] * u, dim=2)
+            squares, mix = squares[:, -rank:].flip(1).clamp_min(0), mix[:, :, -rank:].flip(2).mT
+            u = mix @ basis
+            error = torch.linalg.vector_norm(mix @ back - squares[:, :, None] * u, dim=2)
             residuals = error / squares[:, :1].clamp_min(torch.finfo(w.dtype).tiny)
             if residuals.max() <= tolerance:
                 return u, squares, residuals
             if size >= 2 * limit:
                 raise ArithmeticError(f"residual {residuals.max():.1e}, complete basis, tolerance {tolerance:.1e}")
-        new = image @ w.mT
 
 
 def _orthonormal(new: Tensor, basis: Tensor) -> Tensor:
