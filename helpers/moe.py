@@ -292,7 +292,7 @@ class Size:
 
 
 def _balance_layers(model: OlmoeForCausalLM, inputs: tuple, output: MoeCausalLMOutputWithPast) -> None:
-    """Switch's balancing loss, E Σ_e f_e p_e, added up over layers (Fedus et al. 2021; what OLMoE was trained with).
+    """Switch's balancing loss, E Σ_e f_e p_e, added up over layers (Fedus et al. 2021; OLMoE took the mean, over k).
 
     That of `transformers` counts the layers' experts together: expert 3 of one layer may take what expert 3 of another
     does not, and a third of each layer's experts end up with no tokens.
