@@ -117,21 +117,12 @@ def texts(teacher: Teacher, corpus: str, *, n_tokens: int, split: str = "train",
     return Texts(found, np.array(articles, np.int32), len(bos))
 
 
-def losses(
-    teacher: Teacher,
-    corpus: str,
-    *,
-    n_tokens: int,
-    splice: Splice | None = None,
-    split: str = "validation",
-    max_length: int = 256,
-    batch_size: int = 8,
-) -> pd.DataFrame:
-    """Cross-entropy over a corpus: one row per piece of text with `article`, `nats` (sum) and `tokens` (predicted).
+def losses(teacher: Teacher, pieces: Texts, splice: Splice | None = None, *, batch_size: int = 8) -> pd.DataFrame:
+    """Cross-entropy of texts: one row per piece with `article`, `nats` (sum) and `tokens` (predicted).
 
-    The mean is `nats.sum() / tokens.sum()`; grouped by article it can be resampled.
+    The mean is `nats.sum() / tokens.sum()`; grouped by article it can be resampled. `pieces` come from `texts`: cut
+    once, they serve for every splice.
     """
-    pieces = texts(teacher, corpus, n_tokens=n_tokens, split=split, max_length=max_length)
     parts = []
     for batch in settings.progress(pieces.batches(batch_size), desc="cross-entropy", unit="batch", delay=2):
         nats, tokens = teacher.loss(*pieces.padded(batch), splice).per_text()

@@ -44,6 +44,8 @@ Verdict = Literal["reproduced", "holds here", "partly", "not reproduced", "not t
 Scope = Literal["paper setting", "analogue"]
 Resampled = Literal["seeds", "articles", "seed × article", "random draws", "layers", "samples"]
 SLUG = re.compile(r"\d\d_[a-z0-9_]+")
+LONGEST_NOTE = 300
+"""Characters of a record's note: it is a line on the page of claims."""
 BETWEEN = " · "
 """Stands between the register's metric and what a chapter adds to tell two records of one check apart."""
 
@@ -393,12 +395,14 @@ class Chapter:
         wording to tell several records of one check apart ("k = 8"). `n` counts what the number rests on, and with
         an interval `ci` what was resampled. `teacher` is the chapter's unless given: None for random or synthetic
         inputs. Raises `ValueError` for an unknown claim, variant or scope, a number that is not finite, an interval
-        that is missing, reversed or does not hold the value, and for `scope="paper setting"` with a teacher that is
-        not the paper's.
+        that is missing, reversed or does not hold the value, a note of more than `LONGEST_NOTE` characters, and for
+        `scope="paper setting"` with a teacher that is not the paper's.
         """
         entry, teacher = register()[claim], self.teacher if teacher is ... else teacher
         check = _variant(entry, variant)
         value, ci = _finite("value", value), _interval(value, ci, resampled)
+        if len(note) > LONGEST_NOTE:
+            raise ValueError(f"note={note[:40]!r}… has {len(note):,} characters; allowed: up to {LONGEST_NOTE}")
         _one_of("scope", scope, get_args(Scope))
         _can_be_judged(entry, check, value, ci, n)
         if scope == "paper setting" and entry.teachers != "any" and teacher not in entry.teachers:

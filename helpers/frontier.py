@@ -290,6 +290,7 @@ class Scene:
 
     def __init__(self, passage: Passage, teacher: teachers.Teacher, batch_size: int = 8):
         self.passage, self.teacher, self.batch_size = passage, teacher, batch_size
+        self._pieces = activations.texts(teacher, passage.corpus, n_tokens=passage.n_tokens, split=passage.split)
         parts: list[Tensor] = []
 
         def look(rows: Tensor) -> Tensor:
@@ -298,7 +299,7 @@ class Scene:
 
         self.clean = self._nats(look)
         self.rows, self._sizes = torch.cat(parts), [len(part) for part in parts]
-        pieces = activations.texts(teacher, passage.corpus, n_tokens=passage.n_tokens, split=passage.split)
+        pieces = self._pieces
         order = [i for batch in pieces.batches(batch_size) for i in batch]
         self.articles = torch.from_numpy(
             np.concatenate([np.full(len(pieces.tokens[i]) - pieces.bos, pieces.articles[i]) for i in order])
@@ -316,11 +317,8 @@ class Scene:
         return self.nats(row.to(self.rows).expand_as(self.rows))
 
     def _nats(self, function: Callable[[Tensor], Tensor]) -> np.ndarray:
-        where = self.passage
-        frame = activations.losses(
-            self.teacher, where.corpus, n_tokens=where.n_tokens, split=where.split, batch_size=self.batch_size,
-            splice=Splice(where.layer, where.site, function),
-        )  # fmt: skip
+        splice = Splice(self.passage.layer, self.passage.site, function)
+        frame = activations.losses(self.teacher, self._pieces, splice, batch_size=self.batch_size)
         return frame.groupby("article").nats.sum().to_numpy()
 
 

@@ -250,7 +250,7 @@ class Bench:
 
     def nats(self, split: str, splice: Splice | None = None) -> pd.DataFrame:
         """Cross-entropy by article: columns `nats` (sums) and `tokens`."""
-        return nats(self.teacher, self.corpus, split, self.sizes[split], self.max_length, splice)
+        return nats(self.teacher, self.pieces[split], splice)
 
     @cached_property
     def clean(self) -> dict[str, pd.DataFrame]:
@@ -275,12 +275,9 @@ class Bench:
         return Splice(self.layer, "mlp_in" if objective == "reconstruct" else "mlp", put)
 
 
-def nats(
-    teacher: Teacher, corpus: str, split: str, n_tokens: int, max_length: int, splice: Splice | None = None
-) -> pd.DataFrame:
+def nats(teacher: Teacher, pieces: Texts, splice: Splice | None = None) -> pd.DataFrame:
     """A model's cross-entropy by article: columns `nats` (sums) and `tokens`, indexed by article."""
-    how = {"n_tokens": n_tokens, "split": split, "max_length": max_length, "splice": splice}
-    return activations.losses(teacher, corpus, **how).groupby("article")[["nats", "tokens"]].sum()
+    return activations.losses(teacher, pieces, splice).groupby("article")[["nats", "tokens"]].sum()
 
 
 def bench(
@@ -547,7 +544,7 @@ def whole(model: Teacher, on: Bench, name: str, n_seeds: int = 1) -> Outcome:
     theirs, ours = activations.texts(model, on.corpus, **how), on.pieces["test"]
     if [t.tolist() for t in theirs.tokens] != [t.tolist() for t in ours.tokens]:
         raise ValueError(f"model={model.name!r} has another tokenizer; allowed: that of {on.teacher.name!r}")
-    found = nats(model, on.corpus, "test", on.sizes["test"], on.max_length).nats.to_numpy()
+    found = nats(model, ours).nats.to_numpy()
     nothing, many = np.full(len(found), np.nan), (n_seeds, len(found))
     cell = Cell(name, lambda bench, seed: model.mlp(on.layer))
     return Outcome(

@@ -469,6 +469,8 @@ class _Run:
             return
         texts = paragraphs(trained.tokenizer, corpus)
         stream = Packed(texts, batch_size=recipe.batch_size, length=recipe.length, seed=recipe.seed)
+        reader = Teacher("in training", "", self.model, trained.tokenizer)
+        held_back = activations.texts(reader, corpus, n_tokens=n_validation, split="validation")
         before, started = trained.seconds, time.perf_counter()
         saved = started
         bar = settings.progress(total=recipe.steps, initial=self.step, desc=label, unit="step")
@@ -476,7 +478,7 @@ class _Run:
             while True:
                 due = self.step in checkpoints
                 if due or self.step % validate_every == 0:
-                    self.note(validation=self.validate(corpus, n_validation))
+                    self.note(validation=self.validate(reader, held_back))
                 if due and not trained.folder(self.step).is_dir():
                     self.keep()
                 trained.seconds = before + time.perf_counter() - started
@@ -515,11 +517,10 @@ class _Run:
         self.optimiser.step()
         return losses
 
-    def validate(self, corpus: str, n_validation: int) -> float:
+    def validate(self, reader: Teacher, pieces: activations.Texts) -> float:
         """Held-out loss in nats a token."""
         self.model.eval()
-        teacher = Teacher("in training", "", self.model, self.trained.tokenizer)
-        found = activations.losses(teacher, corpus, n_tokens=n_validation, split="validation", batch_size=16)
+        found = activations.losses(reader, pieces, batch_size=16)
         return float(found.nats.sum() / found.tokens.sum())
 
     def note(self, **numbers: float) -> None:
@@ -614,7 +615,7 @@ def held_out(
         raise ValueError("reader=None: n-grams have no tokenizer; allowed: the teacher they are compared with")
     pieces = activations.texts(reader, corpus, n_tokens=n_tokens, split=split)
     if isinstance(model, Teacher):
-        found = activations.losses(model, corpus, n_tokens=n_tokens, split=split, batch_size=16)
+        found = activations.losses(model, pieces, batch_size=16)
     else:
         tokens = [len(piece) - 1 for piece in pieces.tokens]
         found = pd.DataFrame({"article": pieces.articles, "nats": model.nats(pieces.tokens), "tokens": tokens})

@@ -345,16 +345,15 @@ def test_killed_harvest_goes_on_where_it_stopped(teacher, corpus, tmp_path, harv
 
 
 def test_losses_are_those_of_each_text(teacher, corpus):
-    options = {"n_tokens": 120, "max_length": 16, "split": "train"}
-    frame = activations.losses(teacher, corpus, batch_size=3, **options)
-    pieces = activations.texts(teacher, corpus, **options)
+    pieces = activations.texts(teacher, corpus, n_tokens=120, max_length=16)
+    frame = activations.losses(teacher, pieces, batch_size=3)
     for i, tokens in enumerate(pieces.tokens):
         ids = torch.tensor(tokens).long()[None]
         logits = teacher.model(ids).logits[0, :-1]
         alone = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         assert frame.nats[i] == pytest.approx(alone, rel=1e-4) and frame.tokens[i] == len(tokens) - 1
     assert frame.article.tolist() == pieces.articles.tolist()
-    zero = activations.losses(teacher, corpus, batch_size=3, splice=Splice.zero(LAYER, "mlp_out"), **options)
+    zero = activations.losses(teacher, pieces, Splice.zero(LAYER, "mlp_out"), batch_size=3)
     assert zero.nats.sum() != frame.nats.sum() and zero.tokens.equals(frame.tokens)
 
 

@@ -181,8 +181,8 @@ def test_a_scene_puts_rows_where_they_came_from(home, passage, arm):
     for number in article.unique():
         ours = scene.rows[scene.articles == number].sum(0)
         torch.testing.assert_close(ours, raw[article == number].sum(0), rtol=1e-4, atol=1e-3)
-    options = {"n_tokens": 110, "split": "test", "splice": Splice.zero(1, "resid_post")}
-    frame = activations.losses(home["model"], home["corpus"], **options)
+    pieces = activations.texts(home["model"], home["corpus"], n_tokens=110, split="test")
+    frame = activations.losses(home["model"], pieces, Splice.zero(1, "resid_post"))
     np.testing.assert_allclose(scene.ablated(torch.zeros(16)), frame.groupby("article").nats.sum(), rtol=1e-5)
     with pytest.raises(ValueError, match="as the passage's"):
         scene.nats(scene.rows[:-1])

@@ -311,7 +311,7 @@ def test_half_way_adam_forgets_what_it_knows_of_squared_errors(on):
 
 def test_a_whole_model_is_compared_on_the_same_tokens(on, moe, tmp_path):
     whole = gaps.whole(moe, on, "mixture", 2)
-    theirs = gaps.nats(moe, on.corpus, "test", on.sizes["test"], on.max_length)
+    theirs = gaps.nats(moe, on.pieces["test"])
     expected = (theirs.nats.sum() - on.clean["test"].nats.sum()) / on.clean["test"].tokens.sum()
     assert whole.nats.shape[0] == 2 and whole.added == pytest.approx(expected)
     other = teachers.load(tiny.save(tmp_path, "qwen2"), device="cpu")  # without BOS
