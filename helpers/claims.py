@@ -575,7 +575,7 @@ class _Row(BaseModel):
     teacher: str | None
     expected: str
     verdict: Verdict
-    note: str
+    note: str = Field(max_length=LONGEST_NOTE)
 
 
 class Results(BaseModel):

@@ -483,6 +483,11 @@ def test_the_page_shows_every_claim_of_the_book_exactly_once(render):
     assert "0 of 32 claims have been tested so far" in page
 
 
+def test_the_long_runs_that_are_kept_can_be_read_and_stand_in_the_register():
+    found = claims.load_results(claims.REFERENCE)
+    assert {results.chapter for results, _ in found} == {path.stem for path in claims.REFERENCE.glob("*.json")}
+
+
 def test_stored_verdicts_are_judged_again(book, tmp_path, render):
     save(tmp_path / "here", SLUG, row())
     ((_, (record,)),) = claims.load_results(tmp_path / "here", book)

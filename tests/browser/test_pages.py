@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,11 @@ def test_every_figure_can_be_heard_and_seen(browser, page):
         assert (image.get_attribute("alt") or image.get_attribute("aria-label") or "").strip()
         if image.tag_name == "img":
             assert browser.execute_script("return arguments[0].naturalWidth", image) > 0, "an image did not load"
+
+
+def test_no_page_prints_what_only_python_reads(browser, page):
+    text = browser.execute_script('return document.querySelector("article").textContent')
+    assert re.findall(r"<[^<>]* at 0x[0-9a-f]+>|<function \S+|Traceback \(most recent call last\)", text) == []
 
 
 def test_mathematics_is_typeset(browser, page):
