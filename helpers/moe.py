@@ -608,13 +608,16 @@ def held_out(
     """Loss of held-out text: one row a piece with `article`, `source`, `nats`, `tokens` and `bytes` (UTF-8).
 
     Every model is given the same pieces, those that `reader` reads (default: the model itself): at most 256 tokens
-    with BOS, and nothing before them. Raises `ValueError` for n-grams without a reader.
+    with BOS, and nothing before them. Raises `ValueError` for n-grams without a reader, and for a model whose tokens
+    are not the reader's.
     """
     reader = reader or model
     if not isinstance(reader, Teacher):
         raise ValueError("reader=None: n-grams have no tokenizer; allowed: the teacher they are compared with")
     pieces = activations.texts(reader, corpus, n_tokens=n_tokens, split=split)
     if isinstance(model, Teacher):
+        if model.tokenizer.get_vocab() != reader.tokenizer.get_vocab():
+            raise ValueError(f"model={model.name!r} has another tokenizer; allowed: that of reader={reader.name!r}")
         found = activations.losses(model, pieces, batch_size=16)
     else:
         tokens = [len(piece) - 1 for piece in pieces.tokens]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import checkpoints, corpora, moe, teachers
 from helpers.ngrams import KneserNey
+from tests import tiny
 
 SIZE = moe.Size(d_model=16, n_layers=2, n_heads=2, n_experts=4, top_k=2, d_ff=8, vocabulary=300)
 RECIPE = moe.Recipe(steps=6, batch_size=2, length=16, warmup=2, dropout=0.1)
@@ -290,7 +291,7 @@ def test_a_checkpoint_after_the_end_is_refused_before_training(corpus, tokenizer
 # -- held-out loss -----------------------------------------------------------------------------------------------------
 
 
-def test_every_model_is_judged_on_the_same_bytes(trained, corpus, tokenizer):
+def test_every_model_is_judged_on_the_same_bytes(trained, corpus, tokenizer, tmp_path):
     counted = KneserNey(moe.paragraphs(tokenizer, corpus), vocabulary=300, bos=0, order=3)
     models, reader = {"mixture": trained["mixture"].teacher, "counts": counted}, trained["mixture"].teacher
     tables = {name: moe.held_out(model, corpus, "test", 500, reader=reader) for name, model in models.items()}
@@ -305,6 +306,9 @@ def test_every_model_is_judged_on_the_same_bytes(trained, corpus, tokenizer):
     assert found.loc[("counts", "all"), ["difference", "difference_low", "difference_high"]].eq(0).all()
     with pytest.raises(ValueError, match="n-grams have no tokenizer"):
         moe.held_out(counted, corpus, "test", 150)
+    other = teachers.load(tiny.save(tmp_path, "qwen2"), device="cpu")
+    with pytest.raises(ValueError, match="has another tokenizer; allowed: that of reader="):
+        moe.held_out(other, corpus, "test", 150, reader=reader)
 
 
 def test_an_interval_over_too_few_documents_is_not_given():
