@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from benchmarks import common
-from helpers import chapters, gemma
+from helpers.models import gemma
+from helpers.press import chapters
 
 PROFILE = "quick"
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from helpers import checkpoints, settings
+from helpers import settings
+from helpers.models import checkpoints
 
 LAYERS, EXPERTS, D_MODEL, D_FF, VOCABULARY = 3, 64, 2048, 1024, 1024
 SAMPLED = 6

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from helpers.claims import environment, write_json
+from helpers.press.claims import environment
+from helpers.settings import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from helpers import activations, teachers
-from helpers.teachers import Teacher
+from helpers.models import activations, teachers
+from helpers.models.teachers import Teacher
 
 LAYER, N_TOKENS, BATCH, MAX_LENGTH = 9, 2048, 16, 256
 SITES = ("resid_pre", "mlp_in", "mlp_out")

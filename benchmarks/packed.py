@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from benchmarks import common
 from benchmarks.training import D_MODEL, LR, K, data
 from helpers import dictionary, settings, training
-from helpers.expander import left_regular
+from helpers.parts.masks import left_regular
 
 DEGREES, SIZES = (7, 30), ((640, 5120), (2048, 16384))
 BATCHES = (256, 1024)

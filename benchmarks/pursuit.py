@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import common
-from helpers import pursuit, settings
-from helpers.dictionary import GATHER_SHARE, Packed
-from helpers.expander import gaussian_values, left_regular
+from helpers import settings
+from helpers.dictionary import GATHER_SHARE, Packed, pursuit
+from helpers.parts.masks import gaussian_values, left_regular
 
 M, N, K, BATCH = 512, 4096, 32, 256
 """Signals of 512 numbers, 4096 atoms, 32 of them for each of 256 signals."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import common
-from helpers import dictionary, losses, settings, training
-from helpers.sweep import cores, sweep
+from helpers import dictionary, settings, training
+from helpers.study.sweep import cores, sweep
+from helpers.training import remedies
 
 ALPHA, RUNS, STEPS = 0.1, 8, 60
 SIZES = ((128, 16, 4, 128), (512, 64, 8, 256), (2048, 256, 16, 512))
@@ -37,7 +38,7 @@ class Same:
 
 
 def one_by_one(n: int, d: int, k: int, batch: int):
-    recipe = training.Recipe(10**6, schedule="constant", balance=losses.switch(ALPHA))
+    recipe = training.Recipe(10**6, schedule="constant", balance=remedies.Switch(ALPHA))
     models = students(n, d, k)
     return training.Run(models, Same(d, batch), dict.fromkeys(models, recipe), log_every=1)
 

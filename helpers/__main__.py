@@ -13,13 +13,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     # Imported late: --help and a mistyped option answer at once.
-    from helpers import chapters
+    from helpers.press import chapters
 
     try:
         if args.command == "book":
-            from helpers import book  # needs jupyter-book, which `run` does not
+            from helpers.press import build  # needs jupyter-book, which `run` does not
 
-            return book.make(args.profile, console)
+            return build.make(args.profile, console)
         overrides = {name: chapters.parse_value(value) for name, value in args.parameter}
         jobs = chapters.plan(args.chapters, args.profile, overrides)
         return 1 if chapters.run(jobs, console, args.force) else 0

@@ -1,9 +1,15 @@
-"""Where things are kept, what they run on, and how randomness enters."""
+"""Where things lie, what they run on, how randomness enters, and how files are written: whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,29 +19,33 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 """The repository. Notebooks resolve paths from here, because papermill and nbval start them in different folders."""
 
+CacheDir = str | Path | None | Literal[False]
+"""Where results are kept: None is the user's cache folder, False is nowhere."""
+
+
+# -- folders, bars, names ----------------------------------------------------------------------------------------------
+
 
 def cache_dir(folder: str | Path | None = None) -> Path:
     """Folder for converted models, harvested activations and trained dictionaries; created when missing.
 
-    `folder` wins over the environment variable `RANK1_CACHE`, which wins over the user's cache folder.
+    `folder` wins over the environment variable `RANK1_CACHE`, which wins over the user's cache folder. Raises
+    `ValueError` naming a place where no folder can be.
     """
     chosen = folder or os.environ.get("RANK1_CACHE") or user_cache_path("rank1-book")
     path = Path(chosen).expanduser().resolve()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cache_dir={str(path)!r}: {error.strerror}; allowed: a folder, or where one can be"
+        ) from error
     return path
 
 
 def progress(*args, **options) -> tqdm:
     """A progress bar, unless `TQDM_DISABLE` is set, as it is while chapters run; in a notebook tqdm forgets to look."""
     return tqdm(*args, **{"disable": bool(os.environ.get("TQDM_DISABLE")), "mininterval": 2} | options)
-
-
-def mix(seed: int, counter: int) -> int:
-    """A well-spread seed for each (seed, counter), so that neighbouring streams do not overlap.
-
-    PyTorch's CPU generator reads only the low 32 bits of a seed; all of them depend on both numbers here.
-    """
-    return int(np.random.SeedSequence([seed, counter]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def profile() -> str:
@@ -50,6 +60,21 @@ def results_dir(folder: str | Path | None = None) -> Path:
     return path
 
 
+def allowed(good: bool, given: str, what: str) -> None:
+    """`ValueError` unless `good`: `given` names the parameter and its value, `what` says what is allowed."""
+    if not good:
+        raise ValueError(f"{given}; allowed: {what}")
+
+
+def one_of(name: str, value: Any, options: Iterable) -> None:
+    """`ValueError` unless `value` is among `options`."""
+    options = list(options)
+    allowed(value in options, f"{name}={value!r} is unknown", ", ".join(map(repr, options)))
+
+
+# -- devices and randomness --------------------------------------------------------------------------------------------
+
+
 def device(name: str = "auto") -> torch.device:
     """`auto` is a GPU when there is one, else the CPU. An accelerator that is not there raises `ValueError`."""
     if name == "auto":
@@ -60,11 +85,91 @@ def device(name: str = "auto") -> torch.device:
         raise ValueError(f"device={name!r} is not a device; allowed: 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(chosen.type, False):
-        allowed = ["auto", *(kind for kind, ok in there.items() if ok)]
-        raise ValueError(f"device={name!r} is not on this machine; allowed here: {', '.join(allowed)}")
+        here = ["auto", *(kind for kind, ok in there.items() if ok)]
+        raise ValueError(f"device={name!r} is not on this machine; allowed here: {', '.join(here)}")
     return chosen
 
 
 def generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
     """A fresh random stream: the same seed gives the same numbers on the same machine."""
     return torch.Generator(device=device).manual_seed(seed)
+
+
+def mix(seed: int, counter: int) -> int:
+    """A well-spread seed for each (seed, counter), so that neighbouring streams do not overlap.
+
+    PyTorch's CPU generator reads only the low 32 bits of a seed; all of them depend on both numbers here.
+    """
+    return int(np.random.SeedSequence([seed, counter]).generate_state(1, np.uint64)[0] >> 1)
+
+
+# -- files that are whole or not there ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to, which takes its name when the block ends well.
+
+    A reader, or a kill, sees the old file or the new one, never a half. Raises `ValueError` naming the file where the
+    disk is full or the folder cannot be written.
+    """
+    aside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        aside = Path(name)
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.chmod(0o644)  # mkstemp makes files only their owner can read
+        os.replace(aside, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}; allowed: a folder with room") from error
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes) -> None:
+    """`content` in the file `path`, whole or not at all."""
+    with written(path) as aside:
+        aside.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`content` as JSON in the file `path`, whole or not at all; arrays and tensors become lists."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
+    write(path, (text + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # NumPy and torch scalars and arrays
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that appears under its name when it is complete. One that is there already is replaced."""
+    new = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        yield new
+        for path in (new, *new.rglob("*")):  # mkdtemp and safetensors make what only their owner can read
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+        if target.is_dir():
+            os.replace(target, old / "old")
+        os.replace(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be written: {error.strerror or error}; allowed: a folder with room"
+        ) from error
+    finally:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)

@@ -1,34 +1,20 @@
-"""Tensor shapes in the signatures of the core are checked while the tests run."""
+"""Tensor shapes in the signatures of all that computes are checked while the tests run."""
+
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
 import tests.typechecking  # noqa: F401 (the hook finds the checker by name)
 
+HELPERS = Path(__file__).parent.parent / "helpers"
+ROOMS = ("dictionary", "training", "models", "study", "parts")
+
 install_import_hook(
     [
-        "helpers.dictionary",
-        "helpers.losses",
-        "helpers.metrics",
-        "helpers.training",
-        "helpers.activations",
-        "helpers.teachers",
-        "helpers.padding",
-        "helpers.bounds",
-        "helpers.constructions",
-        "helpers.ablations",
-        "helpers.synthetic",
-        "helpers.distillation",
-        "helpers.remedies",
-        "helpers.interventions",
-        "helpers.sweep",
-        "helpers.latents",
-        "helpers.pursuit",
-        "helpers.expander",
-        "helpers.checkpoints",
-        "helpers.frontier",
-        "helpers.gaps",
-        "helpers.implicit",
-        "helpers.layerwise",
+        f"helpers.{room}.{path.stem}"
+        for room in ROOMS
+        for path in sorted((HELPERS / room).glob("*.py"))
+        if "jaxtyping" in path.read_text(encoding="utf-8")
     ],
     "tests.typechecking.check",
 )

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import __main__ as bench
 from benchmarks import common, runs, students
-from helpers import performance
+from helpers.press import performance
 
 
 @pytest.fixture

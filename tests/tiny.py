@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from helpers import activations, teachers
+from helpers.models import activations, teachers
 
 WORDS = """a river runs under the old stone bridge and two men carry bread to market while rain falls on green hills
 """.split()  # noqa: SIM905

@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from helpers import settings
-from helpers.book import toc_files
+from helpers.press.build import toc_files
 
 HTML = settings.ROOT / "_build" / "html"
 PAGES = list(toc_files(yaml.safe_load((settings.ROOT / "_toc.yml").read_text(encoding="utf-8"))))

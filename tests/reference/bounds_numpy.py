@@ -1,4 +1,4 @@
-"""Slow and obvious versions of `helpers.bounds`: one number at a time, with Python's own integers and floats."""
+"""Slow and obvious versions of `helpers.parts.bounds`: one number at a time, with Python's own integers and floats."""
 
 import math
 

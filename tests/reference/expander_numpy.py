@@ -1,4 +1,4 @@
-"""Slow and obvious versions of `helpers.expander`: sets of Python, one at a time."""
+"""Slow and obvious versions of `helpers.parts.masks`: sets of Python, one at a time."""
 
 import itertools
 

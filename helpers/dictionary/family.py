@@ -1,0 +1,224 @@
+"""The one family behind the book: sums of a few rank-one terms, chosen per input.
+
+    y(x) = b_out + shared(x) + Σ_{j ∈ TopK_k(s(x) + c)}  g_j(x) · a(e_j·(x − b_in) + β_j) · d_j
+
+A `RankOneDictionary` is three lists of row vectors (`Rows`): the router's (whose scores s choose), the encoder's (e_j)
+and the decoder's (d_j). Two roles that are played by the same `Rows` object are tied. Everything else is a small knob:
+the gate g, the activation a, the shared network, the selection bias c. Each paper's model is a short constructor.
+
+No function here builds the dense [batch, n] matrix of codes; only the router's scores are dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from helpers.dictionary.packed import Packed
+from helpers.dictionary.rows import Rows, SparseCodes, Trace, as_parameter
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "hard": torch.ones_like,
+    "softmax": lambda scores: scores.softmax(-1),
+    "score": lambda scores: scores,
+}
+"""Gate weights from the k chosen scores: all one, a softmax over the k, or the score itself."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "square": torch.square,
+    "cube": lambda z: z**3,
+}
+
+
+class RankOneDictionary(nn.Module):
+    """y(x) = b_out + shared(x) + Σ_{j ∈ TopK_k(s(x) + c)} g_j(x) · a(e_j·(x − b_in) + β_j) · d_j.
+
+    Args:
+        encoder: the e_j with biases β_j, n·expert_rank rows of width d_in.
+        decoder: the d_j, n·expert_rank rows of width d_out. The same object as `encoder` ties d = e.
+        k: how many router rows are chosen per input.
+        router: its scores s choose. None (or the encoder itself): the pre-activations choose.
+        gate: a name in `GATES`, applied to the k chosen scores.
+        activation: a name in `ACTIVATIONS`.
+        b_in, b_out: [d_in], [d_out]; the same parameter may serve as both (an SAE's b_dec).
+        shared: a network that sees every input.
+        selection_bias: whether to keep a buffer c [n] that is added when choosing and not when weighing.
+        expert_rank: r atoms per router row, chosen together.
+        unit_norm: whether training keeps the decoder's rows at length 1.
+    """
+
+    def __init__(
+        self,
+        encoder: Rows,
+        decoder: Rows,
+        *,
+        k: int,
+        router: Rows | None = None,
+        gate: str = "hard",
+        activation: str = "relu",
+        b_in: Tensor | None = None,
+        b_out: Tensor | None = None,
+        shared: nn.Module | None = None,
+        selection_bias: bool = False,
+        expert_rank: int = 1,
+        unit_norm: bool = False,
+    ):
+        super().__init__()
+        _one_of("gate", gate, GATES)
+        _one_of("activation", activation, ACTIVATIONS)
+        self.encoder, self.decoder = encoder, decoder
+        self.router = encoder if router is None else router
+        self.n_features, self.n_atoms = len(self.router), len(encoder)
+        check_k(k, self.n_features)
+        if not self.n_atoms == len(decoder) == self.n_features * expert_rank:
+            raise ValueError(
+                f"encoder has {len(encoder)} rows and decoder {len(decoder)}; allowed: "
+                f"{self.n_features * expert_rank} = router rows ({self.n_features}) × expert_rank ({expert_rank})"
+            )
+        if self.router.width != encoder.width:
+            raise ValueError(f"router reads {self.router.width} numbers; allowed: {encoder.width}, as the encoder does")
+        self.k, self.gate, self.activation = k, gate, activation
+        self.expert_rank, self.unit_norm = expert_rank, unit_norm
+        self.b_in, self.b_out, self.shared = as_parameter(b_in), as_parameter(b_out), shared
+        self.register_buffer("selection_bias", encoder.weight.new_zeros(self.n_features) if selection_bias else None)
+
+    @property
+    def d_in(self) -> int:
+        return self.encoder.width
+
+    @property
+    def d_out(self) -> int:
+        return self.decoder.width
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        return self.trace(x).output
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
+        """Chosen atoms and their values g·a(z)."""
+        return self._encode(x, score_gradient=False)[0]
+
+    def decode(self, codes: SparseCodes) -> Float[Tensor, "batch d_out"]:
+        """b_out + Σ values · d_j, without the shared part, which needs the input."""
+        if not self.k:
+            output = codes.values.new_zeros(len(codes.values), self.d_out)
+        else:
+            output = self.decoder.combine(codes.values, codes.indices)
+        return output if self.b_out is None else output + self.b_out
+
+    def trace(self, x: Float[Tensor, "batch d_in"], *, score_gradient: bool = False) -> Trace:
+        """A forward pass with its codes and scores.
+
+        With `score_gradient` the dense scores carry a gradient, as losses on all of them need (Switch balancing);
+        without, the backward pass touches only the k chosen rows of each sample.
+        """
+        codes, scores = self._encode(x, score_gradient)
+        output = self.decode(codes)
+        return Trace(output if self.shared is None else output + self.shared(x), codes, scores)
+
+    def _encode(self, x: Tensor, score_gradient: bool) -> tuple[SparseCodes, Tensor]:
+        if not self.k:  # a dense network, all of it shared: nothing to choose from
+            nothing = x[:, :0]
+            return SparseCodes(nothing.long(), nothing), nothing
+        x = x if self.b_in is None else x - self.b_in
+        with torch.set_grad_enabled(score_gradient and torch.is_grad_enabled()):
+            scores = self.router.scores(x)
+        ranking = scores.detach() if self.selection_bias is None else scores.detach() + self.selection_bias
+        experts = ranking.topk(self.k, dim=1).indices
+        chosen = scores.gather(1, experts)
+        if not score_gradient and (self.gate != "hard" or self.router is self.encoder):
+            chosen = self.router.chosen(x, experts, known=chosen)
+        atoms = self._atoms_of(experts)
+        pre_acts = chosen if self.router is self.encoder else self.encoder.chosen(x, atoms)
+        gates = GATES[self.gate](chosen).repeat_interleave(self.expert_rank, dim=1)
+        return SparseCodes(atoms, gates * ACTIVATIONS[self.activation](pre_acts)), scores
+
+    def _atoms_of(self, experts: Tensor) -> Tensor:
+        if self.expert_rank == 1:
+            return experts
+        inside = torch.arange(self.expert_rank, device=experts.device)
+        return (experts[:, :, None] * self.expert_rank + inside).flatten(1)
+
+    @property
+    def active_neurons(self) -> int:
+        """Neurons that work on one input: those of the shared network and the k·expert_rank chosen ones."""
+        return self.k * self.expert_rank + sum(layer.out_features for layer in self._shared_layers()[:-1])
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one input: scoring all routers, the chosen atoms' two products, the shared network.
+
+        A tied router's chosen scores are the atoms' pre-activations, so they are counted once. Choosing the k largest
+        and everything elementwise is left out.
+        """
+        chosen, router = self.k * self.expert_rank, self.router
+        scores = router.weight.numel() + (0 if router.down is None else router.down.numel())
+        encode = 0 if self.router is self.encoder else chosen * self.encoder.weight.shape[1]
+        if self.router is not self.encoder and self.encoder.down is not None:
+            encode += self.encoder.down.numel()
+        shared = sum(layer.weight.numel() for layer in self._shared_layers())
+        return scores + encode + chosen * self.decoder.weight.shape[1] + shared
+
+    @property
+    def n_parameters(self) -> int:
+        """All numbers that training moves; a parameter with two roles counts once."""
+        packed = {rows.weight: rows for rows in self.modules() if isinstance(rows, Packed)}
+        return sum(packed[p].n_values if p in packed else p.numel() for p in self.parameters())
+
+    def _shared_layers(self) -> list[nn.Linear]:
+        return [] if self.shared is None else [layer for layer in self.shared.modules() if isinstance(layer, nn.Linear)]
+
+    def constrain_gradient_(self) -> None:
+        """Before an optimiser step: what the constraint of `constrain_` makes of the gradient."""
+        if self.unit_norm:
+            self.decoder.project_gradient_()
+
+    def constrain_(self) -> None:
+        """After an optimiser step: unit-norm decoder rows, if the model has them."""
+        if self.unit_norm:
+            self.decoder.normalise_()
+
+    @property
+    def knobs(self) -> dict[str, object]:
+        """The model's place in the family, for tables and for cache keys."""
+        router = "tied" if self.router is self.encoder else "dense" if self.router.down is None else "low-rank"
+        if self.router is not self.encoder and self.router.weight is self.encoder.weight:
+            router = "shared parameters"
+        return {
+            "router": router,
+            "gate": self.gate,
+            "activation": self.activation,
+            "atoms": self._atoms,
+            "shared": self.shared is not None,
+            "selection_bias": self.selection_bias is not None,
+            "expert_rank": self.expert_rank,
+            "unit_norm": self.unit_norm,
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "n_features": self.n_features,
+            "k": self.k,
+        }
+
+    @property
+    def _atoms(self) -> str:
+        tied = "tied" if self.decoder is self.encoder else "dense"
+        return f"{tied}, {self.decoder.weight.shape[1]} numbers" if isinstance(self.decoder, Packed) else tied
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.knobs.items())
+
+
+def _one_of(name: str, given: str, allowed) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name}={given!r} is unknown; allowed: {', '.join(map(repr, allowed))}")
+
+
+def check_k(k: int, n: int) -> None:
+    if not min(1, n) <= k <= n:
+        raise ValueError(f"k={k} cannot be chosen; allowed: 1 to n_features={n}")

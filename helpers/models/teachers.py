@@ -1,0 +1,443 @@
+"""Language models as teachers: find their MLPs, stop at a layer, put something in an activation's place.
+
+Layers are numbered from 0. A layer has four sites, in the order in which a forward pass comes to them:
+
+    resid_pre   the residual stream that enters the block
+    mlp_in      what the MLP module is given (after the norm before it)
+    mlp_out     what the MLP module returns (in Gemma 3, before the norm after it)
+    resid_post  the residual stream that leaves the block
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from helpers import settings
+from helpers.models import gemma, hub
+
+SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
+EMBEDDED = "gemma-3-270m"
+ALLOWED = (
+    f"'{EMBEDDED}', 'book-moe' or 'book-twin' (embedded), a hub id such as 'EleutherAI/pythia-70m', or a local folder"
+)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+LOGIT_ROWS = 256
+"""Tokens whose logits are held at once: at Gemma's 262,144 words, 256 rows are 268 MB."""
+
+
+@dataclass(frozen=True)
+class Splice:
+    """`function` takes the activations of `site` at `layer` and returns what the model goes on with.
+
+    It is given one row per token that a harvest keeps (no padding, no BOS) and must return the same shape. At the site
+    `"mlp"` it stands for the MLP itself: it is given what enters the MLP, and returns what leaves it.
+    """
+
+    layer: int
+    site: str
+    function: Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, "rows d_model"]]
+
+    @classmethod
+    def zero(cls, layer: int, site: str) -> Splice:
+        """Zero ablation."""
+        return cls(layer, site, torch.zeros_like)
+
+    @classmethod
+    def mean(cls, layer: int, site: str, mean: Float[Tensor, " d_model"]) -> Splice:
+        """Mean ablation: every row becomes `mean`."""
+        return cls(layer, site, lambda rows: mean.to(rows).expand_as(rows))
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Next-token cross-entropy in nats; `mask` is True where the predicted token is real."""
+
+    nats: Float[Tensor, "batch targets"]
+    mask: Bool[Tensor, "batch targets"]
+
+    @property
+    def mean(self) -> float:
+        """Mean over all real predicted tokens."""
+        return self.nats[self.mask].double().mean().item()
+
+    def per_text(self) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
+        """Sum in nats and number of predicted tokens of each text, for a bootstrap over articles."""
+        return (self.nats.double() * self.mask).sum(1), self.mask.sum(1)
+
+
+class _Stop(Exception):
+    """Ends a forward pass from within a hook."""
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A causal language model, frozen, and what the chapters ask of it."""
+
+    name: str
+    fingerprint: str
+    """What determines the weights: a commit of the hub or a content hash. Part of every cache key."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __repr__(self) -> str:
+        return f"Teacher({self.name!r}, {self.n_layers} layers, d_model={self.d_model}, {self.dtype}, {self.device})"
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def attn_implementation(self) -> str:
+        return self.model.config._attn_implementation
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, found by structure."""
+        return find_blocks(self.model, self.name)
+
+    def block(self, layer: int) -> nn.Module:
+        """The block at `layer`; `ValueError` when there is none."""
+        if not isinstance(layer, int) or not 0 <= layer < self.n_layers:
+            raise ValueError(f"layer={layer!r} is not in teacher {self.name!r}; allowed: 0 to {self.n_layers - 1}")
+        return self.blocks[layer]
+
+    def mlp(self, layer: int) -> nn.Module:
+        """The MLP module at `layer`; `ValueError` when there is none."""
+        return _child(self.block(layer), _is_mlp)
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts a BOS token before a text."""
+        first = self.tokenizer("a").input_ids[:1]
+        return self.tokenizer.bos_token_id is not None and first == [self.tokenizer.bos_token_id]
+
+    def rows_kept(
+        self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"] | None = None
+    ) -> Bool[Tensor, "batch seq"]:
+        """True for the tokens that are text: neither padding nor the BOS token."""
+        kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        return kept & (input_ids != self.tokenizer.bos_token_id) if self.adds_bos else kept
+
+    @torch.inference_mode()
+    def run_to(
+        self,
+        layer: int,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        sites: Iterable[str] = ("mlp_in", "mlp_out"),
+    ) -> dict[str, Float[Tensor, "batch seq d_model"]]:
+        """Activations of `sites` at `layer`, padding included. The forward ends there: nothing later is computed."""
+        return self._sites(layer, input_ids, attention_mask, check_sites(sites))
+
+    def through(
+        self, layer: int, batches: Sequence[Int[Tensor, "_ _"]], sites: Sequence[str], *, start: int, scratch: Path
+    ) -> Iterator[dict[str, Float[Tensor, "batch seq d_model"]]]:
+        """`run_to` for one batch after another, from number `start`; `scratch` is a folder that outlives the call."""
+        for input_ids in batches[start:]:
+            yield self.run_to(layer, input_ids, None, sites) if sites else {}
+
+    @torch.inference_mode()
+    def loss(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        splice: Splice | None = None,
+    ) -> TokenLosses:
+        """Next-token cross-entropy −log p(token t+1 | tokens ≤ t) in nats, with `splice` in force if given."""
+        return self.loss_with_gradient(input_ids, attention_mask, splice)
+
+    def loss_with_gradient(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        splice: Splice | None = None,
+    ) -> TokenLosses:
+        """As `loss`; where the splice's rows carry a gradient, so do the nats. The model's own weights stay frozen."""
+        input_ids = input_ids.to(self.device)
+        hooks = contextlib.nullcontext()
+        if splice is not None:
+            kept = self.rows_kept(input_ids, attention_mask).to(self.device)
+            hooks = self._splice(splice, kept)
+        with hooks:
+            hidden = self._base(input_ids, attention_mask)[:, :-1]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
+        mask = (mask[:, 1:] * mask[:, :-1]).bool()
+        nats = torch.zeros(mask.shape, device=self.device)
+        targets, states = input_ids[:, 1:][mask], hidden[mask]
+        chunks = zip(states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+        parts = [F.cross_entropy(self._logits(h).float(), t, reduction="none") for h, t in chunks]
+        if parts:
+            nats[mask] = torch.cat(parts)
+        return TokenLosses(nats, mask)
+
+    def randomised(self, seed: int) -> Teacher:
+        """A twin with freshly initialised weights: the same architecture and tokenizer, nothing learned."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = type(self.model.config).from_dict(self.model.config.to_dict())
+            model = type(self.model)._from_config(config, attn_implementation=self.attn_implementation)
+        model = _frozen(model.to(self.device, self.dtype))
+        return replace(
+            self, name=f"{self.name} (random, seed {seed})", fingerprint=f"{self.fingerprint}-random{seed}", model=model
+        )
+
+    def _sites(
+        self, layer: int, inputs: Tensor, attention_mask: Tensor | None, sites: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch seq d_model"]]:
+        found: dict[str, Tensor] = {}
+        last = max(sites, key=SITES.index)
+
+        def take(site: str, value: Tensor) -> None:
+            found[site] = value
+            if site == last:
+                raise _Stop
+
+        with contextlib.ExitStack() as hooks:
+            for site in sites:
+                hooks.enter_context(self._hook(layer, site, lambda value, site=site: take(site, value)))
+            hooks.enter_context(contextlib.suppress(_Stop))
+            self._base(inputs, attention_mask)
+        return found
+
+    def _base(self, input_ids: Tensor, attention_mask: Tensor | None) -> Float[Tensor, "batch seq d_model"]:
+        """Final hidden states, without the logits."""
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        return self.model.base_model(input_ids.to(self.device), attention_mask=mask, use_cache=False)[0]
+
+    def _logits(self, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocabulary"]:
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @contextlib.contextmanager
+    def _splice(self, splice: Splice, kept: Bool[Tensor, "batch seq"]) -> Iterator[None]:
+        if splice.site != "mlp":
+            check_sites([splice.site])
+            with self._hook(splice.layer, splice.site, lambda value: _replace_rows(value, kept, splice.function)):
+                yield
+            return
+        entered: list[Tensor] = []
+
+        def stand_in(value: Tensor) -> Tensor:
+            return _replace_rows(value, kept, lambda _: splice.function(entered.pop()[kept]))
+
+        with self._hook(splice.layer, "mlp_in", entered.append), self._hook(splice.layer, "mlp_out", stand_in):
+            yield
+
+    @contextlib.contextmanager
+    def _hook(self, layer: int, site: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """Call `function` with the activations of a site; what it returns, if anything, takes their place."""
+        module = self.mlp(layer) if site.startswith("mlp") else self.block(layer)
+        if site in ("resid_pre", "mlp_in"):
+            handle = module.register_forward_pre_hook(_on_input(function), with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(_on_output(function))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def load(
+    teacher: str = EMBEDDED,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    layerwise: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Teacher:
+    """The embedded Gemma 3 270M (4-bit weights, unpacked once into the cache), a hub id or a local folder.
+
+    `"book-moe"`, `"book-moe@STEP"` and `"book-twin"` are the mixture of experts that was trained for this book, its
+    checkpoints and its dense twin (`helpers.parts.mixture`).
+
+    `attn_implementation` None is PyTorch's (`"sdpa"`) where the architecture has it, else `"eager"`. With `layerwise`
+    the weights stay on disk and a harvest holds one block at a time (`helpers.models.layerwise`).
+
+    Raises `ValueError` for a teacher, revision, device, dtype or attention that is not there, and for a hub id that was
+    not downloaded before when the hub cannot be reached.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
+    where = settings.device(device)
+    source, fingerprint, options = _find(teacher, revision, cache_dir)
+    options = {**options, "attn_implementation": attn_implementation, "dtype": getattr(torch, dtype)}
+    quiet = {option: options[option] for option in ("revision", "local_files_only") if option in options}
+    if layerwise:
+        from helpers.models import layerwise as by_layer  # which builds on this module
+
+        return by_layer.load(teacher, source, fingerprint, where, options)
+    try:
+        with _no_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source, **quiet)
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except Exception as error:  # transformers, safetensors and the hub client each raise their own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = f"delete {source} to unpack it again" if teacher == EMBEDDED else f"allowed: {ALLOWED}"
+        raise ValueError(
+            f"teacher={teacher!r} (revision={revision!r}, attn_implementation={attn_implementation!r}) "
+            f"could not be loaded: {reason}; {remedy}"
+        ) from error
+    if where.type == "cpu" and model._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm" if _aligned(model) else "eager")
+    fingerprint = fingerprint or getattr(model.config, "_commit_hash", None) or str(source)
+    loaded = Teacher(teacher, fingerprint, _frozen(model.to(where)), tokenizer)
+    loaded.mlp(0)  # an architecture without blocks or MLPs is named now, not after a harvest
+    return loaded
+
+
+def _aligned(model: PreTrainedModel) -> bool:
+    """Whether experts have rows and columns of whole 16 bytes, as grouped_mm wants on a CPU.
+
+    It was 0.4 s for a training step of a small OLMoE, `eager` 0.6 s, and the default of `transformers` 5.23 some 20 s.
+    """
+    experts = (p for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3)
+    return all(side * p.element_size() % 16 == 0 for p in experts for side in p.shape[1:])
+
+
+def check_layer(teacher: Teacher, layer: int) -> None:
+    """`ValueError` unless `teacher` has this layer."""
+    teacher.block(layer)
+
+
+def check_sites(sites: Iterable[str]) -> tuple[str, ...]:
+    """The sites as a tuple; `ValueError` naming one that is unknown."""
+    sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    for site in sites:
+        if site not in SITES:
+            raise ValueError(f"site={site!r} is unknown; allowed: {', '.join(SITES)}")
+    if not sites:
+        raise ValueError(f"sites=() names no site; allowed: {', '.join(SITES)}")
+    return sites
+
+
+def find_blocks(model: nn.Module, name: str = "") -> nn.ModuleList:
+    """The list of transformer blocks: the longest `ModuleList` whose members all have attention and an MLP."""
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(_child(b, _is_attention) and _child(b, _is_mlp) for b in module)
+    ]
+    if not lists:
+        raise ValueError(
+            f"teacher={name!r} ({type(model).__name__}) has no blocks with attention and an MLP; allowed: {ALLOWED}"
+        )
+    return max(lists, key=len)
+
+
+def _child(block: nn.Module, wanted: Callable[[str], bool]) -> nn.Module | None:
+    return next((child for name, child in block.named_children() if wanted(name)), None)
+
+
+def _is_mlp(name: str) -> bool:
+    return name in ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+
+
+def _is_attention(name: str) -> bool:
+    return "attn" in name or "attention" in name
+
+
+def _on_input(function: Callable) -> Callable:
+    def hook(module, args, kwargs):
+        value = args[0] if args else kwargs["hidden_states"]
+        if (new := function(value)) is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    return hook
+
+
+def _on_output(function: Callable) -> Callable:
+    def hook(module, args, output):
+        first = output[0] if isinstance(output, tuple) else output
+        new = function(first)
+        return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
+
+    return hook
+
+
+def _replace_rows(value: Tensor, kept: Bool[Tensor, "batch seq"], function: Callable) -> Tensor:
+    value = value.clone()
+    value[kept] = function(value[kept]).to(value)
+    return value
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    return model.eval().requires_grad_(False)
+
+
+def _find(teacher: str, revision: str | None, cache_dir: str | Path | None) -> tuple[str, str | None, dict]:
+    """Where to load from, the fingerprint if known by now, and options that say what may be downloaded."""
+    if teacher == EMBEDDED:
+        folder, sha = gemma.convert(settings.cache_dir(cache_dir))
+        return str(folder), f"gguf:{sha}:v{gemma.VERSION}", {}
+    if teacher.startswith("book-"):
+        from helpers.parts import mixture  # it loads teachers itself
+
+        folder = mixture.folder(teacher, cache_dir=cache_dir)
+        return str(folder), _folder_hash(folder), {}
+    folder = Path(teacher).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"teacher={teacher!r}: the folder has no config.json; allowed: {ALLOWED}")
+        return str(folder), _folder_hash(folder), {}
+    if teacher.count("/") != 1 or teacher.startswith((".", "/", "~")):
+        raise ValueError(f"teacher={teacher!r} is unknown; allowed: {ALLOWED}")
+    try:
+        sha = hub.commit("model", teacher, revision)
+        return teacher, sha, {"revision": sha}
+    except hub.Unreachable:
+        return teacher, None, {"revision": revision, "local_files_only": True}
+    except ValueError as error:
+        raise ValueError(f"teacher={teacher!r}: {error}; allowed: {ALLOWED}") from error
+
+
+def _folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model's files."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors", ".bin", ".txt", ".model")
+    ):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Loading a converted model takes two seconds and needs no bar of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Records, verdicts, pages and pictures: nothing of the science."""

@@ -1,0 +1,168 @@
+"""Build the rendered book from the executed chapters, strictly, and check that it is complete and needs no network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import nbformat
+import yaml
+from bs4 import BeautifulSoup
+from papermill.exceptions import strip_color
+from rich.console import Console
+from rich.markup import escape
+
+from helpers.press import chapters, claims
+from helpers.press.chapters import Job, Layout
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+LOADED = {
+    "script": "src",
+    "img": "src",
+    "iframe": "src",
+    "source": "src",
+    "video": "src",
+    "audio": "src",
+    "embed": "src",
+}
+FONT_AHEAD = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
+REMOTE = re.compile(r"^(https?:)?//")
+REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
+
+
+def make(profile: str, console: Console, layout: Layout | None = None) -> int:
+    """Execute what is not valid any more, then build `_build/html`; 0 when every chapter and page is there.
+
+    A chapter that fails does not keep the others from running, but no book is built then.
+    """
+    layout, started = layout or Layout(), time.perf_counter()
+    jobs = chapters.plan((), profile, layout=layout)
+    failures = chapters.run(jobs, console)
+    if failures:
+        console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
+        return 1
+    stage(jobs, profile, layout)
+    console.print("building the pages (about half a minute)", markup=False)
+    faults = build(layout)
+    for fault in faults:
+        console.print(f"[bold red]fault[/] {escape(fault)}")
+    if not faults:
+        seconds = time.perf_counter() - started
+        console.print(f"the book is at {layout.root / '_build/html/index.html'} ({seconds:.0f} s)", markup=False)
+    return 1 if faults else 0
+
+
+def stage(jobs: list[Job], profile: str, layout: Layout) -> None:
+    """Lay out in `_build/stage` what the pages are made from: prose, executed chapters, pages made from records."""
+    folder = layout.root / "_build" / "stage"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(layout.root / "book", folder)
+    shutil.copytree(layout.root / "third_party", folder / "third_party")
+    (folder / "notebooks").mkdir()
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(layout.root / name, folder / name)
+    for job in jobs:
+        nbformat.write(
+            _without_widgets(nbformat.read(job.executed, as_version=4)), folder / "notebooks" / job.executed.name
+        )
+    pages = {
+        "scoreboard": claims.scoreboard_markdown(profile),
+        "performance": claims.performance_markdown(),
+        "status": status_markdown(profile, layout),
+    }
+    for name, text in pages.items():
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def status_markdown(profile: str, layout: Layout) -> str:
+    """Where the book stands, for its first page: how many claims have which verdict."""
+    register = claims.register()
+    here, long = (
+        [record for _, records in claims.load_results(folder, register) for record in records]
+        for folder in (layout.results(profile), claims.REFERENCE)
+    )
+    counts = Counter()
+    for claim in register.claims:
+        ours, reference = ([r for r in records if r.claim == claim.id] for records in (here, long))
+        counts[claims.combined(claim, claims.headline(claim, ours, reference))] += 1
+    items = "".join(f"<li><b>{counts[verdict]}</b> {verdict}</li>" for verdict in get_args(claims.Verdict))
+    return f'The {counts.total()} claims of the three papers, as of this build:\n\n<ul class="status">{items}</ul>\n'
+
+
+def build(layout: Layout) -> list[str]:
+    """Build `_build/html` from `_build/stage`, every warning an error; returns what is wrong with it, if anything.
+
+    The pages replace the former ones only when Sphinx ended well. Its output is kept in `_build/book.log`.
+    """
+    folder, log = layout.root / "_build" / "stage", layout.root / "_build" / "book.log"
+    strict = ["-W", "-n", "--keep-going"]
+    jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    command = [*jupyter_book, "build", str(folder), "--path-output", str(folder), *strict]
+    with log.open("w", encoding="utf-8") as stream:
+        status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        lines = strip_color(log.read_text(encoding="utf-8", errors="replace")).splitlines()
+        wrong = [line for line in lines if "WARNING" in line or "ERROR" in line]
+        return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
+    _open_from_disk(folder / "_build" / "html")
+    html = layout.root / "_build" / "html"
+    shutil.rmtree(html, ignore_errors=True)
+    os.replace(folder / "_build" / "html", html)
+    return list(faults(html, layout.root / "_toc.yml"))
+
+
+def faults(html: Path, toc: Path) -> Iterator[str]:
+    """What a reader would miss: pages of the table of contents, alt texts, and anything fetched from the network."""
+    for page in toc_files(yaml.safe_load(toc.read_text(encoding="utf-8"))):
+        if not (html / f"{page}.html").is_file():
+            yield f"page missing: {page}.html"
+    for path in sorted(html.rglob("*.html")):
+        name, soup = path.relative_to(html), BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        yield from (f"{name}: loads {url} from the network" for url in _remote(soup))
+        article = soup.find("article") or soup
+        yield from (
+            f"{name}: no alt text on an image ({str(i)[:80]}…)" for i in article.find_all("img") if not i.get("alt")
+        )
+    for path in sorted(html.rglob("*.css")):
+        for url in REMOTE_CSS.findall(path.read_text(encoding="utf-8")):
+            yield f"{path.relative_to(html)}: loads {url} from the network"
+
+
+def toc_files(node: Any) -> Iterator[str]:
+    """Every page of a table of contents, in order."""
+    if isinstance(node, dict):
+        yield from (str(node[key]) for key in ("root", "file") if key in node)
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from toc_files(child)
+
+
+def _open_from_disk(html: Path) -> None:
+    """The theme fetches its fonts ahead in a way that browsers forbid to pages opened from the disk: take that out."""
+    for path in html.rglob("*.html"):
+        path.write_text(FONT_AHEAD.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _remote(soup: BeautifulSoup) -> Iterator[str]:
+    yield from (e["src"] for e in soup.find_all(LOADED) if REMOTE.match(e.get("src") or ""))
+    for link in soup.find_all("link"):
+        if not {"canonical", "license", "next", "prev", "author"} & set(link.get("rel") or []):
+            yield from (url for url in [link.get("href") or ""] if REMOTE.match(url))
+    for style in soup.find_all("style"):
+        yield from REMOTE_CSS.findall(style.get_text())
+
+
+def _without_widgets(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A page has no kernel: it takes the HTML of a slider, and needs no widget runtime."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
+    return notebook

@@ -1,0 +1,197 @@
+"""Sliders that are live in Jupyter and still work, with the keyboard too, on a page that has no kernel."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from PIL import Image
+
+MOST_FRAMES = 150
+"""A page holds every frame of its sliders: about 15 kB each."""
+
+_numbers = itertools.count(1)
+
+
+def slider(
+    draw: Callable[..., Figure],
+    values: Mapping[str, Sequence[Any]],
+    *,
+    alt: Callable[..., str],
+    label: str | Mapping[str, str] | None = None,
+    start: Mapping[str, Any] | None = None,
+    caption: str = "",
+    dpi: int = 160,
+) -> Slider:
+    """A figure with one slider for each entry of `values`, e.g. `{"k": [1, 2, 4, 8]}`; two entries make a grid.
+
+    `draw(*point)` returns the Matplotlib figure at a point of the grid, `alt(*point)` what it shows, in words.
+    `label` names a slider for the reader (a mapping when there are several), `start` is where it stands at first,
+    `caption` is shown below. All frames are drawn at once, each kept once. As the last line of a cell the result is
+    a live widget in Jupyter, and plain HTML on a page.
+
+    Raises `ValueError` for no values, more than `MOST_FRAMES` points, a start that is not among the values, or
+    frames of different sizes.
+    """
+    labels = {next(iter(values), ""): label} if isinstance(label, str) else dict(label or {})
+    _check(values, labels, start or {})
+    grid = list(itertools.product(*values.values()))
+    frames = [_frame(draw(*point), dpi, point) for point in grid]
+    if len(sizes := {size for _, size in frames}) > 1:
+        raise ValueError(f"draw returned figures of different sizes, {sorted(sizes)}; give all the same figsize")
+    unique = list(dict.fromkeys(image for image, _ in frames))
+    places = {image: i for i, image in enumerate(unique)}
+    return Slider(
+        values={name: list(choices) for name, choices in values.items()},
+        labels={name: labels.get(name, name) for name in values},
+        images=unique,
+        order=[places[image] for image, _ in frames],
+        alts=[alt(*point) for point in grid],
+        size=frames[0][1],
+        at=[list(choices).index((start or {}).get(name, choices[0])) for name, choices in values.items()],
+        caption=caption,
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class Slider:
+    """Frames over a grid of values, shown by `ipywidgets` in Jupyter and by plain HTML elsewhere. Made by `slider`."""
+
+    values: dict[str, list[Any]]
+    labels: dict[str, str]
+    images: list[str]
+    order: list[int]
+    alts: list[str]
+    size: tuple[int, int]
+    at: list[int]
+    caption: str = ""
+
+    def index(self, places: Sequence[int]) -> int:
+        """Row number in the grid, the last slider running fastest."""
+        row = 0
+        for place, choices in zip(places, self.values.values(), strict=True):
+            row = row * len(choices) + place
+        return row
+
+    def image(self, places: Sequence[int]) -> str:
+        """The `<img>` element at a point of the grid."""
+        row, (width, height) = self.index(places), self.size
+        source, alt = self.images[self.order[row]], html.escape(self.alts[row])
+        return f'<img src="{source}" alt="{alt}" width="{width}" height="{height}" style="max-width:100%;height:auto">'
+
+    def widget(self) -> ipywidgets.Widget:
+        """The live form: the same frames under `ipywidgets` sliders."""
+        picture = ipywidgets.HTML(self.image(self.at))
+        knobs = []
+        for (name, choices), place in zip(self.values.items(), self.at, strict=True):
+            options = [(_text(choice), i) for i, choice in enumerate(choices)]
+            wide = {"description_width": "initial"}
+            layout = ipywidgets.Layout(width="min(100%, 32em)")
+            knob = ipywidgets.SelectionSlider(
+                options=options, value=place, description=self.labels[name], style=wide, layout=layout
+            )
+            knobs.append(knob)
+        for knob in knobs:
+            knob.observe(lambda _: setattr(picture, "value", self.image([k.value for k in knobs])), "value")
+        return ipywidgets.VBox([picture, *knobs])
+
+    def html(self) -> str:
+        """The form for a page: `<input type=range>` over the frames, and a few lines of script; needs no kernel."""
+        name = f"book-slider-{next(_numbers)}"
+        knobs = "".join(
+            _KNOB.format(
+                id=f"{name}-{knob}",
+                label=html.escape(self.labels[knob]),
+                last=len(choices) - 1,
+                at=place,
+                text=html.escape(_text(choices[place])),
+            )
+            for (knob, choices), place in zip(self.values.items(), self.at, strict=True)
+        )
+        data = {
+            "images": self.images,
+            "order": self.order,
+            "alts": self.alts,
+            "values": [[_text(c) for c in choices] for choices in self.values.values()],
+        }
+        return _PAGE.format(
+            id=name,
+            image=self.image(self.at),
+            knobs=knobs,
+            caption=f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else "",
+            data=json.dumps(data).replace("</", "<\\/"),
+        )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """Both forms at once: Jupyter prefers the widget, `helpers.press.build` keeps the HTML."""
+        live = self.widget()._repr_mimebundle_()
+        live = live[0] if isinstance(live, tuple) else live
+        return live | {"text/html": self.html(), "text/plain": self.alts[self.index(self.at)]}
+
+
+_KNOB = """
+<div class="book-slider-knob"><label for="{id}">{label}</label>
+<input type="range" id="{id}" min="0" max="{last}" step="1" value="{at}" aria-label="{label}" aria-valuetext="{text}">
+<output for="{id}" aria-live="polite">{text}</output></div>"""
+
+_PAGE = """<figure class="book-slider" id="{id}">{image}{knobs}{caption}
+<script type="application/json">{data}</script>
+<script>(() => {{
+  const root = document.getElementById("{id}");
+  const data = JSON.parse(root.querySelector("script").textContent);
+  const image = root.querySelector("img"), knobs = [...root.querySelectorAll("input")];
+  const show = () => {{
+    const row = knobs.reduce((r, k, i) => r * data.values[i].length + Number(k.value), 0);
+    image.src = data.images[data.order[row]];
+    image.alt = data.alts[row];
+    knobs.forEach((k, i) => {{
+      const text = data.values[i][Number(k.value)];
+      k.setAttribute("aria-valuetext", text);
+      k.parentElement.querySelector("output").textContent = text;
+    }});
+  }};
+  knobs.forEach((k) => k.addEventListener("input", show));
+  show(); // a browser may bring back where a slider stood before a reload
+}})();</script></figure>"""
+
+
+def _check(values: Mapping[str, Sequence[Any]], labels: Mapping[str, str], start: Mapping[str, Any]) -> None:
+    if not values or not all(len(choices) for choices in values.values()):
+        raise ValueError(f"values={dict(values)!r}: every slider needs at least one value")
+    count = 1
+    for choices in values.values():
+        count *= len(choices)
+    if count > MOST_FRAMES:
+        raise ValueError(f"values make {count} frames; allowed: {MOST_FRAMES}. Offer fewer values")
+    for what, given in (("label", labels), ("start", start)):
+        if unknown := set(given) - set(values):
+            raise ValueError(f"{what} names {sorted(unknown)}; allowed: {sorted(values)}")
+    for name, value in start.items():
+        if value not in list(values[name]):
+            raise ValueError(f"start={value!r} for {name} is not one of its values {list(values[name])}")
+
+
+def _frame(figure: Any, dpi: int, point: tuple[Any, ...]) -> tuple[str, tuple[int, int]]:
+    """One frame as a data address, at `dpi`, with the size (width, height) at which it is shown; closes the figure."""
+    if not isinstance(figure, Figure):
+        raise ValueError(f"draw returned {type(figure).__name__} at {point}; it must return a Matplotlib Figure")
+    raw, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(raw, format="png", dpi=dpi, bbox_inches=None)
+    plt.close(figure)
+    Image.open(raw).convert("RGB").save(packed, format="webp", lossless=True, method=4)
+    inches = figure.get_size_inches()
+    address = "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode()
+    return address, (round(inches[0] * 100), round(inches[1] * 100))
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

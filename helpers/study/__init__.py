@@ -1,0 +1,1 @@
+"""What is run, what came out, and how sure we are."""

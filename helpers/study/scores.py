@@ -1,0 +1,347 @@
+"""How well a dictionary reconstructs, what its features do, and how sure we are.
+
+Definitions follow the book's glossary: FVU is centred on the mean of the same rows and summed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional as F
+
+from helpers.training.loop import as_tensor
+
+
+def fvu(output: Float[Tensor, "rows d"], target: Float[Tensor, "rows d"]) -> float:
+    """Σ‖y − ŷ‖² / Σ‖y − ȳ‖², ȳ the per-dimension mean of the SAME rows; float64. 0 is perfect, 1 is the mean."""
+    target, output = target.double(), output.double()
+    total = (target - target.mean(0)).square().sum()
+    if total == 0:
+        raise ValueError("target is constant; allowed: rows that vary, since FVU divides by their variance")
+    return float((target - output).square().sum() / total)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a dictionary does on held-out rows.
+
+    `squared_error` and `squared_norm` are per row (‖y − ŷ‖² and ‖y − ȳ‖², ȳ the mean of all rows), so that FVU can be
+    resampled over articles; `rates` [n_atoms] is the share of rows on which each atom fires. What is said of atoms is
+    NaN for a model without any.
+    """
+
+    squared_error: Float[Tensor, " rows"]
+    squared_norm: Float[Tensor, " rows"]
+    rates: Float[Tensor, " n_atoms"]
+    chosen_but_zero: float
+
+    @property
+    def fvu(self) -> float:
+        return float(self.squared_error.sum() / self.squared_norm.sum())
+
+    @property
+    def dead(self) -> float:
+        """Share of atoms that never fired on these rows; state how many rows with it."""
+        return float((self.rates == 0).double().mean())
+
+    @property
+    def dense(self) -> float:
+        """Share of atoms that fire on more than a tenth of the rows."""
+        return float((self.rates > 0.1).double().mean())
+
+    @property
+    def largest_rate(self) -> float:
+        return float(self.rates.max()) if len(self.rates) else math.nan
+
+    @property
+    def n(self) -> int:
+        return len(self.squared_error)
+
+
+@torch.no_grad()
+def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluation:
+    """Run `model.trace` over all rows, in batches on the model's device.
+
+    Args:
+        inputs, targets: [rows, d] tensors or memory-mapped arrays; `targets` defaults to `inputs`.
+    """
+    targets = inputs if targets is None else targets
+    if len(inputs) != len(targets):
+        raise ValueError(f"targets has {len(targets)} rows; allowed: {len(inputs)}, as many as inputs")
+    where = next(model.parameters())
+    mean = sum(as_tensor(targets, s).double().sum(0) for s in _slices(len(targets), batch_size)) / len(targets)
+    errors, norms, fired, silent = [], [], torch.zeros(model.n_atoms, dtype=torch.long, device=where.device), 0
+    for rows in _slices(len(inputs), batch_size):
+        x, y = (as_tensor(a, rows).to(where.device, where.dtype) for a in (inputs, targets))
+        trace = model.trace(x)
+        errors.append((trace.output - y).double().square().sum(1).cpu())
+        norms.append((y.double().cpu() - mean).square().sum(1))
+        fired += trace.codes.firing_counts(model.n_atoms)
+        silent += int((~trace.codes.fires).sum())
+    slots = len(inputs) * model.k * model.expert_rank
+    share = silent / slots if slots else math.nan
+    return Evaluation(torch.cat(errors), torch.cat(norms), fired.cpu().double() / len(inputs), share)
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def ce_recovered(ablated: float, spliced: float, clean: float) -> float:
+    """(CE_ablated − CE_spliced) / (CE_ablated − CE_clean): 1 loses nothing, 0 is as bad as ablating (zero or mean)."""
+    if ablated == clean:
+        raise ValueError(f"ablated={ablated} equals clean; allowed: an ablation that changes the loss")
+    return (ablated - spliced) / (ablated - clean)
+
+
+def bootstrap_interval(
+    data: Float[np.ndarray, "units ..."],
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    *,
+    seed: int = 0,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap over the FIRST axis of `data` (articles, seeds): resample whole units, apply `statistic`.
+
+    For a ratio of sums, let the columns be numerator and denominator:
+    `bootstrap_interval(np.c_[errors, norms], lambda a: a[:, 0].sum() / a[:, 1].sum())`.
+    """
+    data = np.asarray(data)
+    if len(data) < 2:
+        raise ValueError(f"data has {len(data)} units; allowed: at least 2 to resample")
+    draws = np.random.default_rng(seed).integers(len(data), size=(n_resamples, len(data)))
+    values = [statistic(data[rows]) for rows in draws]
+    lo, hi = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(lo), float(hi)
+
+
+def by_group(values: Float[Tensor, " rows"], groups: Int[Tensor, " rows"]) -> Float[np.ndarray, " units"]:
+    """Sums of `values` per group (article), in the order of the sorted group ids."""
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    return np.bincount(index, weights=np.asarray(values, dtype=np.float64))
+
+
+def max_cosines(of: Float[Tensor, "a d"], among: Float[Tensor, "b d"], *, chunk: int = 4096) -> Float[Tensor, " a"]:
+    """For each row of `of`, the largest cosine over the rows of `among`.
+
+    Truth over learned is recovery (its mean is MMCS, which ignores duplicates); learned over truth is precision.
+    """
+    among = torch.nn.functional.normalize(among, dim=1)
+    return torch.cat([(torch.nn.functional.normalize(rows, dim=1) @ among.T).amax(1) for rows in of.split(chunk)])
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How well learned directions match true ones, in both directions.
+
+    `of_truth` [n_true] is each true feature's largest cosine over the learned ones, `of_learned` [n_learned] each
+    learned one's over the true ones, and `twin` [n_learned] its largest cosine with another learned one.
+    """
+
+    of_truth: Float[Tensor, " n_true"]
+    of_learned: Float[Tensor, " n_learned"]
+    twin: Float[Tensor, " n_learned"]
+    mcc: float
+    threshold: float = 0.9
+
+    @property
+    def found(self) -> float:
+        """Share of the true features that some learned one matches (recall)."""
+        return float((self.of_truth > self.threshold).double().mean())
+
+    @property
+    def matched(self) -> float:
+        """Share of the learned features that match some true one (precision)."""
+        return float((self.of_learned > self.threshold).double().mean()) if len(self.of_learned) else math.nan
+
+    @property
+    def mmcs(self) -> float:
+        """Mean over true features of the largest cosine; it ignores duplicates."""
+        return float(self.of_truth.double().mean())
+
+    @property
+    def duplicates(self) -> float:
+        """Share of the learned features that have a twin among the others."""
+        return float((self.twin > self.threshold).double().mean()) if len(self.twin) else math.nan
+
+
+def recovery(
+    learned: Float[Tensor, "n_learned d"], truth: Float[Tensor, "n_true d"], *, threshold: float = 0.9
+) -> Recovery:
+    """Compare learned directions (those of LIVE features) with the true ones; a match is a cosine above `threshold`.
+
+    MCC is the mean cosine of the best one-to-one matching (Hungarian), summed over min(n_learned, n_true) pairs and
+    divided by n_true, so that a true feature without a partner counts 0.
+    """
+    cosines = F.normalize(truth, dim=1) @ F.normalize(learned, dim=1).T
+    if not learned.shape[0]:
+        nothing = learned.new_zeros(0)
+        return Recovery(learned.new_zeros(len(truth)), nothing, nothing, 0.0, threshold)
+    pairs = linear_sum_assignment(cosines.clamp(min=0).double().cpu().numpy(), maximize=True)
+    mcc = float(cosines[pairs].clamp(min=0).double().sum() / len(truth))
+    among = F.normalize(learned, dim=1) @ F.normalize(learned, dim=1).T
+    among.fill_diagonal_(-1)
+    return Recovery(cosines.amax(1), cosines.amax(0), among.amax(1), mcc, threshold)
+
+
+def resampled(seeds: int, units: int, n_resamples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of seeds and of units (articles, documents), each drawn as a whole; one pair a resample."""
+    random = np.random.default_rng(seed)
+    for _ in range(n_resamples):
+        yield random.integers(seeds, size=seeds), random.integers(units, size=units)
+
+
+def crossed_interval(
+    data: Float[np.ndarray, "seeds units ..."],
+    statistic: Callable[[np.ndarray], float],
+    *,
+    seed: int = 0,
+    n_resamples: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap that resamples the first two axes, each as a whole: seeds, and units such as articles.
+
+    With one seed only the units are resampled, and the interval says nothing about seeds.
+    """
+    data = np.asarray(data)
+    if data.ndim < 2 or data.shape[1] < 2:
+        raise ValueError(f"data has shape {data.shape}; allowed: [seeds, units, ...] with at least 2 units to resample")
+    values = [statistic(data[i][:, j]) for i, j in resampled(*data.shape[:2], n_resamples, seed)]
+    lo, hi = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(lo), float(hi)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A number made of sums over articles, or other units, and over seeds: its 95 % interval, over units alone where
+    there is one seed; its value for each seed; how many seeds × units there are. `claims.Chapter.record` takes it.
+    """
+
+    value: float
+    ci: tuple[float, float]
+    by_seed: list[float]
+    n: int
+
+    @property
+    def resampled(self) -> Literal["articles", "seed × article"]:
+        return "articles" if len(self.by_seed) == 1 else "seed × article"
+
+
+def compared(
+    data: Float[np.ndarray, "seeds articles ..."], statistic: Callable[[np.ndarray], float], **bootstrap
+) -> Comparison:
+    """`statistic` of `data`, of each seed's share of it, and of resamples (`crossed_interval`).
+
+    The largest of many rates is larger in a resample than in the sample, on average; where that leaves the number
+    itself outside its interval, the interval is widened to hold it.
+    """
+    value, (low, high) = statistic(data), crossed_interval(data, statistic, **bootstrap)
+    by_seed = [statistic(data[i : i + 1]) for i in range(len(data))]
+    return Comparison(value, (min(low, value), max(high, value)), by_seed, data.shape[0] * data.shape[1])
+
+
+# -- one table of sums -------------------------------------------------------------------------------------------------
+
+
+class Totals:
+    """One cell's sums over units: `totals["errors"]` is [seeds] (or [seeds, width] where a column has a width)."""
+
+    def __init__(self, sums: Mapping[str, Float[np.ndarray, "seeds ..."]]):
+        self.sums = sums
+
+    def __getitem__(self, column: str) -> Float[np.ndarray, "seeds ..."]:
+        return self.sums[column]
+
+    def total(self, column: str) -> float:
+        """A column over all seeds."""
+        return float(self.sums[column].sum())
+
+    @property
+    def fvu(self) -> float:
+        """Σ errors / Σ norms, over seeds and units."""
+        return self.total("errors") / self.total("norms")
+
+    @property
+    def largest_rate(self) -> float:
+        """Mean over seeds of the largest share of `rows` on which one of the `counts` fires."""
+        return float((self["counts"] / self["rows"][:, None]).max(1).mean())
+
+    @property
+    def added(self) -> float:
+        """Nats per token that a splice adds to the model's loss."""
+        return (self.total("nats") - self.total("clean")) / self.total("tokens")
+
+    def ce_recovered(self, ablation: str = "zero") -> float:
+        """CE recovered against the loss in the column of that name (`zero` or `mean` ablation)."""
+        return ce_recovered(self.total(ablation), self.total("nats"), self.total("clean"))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Named cells × seeds × units × columns: sums over the rows of each unit (article), from which all that is said of
+    cells is made, so that seeds and units are resampled together for all of them.
+
+    Args:
+        cells: by name and seed, columns [units] or [units, width]; all of one number of units.
+        shared: columns that are the same for every cell and seed, such as the clean model's loss.
+    """
+
+    cells: Mapping[Hashable, Mapping[int, Mapping[str, Float[np.ndarray, "units ..."]]]]
+    shared: Mapping[str, Float[np.ndarray, " units"]] = field(default_factory=dict)
+
+    def seeds(self, *names: Hashable) -> list[int]:
+        """Seeds that all of these cells have; `ValueError` where there is none, or a name is unknown."""
+        if unknown := [name for name in names if name not in self.cells]:
+            raise ValueError(f"cells={unknown} are not in the table; allowed: {', '.join(map(str, self.cells))}")
+        common = set.intersection(*(set(self.cells[name]) for name in names))
+        if not common:
+            raise ValueError(f"no seed is common to {', '.join(map(str, names))}; allowed: at least one")
+        return sorted(common)
+
+    def compare(
+        self, statistic: Callable[..., float], *names: Hashable, seed: int = 0, n_resamples: int = 2000
+    ) -> Comparison:
+        """`statistic(*totals)`, one `Totals` for each name, with its interval: seeds that all have, and units, are
+        resampled as wholes, the same for all cells. Raises `ValueError` for fewer than two units, or cells that differ
+        in their units.
+        """
+        names = names or tuple(self.cells)
+        seeds = self.seeds(*names)
+        data = [self._stacked(name, seeds) for name in names]
+        sizes = {array.shape[1] for columns in data for array in columns.values()}
+        if len(sizes) != 1 or min(sizes) < 2:
+            raise ValueError(f"cells have {sorted(sizes)} units; allowed: the same for all, at least 2 to resample")
+
+        def of(at: np.ndarray, units: np.ndarray) -> float:
+            weight = np.bincount(units, minlength=min(sizes)).astype(float)
+            parts = ({c: np.tensordot(a[at], weight, ([1], [0])) for c, a in each.items()} for each in data)
+            return float(statistic(*map(Totals, parts)))
+
+        every, all_units = np.arange(len(seeds)), np.arange(min(sizes))
+        value, by_seed = of(every, all_units), [of(every[i : i + 1], all_units) for i in every]
+        values = [of(*draw) for draw in resampled(len(seeds), min(sizes), n_resamples, seed)]
+        low, high = np.quantile(values, [0.025, 0.975])
+        interval = (float(min(low, value)), float(max(high, value)))  # see `compared`
+        return Comparison(value, interval, by_seed, len(seeds) * min(sizes))
+
+    def fvu(self, name: Hashable, **bootstrap) -> Comparison:
+        """FVU of one cell."""
+        return self.compare(lambda cell: cell.fvu, name, **bootstrap)
+
+    def ratio(self, over: Hashable, under: Hashable, **bootstrap) -> Comparison:
+        """FVU of one cell over that of another."""
+        return self.compare(lambda a, b: a.fvu / b.fvu, over, under, **bootstrap)
+
+    def _stacked(self, name: Hashable, seeds: Sequence[int]) -> dict[str, np.ndarray]:
+        own = [self.cells[name][seed] for seed in seeds]
+        columns = {column: np.stack([np.asarray(each[column], float) for each in own]) for column in own[0]}
+        return columns | {c: np.repeat(np.asarray(v, float)[None], len(seeds), 0) for c, v in self.shared.items()}

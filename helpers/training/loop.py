@@ -1,0 +1,381 @@
+"""One training loop for every model of the family.
+
+A stream is a function of the step: the same step always gives the same batch, so a run that was interrupted goes on
+where it stopped, several students see the same batches, and nothing depends on who asked first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers import kept, settings
+from helpers.dictionary import RankOneDictionary
+from helpers.kept import Kept
+from helpers.training.remedies import Balance, Moment, normalised_mse
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """`stream(step)` gives (inputs, targets); `fingerprint` names everything that determines them."""
+
+    fingerprint: str
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]: ...
+
+
+class Shuffled:
+    """Batches of stored rows, each epoch in a new order; the last incomplete batch of an epoch is left out.
+
+    Args:
+        inputs: [rows, d] tensor or memory-mapped array; only the rows of a batch are read.
+        targets: as `inputs`, same length; None reconstructs the inputs.
+        fingerprint: what identifies the data (a store's key); hashed from the content if None.
+    """
+
+    def __init__(
+        self, inputs, targets=None, *, batch_size: int, seed: int = 0, device="cpu", fingerprint: str | None = None
+    ):
+        if targets is not None and len(targets) != len(inputs):
+            raise ValueError(f"targets has {len(targets)} rows; allowed: {len(inputs)}, as many as inputs")
+        if not 1 <= batch_size <= len(inputs):
+            raise ValueError(
+                f"batch_size={batch_size} cannot be filled; allowed: 1 to {len(inputs)}, the rows there are"
+            )
+        self.inputs, self.targets, self.batch_size, self.seed = inputs, targets, batch_size, seed
+        self.device, self._identity = torch.device(device), fingerprint
+        self._epoch: tuple[int, Tensor] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.inputs) // self.batch_size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        arrays = [self.inputs] if self.targets is None else [self.inputs, self.targets]
+        identity = self._identity or kept.digest(*(np.ascontiguousarray(np.asarray(a)) for a in arrays))
+        return f"shuffled({identity}, n={len(self.inputs)}, batch={self.batch_size}, seed={self.seed})"
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (
+                epoch,
+                torch.randperm(len(self.inputs), generator=settings.generator(settings.mix(self.seed, epoch))),
+            )
+        rows = self._epoch[1][position * self.batch_size : (position + 1) * self.batch_size].numpy()
+        inputs = as_tensor(self.inputs, rows).to(self.device)
+        return inputs, inputs if self.targets is None else as_tensor(self.targets, rows).to(self.device)
+
+
+class Fresh:
+    """Batches drawn anew at every step: `draw(n, generator)` gives rows, or (inputs, targets).
+
+    Args:
+        fingerprint: names the distribution and its parameters.
+    """
+
+    def __init__(
+        self, draw: Callable, *, batch_size: int, fingerprint: str, seed: int = 0, device: str | torch.device = "cpu"
+    ):
+        self.draw, self.batch_size, self.seed, self.device = draw, batch_size, seed, torch.device(device)
+        self.fingerprint = f"fresh({fingerprint}, batch={batch_size}, seed={seed})"
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        drawn = self.draw(self.batch_size, settings.generator(settings.mix(self.seed, step), self.device))
+        return drawn if isinstance(drawn, tuple) else (drawn, drawn)
+
+
+OTHERS = ("torch", "transformers")
+"""Packages whose modules count in a key by their version."""
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+}
+"""Learning rate as a share of `lr`, for the share of the steps that is done; warm-up multiplies it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that `fit` does to one student."""
+
+    steps: int
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float | None = None
+    balance: Balance = field(default_factory=Balance)
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} is no training; allowed: at least 1")
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr} does not learn; allowed: above 0")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r} is unknown; allowed: {', '.join(map(repr, SCHEDULES))}")
+
+    def lr_at(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return self.lr * warm * SCHEDULES[self.schedule](step / self.steps)
+
+
+@dataclass
+class Fit:
+    """A trained student, its loss curve (`steps`, `loss`: normalised MSE without what the remedy adds) and its cost."""
+
+    student: RankOneDictionary
+    steps: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    from_cache: bool = False
+
+
+def fit(
+    students: RankOneDictionary | Mapping[str, RankOneDictionary],
+    stream: Stream,
+    *,
+    steps: int,
+    lr: float | Mapping[str, float] = 1e-3,
+    balance: Balance | Mapping[str, Balance] | None = None,
+    cache_dir: str | Path | None | Literal[False] = False,
+    label: str = "fit",
+    log_every: int = 10,
+    checkpoint_seconds: float = 60.0,
+    autocast: torch.dtype | None = None,
+    **recipe,
+) -> Fit | dict[str, Fit]:
+    """Train one student, or several by name over one stream of batches, and return a `Fit` for each.
+
+    Students are trained in place by Adam on the normalised mean squared error; constraints of the family (unit-norm
+    rows) are kept at every step. Unless `cache_dir` is False each student is stored under everything that determines it
+    (its initial parameters, stream, recipe, and their code), whoever trains beside it: a finished one is loaded instead
+    of repeated, an interrupted one goes on from its last checkpoint.
+
+    Args:
+        students: each on the device where it shall be trained.
+        steps, lr, and by keyword schedule, warmup, betas, weight_decay, clip: see `Recipe`. `lr` and `balance` may be
+            mappings by the student's name.
+        cache_dir: where runs are stored; None for the user's cache folder, False for nowhere.
+        log_every: loss is recorded (and read back from the device) every so many steps.
+        autocast: dtype for mixed precision on a GPU; None for the parameters' own.
+
+    Raises:
+        ValueError: for a bad recipe, or students that do not fit the stream's batches, before any training.
+        FloatingPointError: when a loss stops being finite, naming the student and the step.
+    """
+    single = not isinstance(students, Mapping)
+    named = {"": students} if single else dict(students)
+    recipes = {
+        name: Recipe(steps, lr=_of(lr, name), balance=_of(balance, name) or Balance(), **recipe) for name in named
+    }
+    _check_widths(named, stream)
+    for name, student in named.items():
+        if recipes[name].balance.needs_bias and student.selection_bias is None:
+            raise ValueError(f"student {name!r} has selection_bias=False; allowed with {recipes[name].balance}: True")
+    run = Run(named, stream, recipes, autocast=autocast, log_every=log_every)
+    if cache_dir is False:
+        run.advance(label, checkpoint_seconds)
+        return run.fits[""] if single else run.fits
+    run.stores = {name: run.kept(name, cache_dir) for name in named}
+    run.load()
+    with contextlib.ExitStack() as locks:
+        waiting = {run.stores[name].key: run.stores[name] for name in run.unfinished}
+        for key in sorted(waiting):  # in one order, so that no two processes wait for each other
+            locks.enter_context(waiting[key].lock())
+        run.load()  # whoever waited for a lock may find the training done
+        run.advance(label, checkpoint_seconds)
+    return run.fits[""] if single else run.fits
+
+
+def _of(value, name: str):
+    if not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise ValueError(f"no value is given for student {name!r}; allowed: one of {sorted(value)}")
+    return value[name]
+
+
+def _check_widths(students: Mapping[str, RankOneDictionary], stream: Stream) -> None:
+    inputs, targets = stream(0)
+    for name, student in students.items():
+        if (student.d_in, student.d_out) != (inputs.shape[1], targets.shape[1]):
+            raise ValueError(
+                f"student {name!r} maps {student.d_in} to {student.d_out} numbers; "
+                f"allowed: {inputs.shape[1]} to {targets.shape[1]}, as the stream's batches"
+            )
+
+
+class Run:
+    """State of a training: what is needed to go on, and what identifies it. `fit` is the way to use it."""
+
+    def __init__(
+        self,
+        students: Mapping[str, RankOneDictionary],
+        stream: Stream,
+        recipes: Mapping[str, Recipe],
+        *,
+        autocast: torch.dtype | None = None,
+        log_every: int = 10,
+    ):
+        self.students, self.stream, self.recipes = students, stream, recipes
+        self.autocast, self.log_every = autocast, log_every
+        self.steps, self.stores = dict.fromkeys(students, 0), {}
+        self.optimisers = {
+            name: torch.optim.Adam(
+                student.parameters(),
+                lr=recipes[name].lr,
+                betas=recipes[name].betas,
+                weight_decay=recipes[name].weight_decay,
+                fused=next(student.parameters()).device.type in ("cpu", "cuda"),
+            )
+            for name, student in students.items()
+        }
+        self.fits = {name: Fit(student) for name, student in students.items()}
+        self.ks = {name: student.k for name, student in students.items()}
+        self.silent = {
+            name: torch.zeros(student.n_atoms, dtype=torch.long, device=next(student.parameters()).device)
+            for name, student in students.items()
+        }
+
+    def kept(self, name: str, cache_dir: str | Path | None) -> Kept:
+        """Where a student lies in the cache: under everything that determines it, the code included."""
+        student, where = self.students[name], next(self.students[name].parameters()).device.type
+        start = [student.knobs, kept.digest(*student.state_dict().values()), where]
+        what = [start, self.recipes[name], self.stream.fingerprint, self.autocast, self.log_every]
+        own = {type(module) for module in student.modules() if type(module).__module__.split(".")[0] not in OTHERS}
+        return Kept("fits", what, Run, *own, *_makers(self.stream), cache_dir=cache_dir)
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Students with steps left."""
+        return [name for name, recipe in self.recipes.items() if self.steps[name] < recipe.steps]
+
+    def advance(self, label: str, checkpoint_seconds: float) -> None:
+        """Train to the end, keeping the stores up to date."""
+        training = self.unfinished
+        if not training:
+            return
+        saved = started = time.perf_counter()
+        before = {name: self.fits[name].seconds for name in training}
+        first = min(self.steps[name] for name in training)
+        last = max(self.recipes[name].steps for name in training)
+        for step in settings.progress(range(first, last), label, initial=first, total=last, delay=2):
+            self.train_step(step)
+            now = time.perf_counter()
+            for name in training:
+                self.fits[name].seconds = before[name] + (now - started) / len(training)
+            if now - saved > checkpoint_seconds:
+                self.save(training)
+                saved = now
+        self.save(training)
+
+    def train_step(self, step: int) -> None:
+        """One optimiser step of every student that has come to this one, on one batch."""
+        inputs, targets = self.stream(step)
+        for name in self.students:
+            if self.steps[name] == step < self.recipes[name].steps:
+                self._update(name, inputs, targets, step)
+                self.steps[name] = step + 1
+
+    @cached_property
+    def variance(self) -> float:
+        return _variance(self.stream)
+
+    def _update(self, name: str, inputs: Tensor, targets: Tensor, step: int) -> None:
+        student, recipe, optimiser, fit = (
+            self.students[name],
+            self.recipes[name],
+            self.optimisers[name],
+            self.fits[name],
+        )
+        like = next(student.parameters())
+        inputs, targets = inputs.to(like.device, like.dtype), targets.to(like.device, like.dtype)
+        student.k = min(recipe.balance.k_at(self.ks[name], step / recipe.steps), student.n_features)
+        with torch.autocast(like.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            trace = student.trace(inputs, score_gradient=recipe.balance.needs_scores)
+        student.k = self.ks[name]
+        loss = normalised_mse(trace.output.to(targets.dtype), targets, self.variance)
+        silent = self.silent[name].add_(1)
+        silent[trace.codes.indices[trace.codes.fires]] = 0
+        now = Moment(student, inputs, targets, trace, loss, silent, step, recipe.steps, optimiser)
+        if step % self.log_every == 0 or step == recipe.steps - 1:
+            fit.steps.append(step)
+            fit.loss.append(float(loss.detach()))
+            if not math.isfinite(fit.loss[-1]):
+                raise FloatingPointError(f"the loss of student {name!r} is {fit.loss[-1]} at step {step}; lower lr")
+        optimiser.zero_grad(set_to_none=True)
+        (loss + recipe.balance.loss(now)).backward()
+        student.constrain_gradient_()
+        if recipe.clip is not None:
+            torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.clip)
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.lr_at(step)
+        optimiser.step()
+        student.constrain_()
+        recipe.balance.after_step(now)
+
+    def save(self, names: Iterable[str]) -> None:
+        """Keep the state of these students, without an optimiser's where nothing is left to do."""
+        for name in names if self.stores else ():
+            fit, done = self.fits[name], self.steps[name] >= self.recipes[name].steps
+            self.stores[name].write(
+                {
+                    "step": self.steps[name],
+                    "student": dict(self.students[name].state_dict()),
+                    "optimiser": None if done else self.optimisers[name].state_dict(),
+                    "fit": [fit.steps, fit.loss, fit.seconds],
+                    "silent": self.silent[name],
+                }
+            )
+
+    def load(self) -> None:
+        """Take up what is stored of the students that have steps left; a damaged file is named, never half used."""
+        for name in self.unfinished:
+            if (state := self.stores[name].read()) is None:
+                continue
+            self.steps[name] = state["step"]
+            self.students[name].load_state_dict(state["student"])
+            if state["optimiser"] is not None:
+                self.optimisers[name].load_state_dict(state["optimiser"])
+            self.silent[name].copy_(state["silent"])
+            self.fits[name] = Fit(self.students[name], *state["fit"], from_cache=state["optimiser"] is None)
+
+
+def _makers(stream: Stream) -> list:
+    """The class of a stream, and what it draws from: classes and functions whose code decides its batches."""
+    inner = getattr(stream, "stream", None)
+    drawn = [stream.draw] if hasattr(stream, "draw") else []
+    return [type(stream), *drawn, *(_makers(inner) if inner is not None else [])]
+
+
+def _variance(stream: Stream, batches: int = 4) -> float:
+    """Total variance of the targets, from the stream's first batches: the constant that makes the loss scale-free."""
+    targets = torch.cat([stream(step)[1] for step in range(batches)]).double()
+    variance = float((targets - targets.mean(0)).square().sum(1).mean())
+    if not variance > 0:
+        raise ValueError(f"the stream's targets have variance {variance}; allowed: targets that vary and are finite")
+    return variance
+
+
+def as_tensor(array, rows) -> Tensor:
+    """Rows of a tensor or of a memory-mapped NumPy array, as a tensor."""
+    part = array[rows]
+    return part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))

@@ -1,0 +1,357 @@
+"""What is minimised, and what is added to it to keep features alive.
+
+A remedy is a small frozen dataclass with one interface (`Balance`), so that `fit(sae, stream, balance=switch(0.1))`
+reads like the sentence. What it may look at and change is a `Moment`: one step of one student.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from helpers import settings
+from helpers.dictionary import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from helpers.dictionary import RankOneDictionary, Trace
+
+
+def normalised_mse(
+    output: Float[Tensor, "batch d"], target: Float[Tensor, "batch d"], variance: float
+) -> Float[Tensor, ""]:
+    """Mean over the batch of ‖y − ŷ‖² over the targets' total variance: an estimate of FVU, so 1 is "the mean"."""
+    return (output - target).square().sum() / (len(target) * variance)
+
+
+# -- the interface -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Moment:
+    """One training step of one student, as a remedy sees it.
+
+    `loss` is the reconstruction loss of this batch; `silent` counts, for each atom, the steps since it last fired,
+    this one included (since the start, if it never did). `optimiser` is there for what resets its state.
+    """
+
+    dictionary: RankOneDictionary
+    inputs: Float[Tensor, "batch d_in"]
+    target: Float[Tensor, "batch d_out"]
+    trace: Trace
+    loss: Float[Tensor, ""]
+    silent: Int[Tensor, " n_atoms"]
+    step: int
+    steps: int
+    optimiser: torch.optim.Optimizer | None = None
+
+    @property
+    def residual(self) -> Float[Tensor, "batch d_out"]:
+        """y − ŷ, without gradient."""
+        return (self.target - self.trace.output).detach()
+
+    def dead(self, silent_for: int) -> Int[Tensor, " n_dead"]:
+        """Atoms that have not fired for that many steps."""
+        return (self.silent >= silent_for).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Balance:
+    """A remedy for dead features: nothing by default. `fit` asks `k_at` before a step, `loss` in it, and calls
+    `after_step` behind it.
+
+    `needs_scores` asks for a gradient through the dense scores, which makes the step's backward pass dense.
+    `needs_bias` asks for a model with a `selection_bias`.
+    """
+
+    needs_scores: ClassVar[bool] = False
+    needs_bias: ClassVar[bool] = False
+
+    def k_at(self, k: int, done: float) -> int:
+        """How many features are chosen when the share `done` of the steps is over; the model's own `k` by default."""
+        return k
+
+    def loss(self, now: Moment) -> Tensor | float:
+        """What is added to the training loss."""
+        return 0.0
+
+    def after_step(self, now: Moment) -> None:
+        """What is done to the model behind the optimiser's step."""
+
+
+@dataclass(frozen=True, init=False)
+class Together(Balance):
+    """Several remedies at once: their losses add, and the largest `k_at` counts."""
+
+    parts: tuple[Balance, ...]
+
+    def __init__(self, *parts: Balance):
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def needs_scores(self) -> bool:  # type: ignore[override]
+        return any(part.needs_scores for part in self.parts)
+
+    @property
+    def needs_bias(self) -> bool:  # type: ignore[override]
+        return any(part.needs_bias for part in self.parts)
+
+    def k_at(self, k: int, done: float) -> int:
+        return max(part.k_at(k, done) for part in self.parts)
+
+    def loss(self, now: Moment) -> Tensor | float:
+        return sum(part.loss(now) for part in self.parts)
+
+    def after_step(self, now: Moment) -> None:
+        for part in self.parts:
+            part.after_step(now)
+
+
+@dataclass(frozen=True)
+class During(Balance):
+    """A remedy that acts only from the share `start` of the steps on and before `stop`, 0 ≤ start < stop ≤ 1."""
+
+    what: Balance
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.start < self.stop <= 1:
+            raise ValueError(f"start={self.start}, stop={self.stop}; allowed: 0 ≤ start < stop ≤ 1")
+
+    @property
+    def needs_scores(self) -> bool:  # type: ignore[override]
+        return self.what.needs_scores
+
+    @property
+    def needs_bias(self) -> bool:  # type: ignore[override]
+        return self.what.needs_bias
+
+    def acts(self, done: float) -> bool:
+        return self.start <= done < self.stop
+
+    def k_at(self, k: int, done: float) -> int:
+        return self.what.k_at(k, done) if self.acts(done) else k
+
+    def loss(self, now: Moment) -> Tensor | float:
+        return self.what.loss(now) if self.acts(now.step / now.steps) else 0.0
+
+    def after_step(self, now: Moment) -> None:
+        if self.acts(now.step / now.steps):
+            self.what.after_step(now)
+
+
+# -- from mixtures of experts ------------------------------------------------------------------------------------------
+
+
+def load_shares(indices: Int[Tensor, "batch k"], n: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
+    """f_i: the share of the batch's k·T choices that fell on i. Sums to 1."""
+    return torch.bincount(indices.reshape(-1), minlength=n).to(dtype) / indices.numel()
+
+
+@dataclass(frozen=True)
+class Switch(Balance):
+    """Load balancing of the Switch Transformer (Fedus et al. 2021, eq. 4–6) on a dictionary's scores.
+
+    L = α·n·Σ_i f_i P_i with f_i the share of the batch's k·T choices that fell on i (no gradient) and P_i the mean
+    softmax probability of i at temperature τ. Uniform use gives α.
+    """
+
+    alpha: float = 0.01
+    temperature: float = 1.0
+    needs_scores: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _positive(temperature=self.temperature)
+
+    def loss(self, now: Moment) -> Tensor:
+        scores = now.trace.scores
+        share = load_shares(now.trace.codes.indices, scores.shape[1], scores.dtype)
+        probability = (scores / self.temperature).softmax(-1).mean(0)
+        return self.alpha * len(share) * (share * probability).sum()
+
+
+@dataclass(frozen=True)
+class ZLoss(Balance):
+    """Router z-loss of ST-MoE (Zoph et al. 2022, eq. 5): coefficient · mean_b (log Σ_j exp s_bj)².
+
+    It keeps scores small; it was made for stability, not for balance.
+    """
+
+    coefficient: float = 1e-3
+    needs_scores: ClassVar[bool] = True
+
+    def loss(self, now: Moment) -> Tensor:
+        return self.coefficient * now.trace.scores.logsumexp(-1).square().mean()
+
+
+@dataclass(frozen=True)
+class LossFree(Balance):
+    """Loss-free balancing (Wang et al. 2024, algorithm 1): b_i += γ·sign(mean load − load_i) behind each step.
+
+    The model chooses by s + b and weighs by s, so it needs a `selection_bias`. Loads are the batch's choices.
+    """
+
+    gamma: float = 1e-3
+    needs_bias: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _positive(gamma=self.gamma)
+
+    @torch.no_grad()
+    def after_step(self, now: Moment) -> None:
+        rank, bias = now.dictionary.expert_rank, now.dictionary.selection_bias
+        if bias is None:
+            raise ValueError("the model has selection_bias=False; allowed with loss-free balancing: True")
+        chosen = now.trace.codes.indices[:, ::rank] // rank
+        load = torch.bincount(chosen.reshape(-1), minlength=len(bias))
+        bias += self.gamma * torch.sign(chosen.numel() - load * len(bias))  # whole numbers: a mean load moves nothing
+
+
+# -- from the literature on sparse autoencoders ------------------------------------------------------------------------
+
+
+def _dead_pre_acts(now: Moment, dead: Int[Tensor, " n_dead"]) -> Float[Tensor, "batch n_dead"]:
+    """Pre-activations of these atoms with a gradient: a product with their rows only."""
+    x = now.inputs if now.dictionary.b_in is None else now.inputs - now.dictionary.b_in
+    return now.dictionary.encoder.scores(x, dead)
+
+
+@dataclass(frozen=True)
+class AuxK(Balance):
+    """Auxiliary loss of Gao et al. (2024, §A.2): the strongest dead atoms reconstruct what the live ones leave.
+
+    ê = Σ over the `k_aux` largest dead pre-activations of a(z_j) d_j, and L = coefficient · ‖ê − e‖² over the variance
+    of the residual e itself, which carries no gradient. Dead: silent for `silent_for` steps. They waited 10 M tokens;
+    a shorter run needs a shorter wait, or the remedy never acts.
+    """
+
+    coefficient: float = 1 / 32
+    silent_for: int = 100
+    k_aux: int | None = None
+
+    def __post_init__(self):
+        _positive(silent_for=self.silent_for, k_aux=1 if self.k_aux is None else self.k_aux)
+
+    def loss(self, now: Moment) -> Tensor | float:
+        dead = now.dead(self.silent_for)
+        if not len(dead):
+            return 0.0
+        wanted = self.k_aux or now.dictionary.d_out // 2
+        top = _dead_pre_acts(now, dead).topk(min(wanted, len(dead)), dim=1)
+        values = ACTIVATIONS[now.dictionary.activation](top.values)
+        residual = now.residual
+        guess = now.dictionary.decoder.combine(values, dead[top.indices])
+        variance = (residual - residual.mean(0)).square().sum()
+        return self.coefficient * (guess - residual).square().sum() / variance
+
+
+@dataclass(frozen=True)
+class Ghost(Balance):
+    """Ghost gradients (Jermyn & Templeton 2024): dead atoms predict the residual through an exponential.
+
+    g = Σ_dead exp(z_j) d_j is scaled to half the residual's length, sample by sample, and its squared error to the
+    reconstruction loss; both scales carry no gradient.
+    """
+
+    coefficient: float = 1.0
+    silent_for: int = 100
+
+    def __post_init__(self):
+        _positive(silent_for=self.silent_for)
+
+    def loss(self, now: Moment) -> Tensor | float:
+        dead = now.dead(self.silent_for)
+        if not len(dead):
+            return 0.0
+        pre_acts = _dead_pre_acts(now, dead)
+        # a factor per sample drops out in the rescaling below, so exp need not overflow
+        ghost = (pre_acts - pre_acts.detach().amax(1, keepdim=True)).exp() @ now.dictionary.decoder.vectors(dead)
+        residual = now.residual
+        tiny = torch.finfo(ghost.dtype).tiny
+        scale = residual.norm(dim=1, keepdim=True) / (2 * ghost.norm(dim=1, keepdim=True)).clamp_min(tiny)
+        error = (scale.detach() * ghost - residual).square().sum()
+        return self.coefficient * error * (now.loss / error).detach()
+
+
+@dataclass(frozen=True)
+class Resample(Balance):
+    """Neuron resampling (Bricken et al. 2023, appendix): dead atoms start anew at inputs that are badly reconstructed.
+
+    At every `every`-th step until the share `until` of the run, each atom that was silent for half of `every` draws a
+    sample of the batch with probability ∝ (its squared error)^`power`: 2, or 1 in paper B. Decoder: the sample, centred
+    by b_in, at length 1 (or its residual: `toward`), a packed atom's part of it. Encoder: the same direction at `scale`
+    times the mean length of the live rows; bias 0; Adam's moments of these rows 0.
+    """
+
+    every: int = 250
+    scale: float = 0.2
+    until: float = 0.8
+    toward: str = "input"
+    seed: int = 0
+    power: float = 2.0
+
+    def __post_init__(self):
+        _positive(every=self.every, scale=self.scale)
+        if self.toward not in ("input", "residual"):
+            raise ValueError(f"toward={self.toward!r} is unknown; allowed: 'input', 'residual'")
+
+    @torch.no_grad()
+    def after_step(self, now: Moment) -> None:
+        done = now.step + 1
+        dead = now.dead(max(1, self.every // 2))
+        if done % self.every or done > self.until * now.steps or not len(dead):
+            return
+        model = now.dictionary
+        residual = now.residual
+        chances = residual.double().square().sum(1) ** self.power
+        random = settings.generator(settings.mix(self.seed, now.step), chances.device)
+        rows = torch.multinomial(chances, len(dead), replacement=True, generator=random)
+        if self.toward == "residual":
+            start = residual[rows]
+        else:
+            start = now.inputs[rows] if model.b_in is None else now.inputs[rows] - model.b_in
+        alive = torch.ones(model.n_atoms, dtype=torch.bool, device=dead.device)
+        alive[dead] = False
+        lengths = model.encoder.weight[alive if alive.any() else ~alive].norm(dim=1)
+        model.decoder.weight[dead] = F.normalize(model.decoder.restrict(start, dead), dim=1)
+        if model.encoder is not model.decoder:
+            same = F.normalize(model.encoder.restrict(start, dead), dim=1)
+            model.encoder.weight[dead] = self.scale * lengths.mean() * same
+        parameters = [model.decoder.weight, model.encoder.weight]
+        if model.encoder.bias is not None:
+            model.encoder.bias[dead] = 0
+            parameters.append(model.encoder.bias)
+        for parameter in parameters:
+            for name in ("exp_avg", "exp_avg_sq"):
+                if now.optimiser is not None and name in now.optimiser.state.get(parameter, {}):
+                    now.optimiser.state[parameter][name][dead] = 0
+        now.silent[dead] = 0
+
+
+@dataclass(frozen=True)
+class Anneal(Balance):
+    """k-annealing (Makhzani & Frey 2013, §4.2): start with `start`·k chosen features and fall to k on a straight line
+    over the first share `over` of the run, so that every feature is trained before the choice gets tight."""
+
+    start: float = 4.0
+    over: float = 0.5
+
+    def __post_init__(self):
+        if not (self.start >= 1 and 0 < self.over <= 1):
+            raise ValueError(
+                f"start={self.start}, over={self.over}; allowed: start at least 1, over above 0 and at most 1"
+            )
+
+    def k_at(self, k: int, done: float) -> int:
+        return round(k * (1 + (self.start - 1) * max(0.0, 1 - done / self.over)))
+
+
+def _positive(**given: float) -> None:
+    for name, value in given.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value} cannot act; allowed: above 0")

@@ -1,0 +1,175 @@
+"""The shipped text has no markup left in it; files of the reader are split so that held-out text stays held out."""
+
+import json
+import re
+import time
+
+import huggingface_hub
+import pandas as pd
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.models import corpora, hub
+
+SAMPLE = pd.read_parquet(corpora.WIKIPEDIA_SAMPLE)
+
+
+def test_sample_has_the_rows_its_readme_states():
+    counts = SAMPLE.groupby("split").agg(articles=("article", "nunique"), paragraphs=("text", "size"))
+    readme = (corpora.WIKIPEDIA_SAMPLE.parent / "README.md").read_text()
+    for split, row in counts.iterrows():
+        assert f"| {split} | {row.articles} | {row.paragraphs:,} |" in readme
+    assert counts.articles.sum() == 105
+    assert SAMPLE.text.is_unique
+
+
+def test_sample_is_split_by_article():
+    assert (SAMPLE.groupby("title").split.nunique() == 1).all()
+    assert (SAMPLE.groupby("article").title.nunique() == 1).all()
+    share = SAMPLE.text.str.len().groupby(SAMPLE.split).sum() / SAMPLE.text.str.len().sum()
+    assert 0.7 < share["train"] < 0.9 and share.min() > 0.05
+
+
+@pytest.mark.parametrize(
+    "remnant",
+    [
+        r"\{\{|\}\}|\{\||\|\}|\[\[|\]\]",
+        r"</?\w+[ />]",
+        r"'''?",
+        r"&\w+;",
+        r"https?://",
+        r"^(File|Image|Category|Template):",
+        r"__\w+__",
+        r"\bthumb\||\d+px\b",
+        r"\(\s*[;,)]",
+        r"\s[,;](\s|$)",
+        r"  ",
+        r"[\ufffc\ufffd\u200b\n]",
+        r"^==|^[*#:;|]",
+    ],
+)
+def test_sample_has_no_markup(remnant):
+    found = SAMPLE.text[[bool(re.search(remnant, text)) for text in SAMPLE.text]]
+    assert found.empty, found.iloc[0]
+
+
+def test_sample_loads_by_split():
+    rows = {split: corpora.load(split=split) for split in corpora.SPLITS}
+    assert sum(map(len, rows.values())) == len(SAMPLE)
+    assert all(r.column_names == ["article", "title", "text"] for r in rows.values())
+
+
+def test_every_article_is_attributed():
+    listed = (corpora.WIKIPEDIA_SAMPLE.parent / "ATTRIBUTION.md").read_text()
+    assert all(f"[{title}]" in listed for title in SAMPLE.title.unique())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.text("abc é", min_size=1).filter(str.strip), min_size=20, max_size=90, unique=True))
+def test_local_text_is_divided_whole_and_without_overlap(tmp_path_factory, paragraphs):
+    file = tmp_path_factory.mktemp("text") / "my.txt"
+    file.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    parts = {split: corpora.load(str(file), split) for split in corpora.SPLITS}
+    texts = sorted(text for part in parts.values() for text in part["text"])
+    assert texts == sorted(" ".join(p.split()) for p in paragraphs)
+    articles = [set(part["article"]) for part in parts.values()]
+    assert sum(map(len, articles)) == len(set.union(*articles))
+    assert corpora.load(str(file), "test").to_dict() == parts["test"].to_dict()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_tables_keep_documents_together(tmp_path, kind):
+    frame = pd.DataFrame({"title": [f"t{i // 3}" for i in range(60)], "text": [f"paragraph {i}" for i in range(60)]})
+    file = tmp_path / f"my.{kind}"
+    frame.to_parquet(file) if kind == "parquet" else frame.to_json(file, orient="records", lines=True)
+    titles = [set(corpora.load(str(file), split)["title"]) for split in corpora.SPLITS]
+    assert [len(t) for t in titles] == [16, 2, 2]
+    assert len(set.union(*titles)) == 20
+
+
+def test_a_split_column_is_used(tmp_path):
+    file = tmp_path / "my.jsonl"
+    file.write_text("\n".join(json.dumps({"text": s, "split": s}) for s in corpora.SPLITS))
+    assert corpora.load(str(file), "test")["text"][:] == ["test"]
+
+
+def write(folder, name, content: bytes) -> str:
+    (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "caf\xe9 au lait".encode("latin-1"), "not UTF-8: byte 0xe9 at offset 3"),
+        ("latin.jsonl", b'{"text": "\xff"}', "not UTF-8: byte 0xff at offset 10"),
+        ("blank.txt", b" \n\n ", "is empty"),
+        ("empty.txt", b"", "is empty"),
+        ("empty.jsonl", b"", "is empty"),
+        ("other.jsonl", b'{"body": "x"}', r"columns \['body'\]; allowed: any that include 'text'"),
+        ("numbers.jsonl", b'{"text": 3}', "column 'text' holds"),
+        ("broken.jsonl", b'{"text": ', "cannot be read as .jsonl"),
+        ("broken.parquet", b"PAR1", "cannot be read as .parquet"),
+        ("splits.jsonl", b'{"text": "x", "split": "dev"}', r"column 'split' holds \['dev'\]"),
+        ("nulls.jsonl", b'{"text": null}', "no text"),
+        ("book.pdf", b"%PDF", "no such file"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message) as error:
+        corpora.load(write(tmp_path, name, content))
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("corpus", ["wikipedia", "a/b/c", "missing.txt", "/nowhere/at/all", ""])
+def test_unknown_names_say_what_is_allowed(corpus):
+    with pytest.raises(ValueError, match="allowed: 'wikipedia-sample', 'book-texts', a hub id"):
+        corpora.load(corpus)
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="split='dev' is unknown; allowed: train, validation, test"):
+        corpora.load(split="dev")
+
+
+def test_no_network_is_an_error_within_seconds(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"Salesforce/wikitext:wikitext-2-raw-v1.*no answer from the hub"):
+        corpora.load("Salesforce/wikitext:wikitext-2-raw-v1")
+    assert time.monotonic() - started < 5
+
+
+def test_hub_errors_name_the_corpus(monkeypatch):
+    def unknown(*_):
+        raise ValueError("the hub has no public dataset 'some/thing'")
+
+    monkeypatch.setattr(hub, "commit", unknown)
+    with pytest.raises(ValueError, match="corpus='some/thing': the hub has no public dataset"):
+        corpora.load("some/thing")
+
+
+def test_wikitext_headings_start_articles(monkeypatch):
+    lines = [
+        "",
+        " = Gold dollar = \n",
+        " The gold dollar .\n",
+        " = = History = = \n",
+        " It was struck .\n",
+        " = Lead = \n",
+        " x = 3 .\n",
+    ]
+    monkeypatch.setattr(hub, "commit", lambda *_: "c0ffee")
+    monkeypatch.setattr(corpora, "load_dataset", lambda *_, **__: Dataset.from_dict({"text": lines}))
+    rows = corpora.load("Salesforce/wikitext:wikitext-2-raw-v1")
+    assert [text.strip() for text in rows["text"]] == ["The gold dollar .", "It was struck .", "x = 3 ."]
+    assert rows["title"][:] == ["Gold dollar", "Gold dollar", "Lead"]
+    assert re.fullmatch(".*@c0ffee", corpora.fingerprint("Salesforce/wikitext:wikitext-2-raw-v1"))
+
+
+def test_fingerprint_follows_content(tmp_path):
+    one = corpora.fingerprint(write(tmp_path, "my.txt", b"one"))
+    assert one != corpora.fingerprint(write(tmp_path, "my.txt", b"two"))
+    assert one == corpora.fingerprint(write(tmp_path, "other.txt", b"one"))

@@ -1,0 +1,375 @@
+"""Sites are where they claim to be, the forward stops there, and a splice changes just what it says."""
+
+import copy
+import multiprocessing
+import operator
+import shutil
+import time
+import types
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers.models import gemma, hub, teachers
+from helpers.models.teachers import SITES, Splice
+from tests import tiny
+
+LAYER = 1
+
+
+@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
+def teacher(request, tmp_path_factory) -> teachers.Teacher:
+    return teachers.load(tiny.save(tmp_path_factory.mktemp("model"), request.param), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> teachers.Teacher:
+    return teachers.load(tiny.save(tmp_path_factory.mktemp("model"), "llama"), device="cpu")
+
+
+def architecture(teacher) -> str:
+    return next(a for a, (config, *_) in tiny.ARCHITECTURES.items() if type(teacher.model.config).__name__ == config)
+
+
+def sentences(teacher, *texts: str):
+    """Token ids and mask, padded on the right, as the model's own tokenizer makes them."""
+    batch = teacher.tokenizer(list(texts), padding=True, padding_side="right", return_tensors="pt")
+    return batch.input_ids, batch.attention_mask
+
+
+LONG, SHORT = "two men carry bread to market while rain falls on the old bridge", "a river runs"
+
+
+def test_blocks_and_mlps_are_found(teacher):
+    _, _, path = tiny.ARCHITECTURES[architecture(teacher)]
+    blocks = operator.attrgetter(path)(teacher.model)
+    assert teacher.blocks is blocks
+    assert (teacher.n_layers, teacher.d_model) == (3, 16)
+    assert teacher.mlp(LAYER) is blocks[LAYER].mlp
+    assert teacher.adds_bos == (architecture(teacher) not in tiny.WITHOUT_BOS)
+
+
+def test_residual_sites_are_the_models_own_hidden_states(teacher):
+    ids, mask = sentences(teacher, LONG, SHORT)
+    states = teacher.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    found = teacher.run_to(LAYER, ids, mask, SITES)
+    torch.testing.assert_close(found["resid_pre"], states[LAYER])
+    torch.testing.assert_close(found["resid_post"], states[LAYER + 1])
+
+
+def test_mlp_sites_are_what_the_module_takes_and_returns(teacher):
+    ids, mask = sentences(teacher, LONG, SHORT)
+    seen = {}
+    handle = teacher.mlp(LAYER).register_forward_hook(
+        lambda module, args, out: seen.update(mlp_in=args[0], mlp_out=out)
+    )
+    teacher.model(ids, attention_mask=mask)
+    handle.remove()
+    found = teacher.run_to(LAYER, ids, mask)
+    torch.testing.assert_close(found["mlp_in"], seen["mlp_in"])
+    torch.testing.assert_close(found["mlp_out"], seen["mlp_out"])
+    torch.testing.assert_close(teacher.mlp(LAYER)(found["mlp_in"]), found["mlp_out"])
+
+
+@pytest.mark.parametrize(("site", "mlp_runs"), [("resid_pre", 0), ("mlp_in", 0), ("mlp_out", 1), ("resid_post", 1)])
+def test_the_forward_stops_at_the_site(teacher, site, mlp_runs):
+    ids, mask = sentences(teacher, LONG)
+    calls = []
+    watched = {
+        "mlp": teacher.mlp(LAYER),
+        "next": teacher.block(LAYER + 1),
+        "head": teacher.model.get_output_embeddings(),
+    }
+    handles = [m.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, m in watched.items()]
+    teacher.run_to(LAYER, ids, mask, [site])
+    for handle in handles:
+        handle.remove()
+    assert calls == ["mlp"] * mlp_runs
+
+
+def test_loss_is_the_models_own(teacher):
+    ids, _ = sentences(teacher, LONG)
+    assert teacher.loss(ids).mean == pytest.approx(teacher.model(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+def test_padding_changes_no_loss(teacher):
+    ids, mask = sentences(teacher, LONG, SHORT)
+    nats, tokens = teacher.loss(ids, mask).per_text()
+    for row, text in enumerate((LONG, SHORT)):
+        alone, _ = sentences(teacher, text)
+        logits = teacher.model(alone).logits[0, :-1]
+        assert tokens[row] == alone.shape[1] - 1
+        assert nats[row].item() == pytest.approx(
+            F.cross_entropy(logits, alone[0, 1:], reduction="sum").item(), rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_identity_splice_keeps_every_loss(teacher, site):
+    ids, mask = sentences(teacher, LONG, SHORT)
+    spliced = teacher.loss(ids, mask, Splice(LAYER, site, lambda rows: rows.clone()))
+    torch.testing.assert_close(spliced.nats, teacher.loss(ids, mask).nats, rtol=0, atol=0)
+
+
+def test_zero_splice_is_zero_ablation_of_the_text(teacher):
+    ids, mask = sentences(teacher, LONG, SHORT)
+    text = mask.bool() & (ids != teacher.tokenizer.bos_token_id)
+    handle = teacher.mlp(LAYER).register_forward_hook(lambda module, args, out: out * ~text[..., None])
+    by_hand = F.cross_entropy(teacher.model(ids, attention_mask=mask).logits[0, :-1], ids[0, 1:]).item()
+    handle.remove()
+    zero = teacher.loss(ids, mask, Splice.zero(LAYER, "mlp_out"))
+    assert zero.nats[0].mean().item() == pytest.approx(by_hand, rel=1e-5)
+    assert zero.mean != teacher.loss(ids, mask).mean
+
+
+def test_a_splice_of_the_whole_mlp_is_given_its_inputs(teacher):
+    ids, mask = sentences(teacher, LONG, SHORT)
+    clean = teacher.loss(ids, mask).nats
+    itself = teacher.loss(ids, mask, Splice(LAYER, "mlp", copy.deepcopy(teacher.mlp(LAYER))))
+    torch.testing.assert_close(itself.nats, clean)
+    zero = teacher.loss(ids, mask, Splice(LAYER, "mlp", torch.zeros_like)).nats
+    torch.testing.assert_close(zero, teacher.loss(ids, mask, Splice.zero(LAYER, "mlp_out")).nats)
+    assert not torch.allclose(zero, clean)
+
+
+def test_splice_is_given_text_only(teacher):
+    ids, mask = sentences(teacher, LONG, SHORT)
+    given = []
+    teacher.loss(ids, mask, Splice(LAYER, "mlp_in", lambda rows: given.append(rows) or rows))
+    found = teacher.run_to(LAYER, ids, mask, ["mlp_in"])["mlp_in"]
+    torch.testing.assert_close(given[0], found[teacher.rows_kept(ids, mask)])
+    assert len(given[0]) == mask.sum() - 2 * teacher.adds_bos
+
+
+def test_mean_splice_puts_the_mean_in_place(llama):
+    ids, mask = sentences(llama, LONG)
+    mean = torch.arange(16.0)
+    seen = []
+    handle = llama.block(LAYER + 1).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    llama.loss(ids, mask, Splice.mean(LAYER, "resid_post", mean))
+    handle.remove()
+    assert torch.equal(seen[0][0, 1:], mean.expand(ids.shape[1] - 1, 16))
+
+
+def test_no_hook_outlives_an_error(llama):
+    ids, mask = sentences(llama, LONG)
+
+    def fails(rows):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        llama.loss(ids, mask, Splice(LAYER, "mlp_in", fails))
+    assert not llama.mlp(LAYER)._forward_pre_hooks
+
+
+def test_frozen(teacher):
+    assert not any(p.requires_grad for p in teacher.model.parameters()) and not teacher.model.training
+
+
+def test_random_twin_is_untrained_and_repeatable(teacher):
+    one, same, other = teacher.randomised(0), teacher.randomised(0), teacher.randomised(1)
+    weight = teacher.mlp(0).state_dict()
+    for name, value in one.mlp(0).state_dict().items():
+        assert torch.equal(value, same.mlp(0).state_dict()[name])
+        if value.ndim == 2:
+            assert not torch.equal(value, weight[name]) and not torch.equal(value, other.mlp(0).state_dict()[name])
+    assert len({t.fingerprint for t in (teacher, one, other)}) == 3
+
+
+def test_random_twin_leaves_the_global_stream_alone(llama):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    llama.randomised(0)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_fingerprint_is_of_the_weights(tmp_path):
+    folders = [tiny.save(tmp_path / str(i), "gpt2", seed) for i, seed in enumerate((0, 0, 1))]
+    one, same, other = (teachers.load(folder, device="cpu").fingerprint for folder in folders)
+    assert one == same != other
+
+
+def test_half_precision(tmp_path):
+    teacher = teachers.load(tiny.save(tmp_path, "gemma3"), dtype="bfloat16", device="cpu")
+    ids, mask = sentences(teacher, LONG, SHORT)
+    assert teacher.run_to(LAYER, ids, mask)["mlp_out"].dtype == torch.bfloat16
+    assert teacher.loss(ids, mask, Splice(LAYER, "mlp_in", lambda rows: rows.float())).nats.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer", [-1, 3, 9])
+def test_layer_out_of_range(llama, layer):
+    with pytest.raises(ValueError, match=r"layer=.* is not in teacher .*; allowed: 0 to 2"):
+        llama.mlp(layer)
+
+
+def test_unknown_site(llama):
+    with pytest.raises(ValueError, match="site='attn' is unknown; allowed: resid_pre, mlp_in, mlp_out, resid_post"):
+        llama.run_to(0, *sentences(llama, SHORT), ["attn"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": "gpt5"}, "teacher='gpt5' is unknown; allowed: 'gemma-3-270m'"),
+        ({"teacher": "./nothing"}, "teacher='./nothing' is unknown"),
+        ({"dtype": "int8"}, "dtype='int8' is unknown; allowed: float32"),
+        ({"device": "abacus"}, "device='abacus'"),
+    ],
+)
+def test_bad_names(options, message):
+    with pytest.raises(ValueError, match=message):
+        teachers.load(**options)
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match="the folder has no config.json"):
+        teachers.load(str(tmp_path))
+
+
+def test_model_without_mlp_blocks(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)).save_pretrained(
+        tmp_path
+    )
+    tiny.tokenizer(bos=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no blocks with attention and an MLP"):
+        teachers.load(str(tmp_path), device="cpu", attn_implementation="eager")
+
+
+def test_damaged_weights_are_named(tmp_path):
+    folder = tiny.save(tmp_path, "llama")
+    weights = Path(folder) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="could not be loaded"):
+        teachers.load(folder)
+
+
+def test_no_network_is_an_error_within_seconds(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"teacher='EleutherAI/pythia-70m'.*allowed: 'gemma-3-270m'"):
+        teachers.load("EleutherAI/pythia-70m", device="cpu")
+    assert time.monotonic() - started < 5
+
+
+def test_revision_the_hub_does_not_know(monkeypatch):
+    def unknown(*_):
+        raise ValueError("the hub has no public model 'some/thing' at revision 'x'")
+
+    monkeypatch.setattr(hub, "commit", unknown)
+    with pytest.raises(ValueError, match="teacher='some/thing': the hub has no public model"):
+        teachers.load("some/thing", revision="x")
+
+
+# -- unpacking the embedded teacher ------------------------------------------------------------------------------------
+
+
+def fake_unpack(log: Path, seconds: float):
+    """In place of the real one: writes one half of a model, waits, writes the other."""
+
+    def unpack(gguf_file, folder):
+        folder.mkdir()
+        (folder / "half").write_text("1")
+        with log.open("a") as file:
+            file.write("unpacked\n")
+        time.sleep(seconds)
+        (folder / "config.json").write_text("{}")
+
+    return unpack
+
+
+def convert(cache: Path, log: Path, seconds: float) -> None:
+    gemma.unpack = fake_unpack(log, seconds)
+    gemma.PACKAGE_MODULE = package()
+    gemma.convert(cache)
+
+
+def package(problem: Exception | None = None) -> types.SimpleNamespace:
+    def assemble(path):
+        if problem:
+            raise problem
+        path.write_bytes(b"GGUF")
+        return path
+
+    return types.SimpleNamespace(EXPECTED_SHA256="0" * 64, assemble=assemble)
+
+
+def start(*arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("spawn").Process(target=convert, args=arguments)
+    process.start()
+    return process
+
+
+def finished(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "teachers").iterdir() if path.suffix != ".lock")
+
+
+def test_two_processes_unpack_once(tmp_path):
+    log = tmp_path / "log"
+    both = [start(tmp_path, log, 1.0) for _ in range(2)]
+    for process in both:
+        process.join(120)
+        assert process.exitcode == 0
+    assert log.read_text() == "unpacked\n"
+    assert len(finished(tmp_path)) == 1
+
+
+def test_killed_unpacking_leaves_no_teacher(tmp_path):
+    log = tmp_path / "log"
+    victim = start(tmp_path, log, 600.0)
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    victim.kill()
+    victim.join()
+    assert all(name.startswith(".converting-") for name in finished(tmp_path))
+    after = start(tmp_path, log, 0.0)
+    after.join(120)
+    (folder,) = finished(tmp_path)
+    assert folder == f"gemma-3-270m-{'0' * 12}-v{gemma.VERSION}"
+    assert sorted(path.name for path in (tmp_path / "teachers" / folder).iterdir()) == ["config.json", "half"]
+
+
+@pytest.mark.parametrize(
+    "problem", [ValueError("sha256 did not match"), FileNotFoundError("Missing chunk files: part3")]
+)
+def test_damaged_package_says_how_to_mend_it(tmp_path, monkeypatch, problem):
+    monkeypatch.setattr(gemma, "PACKAGE_MODULE", package(problem))
+    with pytest.raises(ValueError, match=f"{problem}; reinstall it: pip install --force-reinstall {gemma.PACKAGE}"):
+        gemma.convert(tmp_path)
+    assert finished(tmp_path) == []
+
+
+def test_full_disk_is_named_before_unpacking(tmp_path, monkeypatch):
+    monkeypatch.setattr(gemma, "PACKAGE_MODULE", package())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=5))
+    with pytest.raises(ValueError, match="the teacher takes 1,500,000,000 bytes, only 5 are free"):
+        gemma.convert(tmp_path)
+    assert finished(tmp_path) == []
+
+
+@pytest.mark.gemma
+def test_embedded_gemma_reads_english():
+    teacher = teachers.load(device="cpu")
+    assert (teacher.n_layers, teacher.d_model, teacher.adds_bos) == (18, 640, True)
+    ids, mask = sentences(teacher, "The capital of France is Paris, and the capital of Italy is Rome.")
+    assert teacher.loss(ids, mask).mean < 2.5
+    assert teacher.tokenizer.decode(ids[0], skip_special_tokens=True).startswith("The capital")
+    assert teacher.tokenizer.tokenize("  two") == ["▁▁", "two"]
+
+
+@pytest.mark.gemma
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_embedded_gemma_as_transformers_builds_it(attention):
+    """Its configuration is the published one of google/gemma-3-270m, so that weights mean the same."""
+    config = teachers.load(attn_implementation=attention, device="cpu").model.config
+    assert (config.head_dim, config.num_key_value_heads, config.query_pre_attn_scalar) == (256, 1, 256)
+    assert [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"] == [5, 11, 17]
+    assert config.rope_parameters["full_attention"]["rope_theta"] == 1_000_000
+    assert config.rope_parameters["sliding_attention"]["rope_theta"] == 10_000
+    assert config.tie_word_embeddings and config._attn_implementation == attention

@@ -1,0 +1,412 @@
+"""The three gaps: students against slow versions, the model's own loss against the model itself, walks by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import settings as quickly
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from helpers.dictionary import RankOneDictionary, Rows
+from helpers.models import teachers
+from helpers.parts import gaps
+from helpers.settings import generator
+from helpers.training.remedies import Moment
+from tests import tiny
+
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def on(tmp_path_factory):
+    """A bench on a tiny random Llama, whose tokenizer has a BOS token, and a text of random words."""
+    folder = tmp_path_factory.mktemp("gaps")
+    corpus = folder / "words.txt"
+    corpus.write_text(tiny.text(1300), encoding="utf-8")
+    teacher = teachers.load(tiny.save(folder / "llama", "llama"), device="cpu")
+    sizes = {"train": 600, "validation": 120, "test": 500}
+    return gaps.bench(teacher, str(corpus), layer=LAYER, sizes=sizes, max_length=16, cache_dir=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("moe")
+    torch.manual_seed(0)
+    sizes = tiny.SIZES | {"intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.3}
+    transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes)).save_pretrained(folder)
+    tiny.tokenizer(bos=True).save_pretrained(folder)
+    return teachers.load(str(folder), device="cpu")
+
+
+def some(active, total, rank, d=6, seed=0):
+    bias = torch.linspace(-1, 1, d)
+    return gaps.mixture(active, total, rank, b_in=bias, b_out=2 * bias, generator=generator(seed))
+
+
+# -- students ----------------------------------------------------------------------------------------------------------
+
+
+def slow_mixture(student, x, rank):
+    """One token and one expert after another, in NumPy."""
+    w = {name: value.double().numpy() for name, value in student.state_dict().items()}
+    outputs = []
+    for row in x.double().numpy():
+        centred = row - w["b_in"]
+        scores = [float(r @ centred) for r in w["router.weight"]]
+        chosen = sorted(range(len(scores)), key=lambda j: -scores[j])[: student.k]
+        top = max(scores[j] for j in chosen)
+        mass = {j: math.exp(scores[j] - top) for j in chosen}
+        y = w["b_out"].copy()
+        for j in chosen:
+            gate = student.k * mass[j] / sum(mass.values())
+            for i in range(j * rank, (j + 1) * rank):
+                z = float(w["encoder.weight"][i] @ centred) + w["encoder.bias"][i]
+                y += gate * z * 0.5 * (1 + math.erf(z / math.sqrt(2))) * w["decoder.weight"][i]
+        outputs.append(y)
+    return np.stack(outputs)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_mixture_is_what_its_formula_says(rank):
+    student, x = some(8, 24, rank), torch.randn(5, 6, generator=generator(1))
+    assert (student.n_features, student.k, student.n_atoms) == (24 // rank, 8 // rank, 24)
+    np.testing.assert_allclose(student(x).detach().numpy(), slow_mixture(student, x, rank), atol=1e-5)
+
+
+@quickly(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4), st.integers(2, 7), st.integers(0, 99))
+def test_rank_one_contains_every_rank(rank, chosen, more, d, seed):
+    """The theorem: each neuron given its expert's router row makes the same function of rank 1."""
+    active, total = rank * chosen, rank * (chosen + more)
+    block = some(active, total, rank, d, seed)
+    one = some(active, total, 1, d, seed)
+    with torch.no_grad():
+        one.router.weight.copy_(block.router.weight.repeat_interleave(rank, 0))
+    x = torch.randn(7, d, generator=generator(seed))
+    torch.testing.assert_close(one(x), block(x), atol=1e-4, rtol=1e-4)
+
+
+def test_gates_average_one_and_neurons_are_the_same_at_every_rank():
+    ones, fours = some(8, 24, 1), some(8, 24, 4)
+    for name in ("encoder.weight", "encoder.bias", "decoder.weight"):
+        assert torch.equal(ones.state_dict()[name], fours.state_dict()[name])
+    assert torch.equal(fours.router.weight, ones.router.weight[:6])
+    for student in (ones, fours):
+        assert torch.allclose(student.decoder.vectors(), student.decoder.weight * student.k)
+        with torch.no_grad():
+            student.router.weight.zero_()  # equal scores: every gate is 1
+        x = torch.randn(3, 6, generator=generator(2))
+        codes = student.encode(x)
+        bare = F.gelu(student.encoder.chosen(x - student.b_in, codes.indices))
+        torch.testing.assert_close(codes.values * student.decoder.scale, bare)
+
+
+@pytest.mark.parametrize(("active", "total", "rank"), [(8, 24, 3), (8, 20, 8), (8, 24, 0)])
+def test_a_rank_that_does_not_divide_is_named(active, total, rank):
+    with pytest.raises(ValueError, match=f"rank={rank} does not divide"):
+        some(active, total, rank)
+    with pytest.raises(ValueError, match="rank="):
+        gaps.family("mixture", active, total, rank)
+
+
+@quickly(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 6), st.sampled_from([2, 3, 4, 8]))
+def test_equal_cost_is_as_many_neurons_as_the_budget_holds(chosen, ratio, rank):
+    active, total = chosen * rank, chosen * rank * ratio
+    cost = some(active, total, rank).multiply_adds
+    fewer, of = gaps.equal_cost(active, total, rank)
+    assert of == fewer * ratio
+    assert some(fewer, of, 1).multiply_adds <= cost < some(fewer + 1, of + ratio, 1).multiply_adds
+
+
+def test_topk_students_share_their_start_and_only_the_tied_one_shares_its_parts():
+    bias = {"b_in": torch.ones(5), "b_out": torch.zeros(5)}
+    untied, tied = (gaps.topk(2, 9, **bias, tied=t, generator=generator(0)) for t in (False, True))
+    assert tied.encoder is tied.decoder and tied.b_in is tied.b_out
+    assert untied.b_in is not untied.b_out and untied.unit_norm and untied.router is untied.encoder
+    assert torch.equal(untied.encoder.weight, untied.decoder.weight) and untied.encoder is not untied.decoder
+    assert torch.equal(untied.encoder.weight, tied.encoder.weight)
+
+
+def test_cells_that_cannot_be_are_named():
+    with pytest.raises(ValueError, match="kind='moe'"):
+        gaps.family("moe", 2, 8)
+    with pytest.raises(ValueError, match="objective='reconstruct'"):
+        gaps.family("tied", 2, 8)
+    with pytest.raises(ValueError, match="active=9"):
+        gaps.family("topk", 9, 8)
+    with pytest.raises(ValueError, match="rank=2"):
+        gaps.family("topk", 2, 8, 2)
+    with pytest.raises(ValueError, match="objective='copy'"):
+        gaps.Cell("", gaps.own, objective="copy")
+    with pytest.raises(ValueError, match="signal='both'"):
+        gaps.Cell("", gaps.own, signal="both")
+
+
+def test_a_block_is_the_layer_itself(moe):
+    student = gaps.fresh(moe, LAYER, 0)
+    x = torch.randn(9, 16, generator=generator(0))
+    trace = student.trace(x)
+    router, experts = student.block.gate.weight, student.block.experts
+    scores = (x @ router.T).softmax(-1)
+    assert (student.n_features, student.k) == (4, 2)
+    assert torch.equal(trace.codes.indices.sort(1).values, scores.topk(2).indices.sort(1).values)
+    slow = torch.zeros_like(x)
+    for row, y in zip(x, slow, strict=True):
+        gates = (row @ router.T).softmax(-1)
+        for j in gates.topk(2).indices:
+            gate, up = (experts.gate_up_proj[j] @ row).chunk(2)
+            y += (gates[j] * (experts.down_proj[j] @ (F.silu(gate) * up))).detach()
+    torch.testing.assert_close(trace.output, slow, atol=1e-5, rtol=1e-4)
+    assert student.n_parameters == sum(p.numel() for p in moe.mlp(LAYER).parameters())
+
+
+def test_fresh_weights_are_trainable_and_leave_the_model_alone(moe):
+    before = {name: value.clone() for name, value in moe.mlp(LAYER).state_dict().items()}
+    one, same, other = (gaps.fresh(moe, LAYER, seed) for seed in (0, 0, 1))
+    assert all(p.requires_grad for p in one.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    with torch.no_grad():
+        next(one.parameters()).add_(1)
+    assert all(torch.equal(before[name], value) for name, value in moe.mlp(LAYER).state_dict().items())
+
+
+def test_a_dense_layer_is_no_block(on):
+    with pytest.raises(ValueError, match="has no router"):
+        gaps.Block(on.teacher.mlp(LAYER), 16)
+
+
+# -- the bench ---------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_the_rows_of_their_tokens(on):
+    stream = gaps.Pieces(on, "predict", batch_size=5, seed=3)
+    for step in (0, 1, 40):  # a later epoch too
+        ids, mask = stream.tokens(step)
+        found = on.teacher.run_to(LAYER, ids, mask)
+        kept = on.teacher.rows_kept(ids, mask)
+        for site, rows in zip(("mlp_in", "mlp_out"), stream(step), strict=True):
+            torch.testing.assert_close(rows * on.scale[site], found[site][kept], atol=1e-4, rtol=1e-4)
+    epoch = len(stream.lengths) // 5
+    seen = [i for step in range(epoch) for i in stream.pieces(step)]
+    assert len(set(seen)) == len(seen) == 5 * epoch
+    assert stream.pieces(0) != stream.pieces(epoch)
+    inputs, targets = gaps.Pieces(on, "reconstruct", batch_size=5, seed=3)(1)
+    assert torch.equal(inputs, targets) and torch.equal(inputs, stream(1)[0])
+
+
+def test_a_student_that_is_the_layer_adds_nothing(on):
+    cell = gaps.Cell("own", gaps.own)
+    student = gaps.own(on, 0)
+    rows = student(on.rows("test", "mlp_in"))
+    torch.testing.assert_close(rows, on.rows("test", "mlp_out"), atol=1e-4, rtol=1e-4)
+    errors, norms, nats, _ = gaps._judge(on, cell, student)
+    assert errors.sum() < 1e-6 * norms.sum()
+    np.testing.assert_allclose(nats, on.clean["test"].nats, rtol=1e-5)
+    alike = RankOneDictionary(student.encoder, student.decoder, k=0, shared=torch.nn.Linear(16, 16, bias=False))
+    torch.nn.init.eye_(alike.shared.weight)  # the identity, in front of the layer
+    np.testing.assert_allclose(on.nats("test", on.splice(alike, "reconstruct")).nats, on.clean["test"].nats, rtol=1e-5)
+
+
+class Swapped(torch.nn.Module):
+    """A student in the model's own module tree: another way to put it in its place."""
+
+    def __init__(self, on, student, mlp=None):
+        super().__init__()
+        self.on, self.student, self.mlp = on, student, mlp
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1]) / self.on.scale["mlp_in"]
+        site = "mlp_out" if self.mlp is None else "mlp_in"
+        y = (self.student(rows) * self.on.scale[site]).view_as(x)
+        y = y.clone()
+        y[:, 0] = x[:, 0] if self.mlp is not None else self.on.teacher.mlp_before(x[:, 0])  # BOS is left alone
+        return y if self.mlp is None else self.mlp(y)
+
+
+@pytest.mark.parametrize("objective", ["predict", "reconstruct"])
+def test_end_to_end_is_the_gradient_of_the_models_loss(on, objective, monkeypatch):
+    """Against a model whose MLP module is replaced and whose loss is written out here."""
+    student = gaps.family("mixture", 4, 8, 2, objective=objective).build(on, 0)
+    stream = gaps.Pieces(on, objective, batch_size=4, seed=0)
+    inputs, targets = stream(2)
+    trace = student.trace(inputs)
+    mse = (trace.output - targets).square().mean()
+    now = Moment(student, inputs, targets, trace, mse, torch.zeros(8, dtype=torch.long), step=2, steps=4)
+    early = gaps.EndToEnd(stream, "", start=0.75)
+    assert early.loss(now) == 0.0
+    (mse + gaps.EndToEnd(stream, "").loss(now)).backward()
+    ours = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    block, mlp = on.teacher.blocks[LAYER], on.teacher.mlp(LAYER)
+    object.__setattr__(on.teacher, "mlp_before", mlp)
+    block.mlp = Swapped(on, student, mlp if objective == "reconstruct" else None)
+    try:
+        ids, mask = stream.tokens(2)
+        logits = on.teacher.model(ids).logits[:, :-1]
+    finally:
+        block.mlp = mlp
+        object.__delattr__(on.teacher, "mlp_before")
+    real = (mask[:, 1:] * mask[:, :-1]).bool()
+    F.cross_entropy(logits[real], ids[:, 1:][real]).backward()
+    for mine, p in zip(ours, student.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad, atol=1e-6, rtol=1e-3)
+    assert all(p.grad is None for p in on.teacher.model.parameters())
+
+
+def test_training_on_the_loss_lowers_it_and_fitting_lowers_the_error(on):
+    how = dict(lrs=[1e-2], seeds=[0], steps=60, batch_size=8, cache_dir=False)
+    fitted, joint = (
+        gaps.trial(on, gaps.family("mixture", 4, 8, 2, signal=signal), **how) for signal in ("local", "end to end")
+    )
+    start = gaps.family("mixture", 4, 8, 2).build(on, 0)
+    words = on.nats("train", on.splice(start, "predict")).nats.sum()
+    trained = on.nats("train", on.splice(joint.student, "predict")).nats.sum()
+    assert trained < words
+    assert fitted.fvu < joint.fvu and fitted.fits[0].loss[-1] < fitted.fits[0].loss[0]
+
+
+def test_the_rate_is_chosen_on_validation_text_and_every_seed_is_kept(on):
+    how = dict(lrs=[1e-5, 1e-2], seeds=[0, 1], steps=40, batch_size=8, cache_dir=False)
+    found = gaps.trial(on, gaps.family("topk", 3, 12), **how)
+    assert found.lr == min(found.tried, key=lambda lr: found.tried[lr][1])  # FVU, which trains it
+    assert found.errors.shape == found.nats.shape == (2, len(found.base.clean)) and len(found.fits) == 2
+    row = found.row()
+    assert row["fvu_ci"][0] <= row["fvu"] <= row["fvu_ci"][1] and row["multiply_adds"] == 12 * 16 + 3 * 16
+    spliced = on.nats("test", on.splice(found.student, "predict"))
+    np.testing.assert_allclose(found.nats[0], spliced.nats)
+    again = gaps.trial(on, gaps.family("topk", 3, 12), **how)
+    np.testing.assert_array_equal(found.errors, again.errors)
+
+
+def test_a_grid_goes_on_where_its_best_is_an_end(on):
+    how = dict(seeds=[0], steps=6, batch_size=8, cache_dir=False)
+    slow = gaps.trial(on, gaps.family("topk", 3, 12), lrs=[1e-6, 1e-5], further=2, **how)
+    assert list(slow.tried) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3]) and slow.lr == pytest.approx(1e-3)
+    assert len(gaps.trial(on, gaps.family("topk", 3, 12), lrs=[1e-6, 1e-5], **how).tried) == 2
+    for bad in ({"lrs": [1e-2, 1e-3]}, {"lrs": []}, {"lrs": [1e-3], "further": 1}, {"lrs": [0.0, 1.0]}):
+        with pytest.raises(ValueError, match="lrs="):
+            gaps.trial(on, gaps.family("topk", 3, 12), **(how | bad))
+
+
+def test_half_way_adam_forgets_what_it_knows_of_squared_errors(on):
+    stream = gaps.Pieces(on, "predict", batch_size=4, seed=0)
+    student, balance, counts = gaps.family("topk", 3, 12).build(on, 0), gaps.EndToEnd(stream, "", 1.0), []
+    optimiser, silent = torch.optim.Adam(student.parameters()), torch.zeros(12, dtype=torch.long)
+    (x, y) = stream(0)
+    for step in range(7):
+        trace = student.trace(x)
+        loss = (trace.output - y).square().mean()
+        optimiser.zero_grad()
+        (loss + balance.loss(Moment(student, x, y, trace, loss, silent, step, 7, optimiser))).backward()
+        optimiser.step()
+        counts.append(int(next(iter(optimiser.state.values()))["step"]))
+    assert counts == [1, 2, 3, 4, 1, 2, 3]  # half of 7 steps is over behind the fourth
+
+
+def test_a_whole_model_is_compared_on_the_same_tokens(on, moe, tmp_path):
+    whole = gaps.whole(moe, on, "mixture", 2)
+    theirs = gaps.nats(moe, on.pieces["test"])
+    expected = (theirs.nats.sum() - on.clean["test"].nats.sum()) / on.clean["test"].tokens.sum()
+    assert whole.nats.shape[0] == 2 and whole.added == pytest.approx(expected)
+    other = teachers.load(tiny.save(tmp_path, "qwen2"), device="cpu")  # without BOS
+    with pytest.raises(ValueError, match="another tokenizer"):
+        gaps.whole(other, on, "")
+
+
+def test_a_bench_needs_all_three_splits(on):
+    with pytest.raises(ValueError, match="one for each of train, validation, test"):
+        gaps.bench(on.teacher, on.corpus, layer=LAYER, sizes={"train": 10})
+    with pytest.raises(ValueError, match="20 test tokens hold . articles; allowed: at least 5"):
+        gaps.bench(on.teacher, on.corpus, layer=LAYER, sizes={"train": 9, "validation": 9, "test": 20})
+    with pytest.raises(ValueError, match="batch_size=0"):
+        gaps.Pieces(on, "predict", batch_size=0, seed=0)
+
+
+# -- estimates and walks -----------------------------------------------------------------------------------------------
+
+
+def outcome(nats, errors=None):
+    nats = np.asarray(nats, float)
+    articles = nats.shape[1]
+    base = gaps.Reference(*(np.full(articles, value) for value in (10.0, 20.0, 18.0, 5.0)))
+    errors = np.ones_like(nats) if errors is None else np.asarray(errors, float)
+    return gaps.Outcome(gaps.Cell("", gaps.own), 1e-3, {}, [], errors, np.full(articles, 4.0), nats, [0.0], base)
+
+
+def test_numbers_of_a_cell_are_ratios_of_sums():
+    one, two = outcome([[11, 12, 13], [11, 12, 10]], [[1, 2, 3], [1, 2, 0]]), outcome([[15, 15, 15], [15, 15, 15]])
+    assert one.added == pytest.approx((36 + 33) / 2 / 15 - 2)
+    assert one.recovered() == pytest.approx((60 - 34.5) / 30) and one.recovered("mean") == pytest.approx(19.5 / 24)
+    assert one.fvu == pytest.approx(4.5 / 12)
+    found = gaps.estimate({"one": one, "two": two}, lambda s: gaps.added(s["two"]) - gaps.added(s["one"]))
+    assert found.value == pytest.approx(two.added - one.added) and found.resampled == "seed × article"
+    assert found.by_seed == pytest.approx([(45 - 36) / 15, (45 - 33) / 15]) and found.n == 6
+    assert found.ci[0] < found.value < found.ci[1]
+    assert gaps.estimate({"": one}, lambda s: gaps.fvu(s[""])).value == pytest.approx(one.fvu)
+    assert gaps.estimate({"": one}, lambda s: gaps.recovered(s[""])).value == pytest.approx(one.recovered())
+    with pytest.raises(ValueError, match="the same for all"):
+        gaps.estimate({"one": one, "two": outcome([[1, 2, 3]])}, lambda s: 0.0)
+
+
+corner_values = st.lists(st.floats(-5, 5), min_size=8, max_size=8).map(
+    lambda v: dict(zip(gaps.CORNERS, v, strict=True))
+)
+
+
+@quickly(deadline=None, max_examples=50)
+@given(corner_values)
+def test_every_walk_ends_where_all_others_do(values):
+    orders = gaps.walks(values)
+    assert set(orders) == set(itertools.permutations(gaps.KNOBS))
+    whole = values[True, True, True] - values[False, False, False]
+    for steps in orders.values():
+        assert sum(steps.values()) == pytest.approx(whole, abs=1e-9)
+    assert sum(gaps.averages(values).values()) == pytest.approx(whole, abs=1e-9)
+
+
+@quickly(deadline=None, max_examples=50)
+@given(corner_values)
+def test_averages_and_interactions_by_their_formulas(values):
+    def v(*turned):
+        return values[tuple(knob in turned for knob in gaps.KNOBS)]
+
+    edges, twists = gaps.edges(values), gaps.interactions(values)
+    assert len(edges) == 12 and len(twists) == 6
+    for (i, j, on), twist in twists.items():
+        k = {knob for knob in gaps.KNOBS if knob not in (i, j)} if on else set()
+        assert twist == pytest.approx(v(i, j, *k) - v(i, *k) - v(j, *k) + v(*k), abs=1e-9)
+    for i in gaps.KNOBS:
+        j, k = (knob for knob in gaps.KNOBS if knob != i)
+        four = [v(i) - v(), v(i, j) - v(j), v(i, k) - v(k), v(i, j, k) - v(j, k)]
+        assert gaps.averages(values)[i] == pytest.approx(np.dot(four, [1 / 3, 1 / 6, 1 / 6, 1 / 3]), abs=1e-9)
+        assert sorted(step for (knob, _), step in edges.items() if knob == i) == pytest.approx(sorted(four), abs=1e-9)
+
+
+@quickly(deadline=None, max_examples=50)
+@given(st.tuples(*[st.floats(-3, 3)] * 4))
+def test_gaps_that_add_have_no_spread(parts):
+    start, *steps = parts
+    values = {c: start + sum(s for s, turned in zip(steps, c, strict=True) if turned) for c in gaps.CORNERS}
+    assert max(map(abs, gaps.interactions(values).values())) < 1e-9
+    assert list(gaps.averages(values).values()) == pytest.approx(steps, abs=1e-9)
+
+
+def test_a_corner_that_is_missing_is_named():
+    values = dict.fromkeys(gaps.CORNERS, 0.0)
+    del values[True, False, True]
+    with pytest.raises(ValueError, match=r"\(True, False, True\)"):
+        gaps.walks(values)
+
+
+def test_a_dense_layer_is_the_familys_member_without_atoms(on):
+    student = gaps.own(on, 0)
+    assert isinstance(student, RankOneDictionary) and student.k == 0 and isinstance(student.encoder, Rows)
+    assert all(p.requires_grad for p in student.parameters())
+    assert not any(p.requires_grad for p in on.teacher.model.parameters())

@@ -1,0 +1,111 @@
+"""Building the pages: what is staged, what counts as a fault, and that a failing chapter means no build."""
+
+import io
+
+import nbformat
+import pytest
+from rich.console import Console
+
+from helpers.press import build, chapters, claims
+from helpers.press.chapters import Layout
+
+PAGE = "<html><head>{head}</head><body><article>{body}</article></body></html>"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A rendered book of one page, and its table of contents."""
+    (tmp_path / "html").mkdir()
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+
+    def write(head="", body='<img src="a.png" alt="a curve">', css=""):
+        (tmp_path / "html" / "index.html").write_text(PAGE.format(head=head, body=body))
+        (tmp_path / "html" / "a.css").write_text(css)
+        return list(build.faults(tmp_path / "html", tmp_path / "_toc.yml"))
+
+    return write
+
+
+def test_a_complete_page_has_no_faults(site):
+    links = '<a href="https://arxiv.org/abs/2406.04093">a link is followed, not loaded</a>'
+    head = '<link rel="canonical" href="https://example.org"><link rel="stylesheet" href="a.css">'
+    assert site(head, links, "body { background: url(a.png) }") == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "fault"),
+    [
+        ({"head": '<script src="https://cdn.example/x.js"></script>'}, "loads https://cdn.example/x.js"),
+        ({"head": '<link rel="stylesheet" href="//fonts.example/f.css">'}, "loads //fonts.example/f.css"),
+        (
+            {"head": '<link rel="preload" as="font" href="https://f.example/f.woff2">'},
+            "loads https://f.example/f.woff2",
+        ),
+        ({"head": "<style>@import 'https://f.example/f.css';</style>"}, "loads https://f.example/f.css"),
+        ({"css": "@font-face { src: url('https://f.example/f.woff') }"}, "a.css: loads https://f.example/f.woff"),
+        ({"body": '<img src="http://example.org/a.png" alt="a">'}, "loads http://example.org/a.png"),
+        ({"body": '<iframe src="https://example.org"></iframe>'}, "loads https://example.org"),
+        ({"body": '<img src="a.png">'}, "no alt text"),
+        ({"body": '<img src="a.png" alt="">'}, "no alt text"),
+    ],
+)
+def test_what_a_reader_without_network_or_sight_would_miss_is_a_fault(site, parts, fault):
+    assert any(fault in said for said in site(**parts))
+
+
+def test_a_missing_page_is_a_fault(tmp_path):
+    (tmp_path / "html").mkdir()
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: index\nparts:\n- chapters:\n  - file: notebooks/01_a\n    sections:\n    - file: deep\n"
+    )
+    said = list(build.faults(tmp_path / "html", tmp_path / "_toc.yml"))
+    assert said == ["page missing: index.html", "page missing: notebooks/01_a.html", "page missing: deep.html"]
+
+
+def test_a_page_needs_no_widget_runtime():
+    output = nbformat.v4.new_output("display_data", data={build.WIDGET: {"model_id": "x"}, "text/html": "<b>kept</b>"})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("slider", outputs=[output])])
+    notebook.metadata["widgets"] = {"state": {}}
+    bare = build._without_widgets(notebook)
+    assert bare.cells[0].outputs[0].data == {"text/html": "<b>kept</b>"} and "widgets" not in bare.metadata
+
+
+def test_fonts_are_not_fetched_ahead_but_scripts_are(tmp_path):
+    ahead = '<link rel="preload" as="script" href="a.js" />'
+    page = tmp_path / "index.html"
+    page.write_text(f'<link rel="preload" as="font" type="font/woff2" crossorigin href="f.woff2" />\n{ahead}')
+    build._open_from_disk(tmp_path)
+    assert page.read_text() == ahead
+
+
+def test_a_failing_chapter_means_no_book(tmp_path, monkeypatch):
+    for folder in ("notebooks", "profiles"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "profiles" / "quick.yml").write_text("common: {}")
+    cells = [nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]})]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "01_a.ipynb")
+    monkeypatch.setattr(chapters, "execute", lambda *_: (_ for _ in ()).throw(chapters.ChapterFailed("broken")))
+    monkeypatch.setattr(build, "stage", lambda *_: pytest.fail("staged a book with a failed chapter"))
+    out = io.StringIO()
+    assert build.make("quick", Console(file=out), Layout(tmp_path)) == 1
+    assert "1 of 1 chapters failed" in out.getvalue()
+
+
+def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
+    stage, html = tmp_path / "_build" / "stage", tmp_path / "_build" / "html"
+    stage.mkdir(parents=True)
+    html.mkdir()
+    (html / "index.html").write_text("former")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    (stage / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    (stage / "_config.yml").write_text("title: t\nexecute: {execute_notebooks: 'off'}\n")
+    (stage / "index.md").write_text("# Title\n\nSee {doc}`nowhere`.\n")
+    said = build.build(Layout(tmp_path))
+    assert any("nowhere" in line for line in said) and "status" in said[-1]
+    assert (html / "index.html").read_text() == "former"
+
+
+def test_the_first_page_says_how_many_claims_have_which_verdict(tmp_path):
+    said = build.status_markdown("no-such-profile", Layout(tmp_path))
+    assert f"The {len(claims.register().claims)} claims" in said
+    assert all(f"</b> {verdict}</li>" in said for verdict in ("reproduced", "partly", "not tested"))

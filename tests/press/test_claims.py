@@ -1,0 +1,568 @@
+"""The register, the rules, what is recorded and how it is judged, and the pages made from it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pybtex.database import parse_file
+
+from helpers import settings
+from helpers.press import claims, scoreboard
+
+SLUG = "01_topk_sae_is_rank1_moe"
+finite = st.floats(-1e6, 1e6, allow_nan=False)
+
+# Every id of the three papers' lists of claims, split where a row held several.
+EXPECTED = """
+duality.forward duality.tensor gaps.rank gaps.training gaps.objective dead.synthetic dead.pareto dead.mechanism dead.lm
+inside.ratio expander.storage expander.gather expander.identifiability expander.omp expander.frontier expander.ce
+expander.support expander.amortisation secret.hypothesis secret.gaussian secret.linear secret.count secret.dimension
+secret.routing secret.approximate secret.polynomial secret.distil secret.expressivity secret.shared secret.lowrank
+secret.convergence secret.padding
+"""
+
+# One claim for each rule, so that the tests do not move with the book's thresholds.
+BOOK = """
+papers: {p: {letter: A, title: A title, cite: key, where: somewhere}}
+parts: {I: First}
+claims:
+"""
+RULES = {
+    "identity": "{name: identity, tolerance: 1.0e-5}",
+    "above": "{name: interval_above, value: 2}",
+    "below": "{name: interval_below, value: 2}",
+    "count": "{name: bound_holds, value: violations}",
+    "margin": "{name: bound_holds, value: margin}",
+    "rising": "{name: trend, sign: positive}",
+    "falling": "{name: trend, sign: negative}",
+}
+
+
+def claim_text(name: str, checks: dict[str, str], teachers: str = "any") -> str:
+    lines = [
+        f"- id: {name}",
+        f"  statement: The statement of {name}.",
+        "  source: {paper: p, where: Theorem 1}",
+        "  paper_says: {number: '1', setting: a setting}",
+        "  part: I",
+        f"  chapter: {SLUG}",
+        f"  teachers: {teachers}",
+        "  checks:",
+        *(f"    {check}: {{metric: metric {check}, why: because, rule: {rule}}}" for check, rule in checks.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Puts a register in the place of the book's and returns it."""
+
+    def write(text: str) -> claims.Register:
+        path = tmp_path / "claims.yml"
+        path.write_text(BOOK + text)
+        monkeypatch.setattr(claims, "register", lambda: original(path))
+        monkeypatch.setattr(scoreboard, "register", lambda: original(path))
+        return original(path)
+
+    original = claims.register
+    return write
+
+
+@pytest.fixture
+def book(write):
+    return write("".join(claim_text(f"rule.{name}", {"only": rule}) for name, rule in RULES.items()))
+
+
+@pytest.fixture
+def log(tmp_path):
+    return claims.Chapter(SLUG, {"device": "cpu"}, teacher="gemma-3-270m", results_dir=tmp_path / "results")
+
+
+# ------------------------------------------------------------------------------------------------------ the register
+def test_the_register_holds_every_claim_once():
+    assert sorted(claim.id for claim in claims.register().claims) == sorted(EXPECTED.split())
+
+
+def test_the_register_cites_what_is_in_the_bibliography():
+    keys = set(parse_file(str(settings.ROOT / "book" / "references.bib")).entries)
+    assert {paper.cite for paper in claims.register().papers.values()} <= keys
+
+
+def test_the_tolerances_of_the_duality_are_those_the_book_promises():
+    for name in ("duality.forward", "duality.tensor"):
+        checks = claims.register()[name].checks
+        assert {variant: check.rule.tolerance for variant, check in checks.items()} == {
+            "float64": 1e-12,
+            "float32": 1e-5,
+        }
+
+
+def changed(edit):
+    """The real register with `edit` applied to its first claim."""
+    content = yaml.safe_load(claims.REGISTER.read_text(encoding="utf-8"))
+    edit(content["claims"][0])
+    return yaml.safe_dump(content, allow_unicode=True)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda c: c.pop("statement"), "claim duality.forward.statement: Field required"),
+        (lambda c: c.update(colour="red"), "claim duality.forward.colour: Extra inputs"),
+        (lambda c: c.update(id="Duality"), "claim Duality.id: String should match pattern"),
+        (lambda c: c.update(part="IX"), "part of duality.forward 'IX' is unknown; allowed: 'I'"),
+        (lambda c: c["source"].update(paper="nature"), "paper of duality.forward 'nature' is unknown"),
+        (lambda c: c.update(id="duality.tensor"), "claim ids given twice: duality.tensor"),
+        (lambda c: c.update(checks={}), "claim duality.forward.checks: Dictionary should have at least 1 item"),
+        (lambda c: c["checks"]["float64"].pop("why"), "claim duality.forward.checks.float64.why: Field required"),
+        (lambda c: c["checks"]["float64"]["rule"].update(name="close"), "'identity', 'bound_holds', 'interval_above'"),
+        (lambda c: c["checks"]["float64"]["rule"].update(tolerance=-1), "tolerance: Input should be greater than 0"),
+        (lambda c: c["checks"]["float64"]["rule"].pop("tolerance"), "tolerance: Field required"),
+        (lambda c: c["checks"]["float64"].update(metric="a · b"), "which is kept for records"),
+        (lambda c: c["checks"].update(again=c["checks"]["float64"]), "two checks have the same metric"),
+    ],
+)
+def test_a_wrong_register_says_where_and_what(tmp_path, edit, told):
+    path = tmp_path / "claims.yml"
+    path.write_text(changed(edit), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(told)):
+        claims.register(path)
+
+
+@pytest.mark.parametrize("text", ["claims: [", "papers: {}\npapers: {}\n"])
+def test_broken_yaml_and_repeated_keys_are_refused(tmp_path, text):
+    path = tmp_path / "claims.yml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="claims.yml is not valid YAML"):
+        claims.register(path)
+
+
+# --------------------------------------------------------------------------------------------------------- the rules
+def restated(name: str, value: float, low: float, high: float) -> str:
+    """The rules of RULES said again: each asks one or two questions; all yes holds, all no fails."""
+    inside = {
+        "identity": [abs(value) <= 1e-5],
+        "above": [low > 2, high > 2],
+        "below": [low < 2, high < 2],
+        "count": [value == 0],
+        "margin": [value >= 0],
+        "rising": [low > 0, high > 0],
+        "falling": [low < 0, high < 0],
+    }[name]
+    return "holds" if all(inside) else "straddles" if any(inside) else "fails"
+
+
+@given(
+    name=st.sampled_from(sorted(RULES)),
+    ends=st.lists(finite | st.sampled_from([0.0, 2.0, 1e-5]), min_size=3, max_size=3),
+)
+def test_each_rule_says_what_its_restatement_says(name, ends):
+    low, value, high = sorted(ends)
+    rule = claims.Check.model_validate({"metric": "m", "why": "w", "rule": yaml.safe_load(RULES[name])}).rule
+    assert rule.outcome(value, low, high) == restated(name, value, low, high)
+
+
+@given(ends=st.lists(finite, min_size=3, max_size=3), sign=st.sampled_from(["positive", "negative"]))
+def test_a_trend_turned_over_is_the_other_trend(ends, sign):
+    low, value, high = sorted(ends)
+    other = {"positive": "negative", "negative": "positive"}[sign]
+    ours = claims.Trend(name="trend", sign=sign).outcome(value, low, high)
+    assert ours == claims.Trend(name="trend", sign=other).outcome(-value, -high, -low)
+
+
+@given(ends=st.lists(finite, min_size=3, max_size=3), line=finite)
+def test_an_interval_is_never_wholly_above_and_wholly_below(ends, line):
+    low, value, high = sorted(ends)
+    above = claims.IntervalAbove(name="interval_above", value=line).outcome(value, low, high)
+    below = claims.IntervalBelow(name="interval_below", value=line).outcome(value, low, high)
+    assert {above, below} != {"holds"}
+    if above == "holds":
+        assert below == "fails"
+
+
+@given(ends=st.lists(finite, min_size=3, max_size=3), line=finite, width=st.floats(0, 10))
+def test_a_wider_interval_never_says_more(ends, line, width):
+    low, value, high = sorted(ends)
+    rule = claims.IntervalAbove(name="interval_above", value=line)
+    assert rule.outcome(value, low - width, high + width) in {rule.outcome(value, low, high), "straddles"}
+
+
+@pytest.mark.parametrize(
+    ("claim", "value", "ci", "scope", "verdict"),
+    [
+        ("rule.identity", 1e-6, None, "paper setting", "reproduced"),
+        ("rule.identity", 1e-6, None, "analogue", "holds here"),
+        ("rule.identity", 1e-4, None, "paper setting", "not reproduced"),
+        ("rule.above", 3, (2.5, 4), "analogue", "holds here"),
+        ("rule.above", 3, (1.5, 4), "paper setting", "partly"),
+        ("rule.above", 1, (0.5, 1.5), "analogue", "not reproduced"),
+        ("rule.count", 0, None, "paper setting", "reproduced"),
+        ("rule.count", 1, None, "paper setting", "not reproduced"),
+        ("rule.margin", -1e-9, None, "analogue", "not reproduced"),
+        ("rule.falling", -1, (-2, -0.1), "analogue", "holds here"),
+    ],
+)
+def test_verdicts_follow_from_rule_and_scope(book, log, claim, value, ci, scope, verdict):
+    record = log.record(claim, value, ci=ci, n=100, scope=scope, resampled="seeds" if ci else None)
+    assert record.verdict == verdict
+
+
+# --------------------------------------------------------------------------------------------------------- recording
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"claim": "rule.nothing"}, "claim 'rule.nothing' is unknown; allowed: 'rule.identity'"),
+        ({"scope": "paper"}, "scope 'paper' is unknown; allowed: 'paper setting', 'analogue'"),
+        ({"value": float("nan")}, "value=nan is not a finite number"),
+        ({"ci": (0.0, float("inf"))}, "ci high=inf is not a finite number"),
+        ({"ci": (2.2, 2.9)}, "ci=(2.2, 2.9) does not hold value=3.0"),
+        ({"ci": (4, 2)}, "does not hold value"),
+        ({"ci": (1, 2, 3)}, "is not a pair"),
+        ({"ci": None, "resampled": None}, "rule.above/only: the rule interval_above needs ci"),
+        ({"ci": None}, "resampled='seeds' without an interval"),
+        ({"resampled": "tokens"}, "resampled 'tokens' is unknown; allowed: 'seeds', 'articles', 'seed × article'"),
+        ({"resampled": None}, "resampled None is unknown"),
+        ({"n": 0}, "n=0 is not a positive whole number"),
+        ({"note": "Outcome(" * 40}, "has 320 characters; allowed: up to 300"),
+        ({"variant": "float16"}, "rule.above: variant 'float16' is unknown; allowed: 'only'"),
+        ({"claim": "rule.count", "value": 0.5, "ci": None, "resampled": None}, "is not a count of violations"),
+        ({"claim": "rule.count", "value": 9, "ci": None, "resampled": None}, "among n=3 samples"),
+        ({"claim": "rule.identity", "value": -1, "ci": None, "resampled": None}, "give its absolute value"),
+    ],
+)
+def test_a_record_that_cannot_be_judged_is_refused(book, log, arguments, told):
+    good = {"claim": "rule.above", "value": 3.0, "ci": (2.5, 4.0), "resampled": "seeds", "n": 3, "scope": "analogue"}
+    log.record(**good)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        log.record(**(good | arguments))
+    assert len(log.records) == 1
+
+
+def test_only_the_papers_own_teacher_makes_a_paper_setting(write, log):
+    write(claim_text("a.b", {"only": RULES["identity"]}, teachers="[lab/model]"))
+    with pytest.raises(ValueError, match="teacher='gemma-3-270m'; the paper's: lab/model"):
+        log.record("a.b", 0, n=1, scope="paper setting")
+    assert log.record("a.b", 0, n=1, scope="paper setting", teacher="lab/model").verdict == "reproduced"
+    write(claim_text("a.b", {"only": RULES["identity"]}, teachers="[]"))
+    with pytest.raises(ValueError, match="the setting is not public"):
+        log.record("a.b", 0, n=1, scope="paper setting")
+
+
+def test_a_record_on_random_inputs_names_no_teacher(book, log):
+    assert log.record("rule.identity", 0, n=1, scope="analogue").teacher == "gemma-3-270m"
+    assert log.record("rule.identity", 0, n=1, scope="analogue", teacher=None).teacher is None
+
+
+def test_a_claim_with_several_checks_wants_to_know_which(write, log):
+    write(claim_text("a.b", {"one": RULES["identity"], "two": RULES["count"]}))
+    with pytest.raises(ValueError, match="a.b: variant None is unknown; allowed: 'one', 'two'"):
+        log.record("a.b", 0, n=1, scope="analogue")
+
+
+@given(value=finite, width=st.floats(0, 1e3))
+def test_an_interval_of_equal_percentiles_is_accepted(value, width):
+    assert claims._interval(value, (value - width, value + width), "seeds")
+    around = value * (1 + 1e-13)
+    assert claims._interval(value, (around, around), "seeds")
+
+
+def test_numbers_of_numpy_and_torch_are_taken(book, log):
+    log.record("rule.above", np.float32(3), ci=np.array([2.5, 4]), resampled="seeds", n=np.int64(3), scope="analogue")
+    log.record("rule.identity", torch.tensor(1e-7), n=3, scope="analogue")
+    log.parameters["seeds"] = np.arange(3)
+    written = json.loads(log.save().path.read_text())
+    assert written["parameters"]["seeds"] == [0, 1, 2]
+
+
+def test_a_cell_run_twice_records_once_and_other_numbers_are_kept(book, log):
+    for value in (1e-7, 1e-7, 1e-8):
+        log.record("rule.identity", value, n=3, scope="analogue")
+    assert [record.value for record in log.records] == [1e-7, 1e-8]
+
+
+def test_the_results_file_has_the_published_form(book, log):
+    log.record("rule.above", 3, ci=(2.5, 4), resampled="seeds", n=3, scope="analogue", metric="k = 8", note="a note")
+    written = json.loads(log.save().path.read_text(encoding="utf-8"))
+    assert list(written) == ["chapter", "profile", "parameters", "environment", "seconds", "records"]
+    assert written["chapter"] == SLUG and written["profile"] == settings.profile()
+    assert set(written["environment"]) == {"python", "torch", "transformers", "device", "threads", "commit", "date"}
+    assert written["seconds"] >= 0
+    assert written["records"] == [
+        {
+            "claim": "rule.above",
+            "metric": "metric only · k = 8",
+            "value": 3.0,
+            "ci": [2.5, 4.0],
+            "n": 3,
+            "resampled": "seeds",
+            "unit": "",
+            "scope": "analogue",
+            "teacher": "gemma-3-270m",
+            "expected": "interval above 2",
+            "verdict": "holds here",
+            "note": "a note",
+        }
+    ]
+
+
+def test_points_that_nothing_could_read_again_are_named_and_not_written(log):
+    log.points["curves"] = {"mixture": [1.0]}
+    with pytest.raises(ValueError, match=r"points.curves: Input should be a valid list"):
+        log.save()
+    assert not log.path.exists()
+
+
+def test_a_chapter_without_records_is_saved_too(log):
+    assert json.loads(log.save().path.read_text())["records"] == []
+    assert "tests no claim" in log._repr_html_()
+
+
+def test_a_slug_that_is_not_a_file_stem_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="slug='Chapter 1'"):
+        claims.Chapter("Chapter 1", {}, results_dir=tmp_path)
+
+
+def test_a_record_shows_its_verdict_and_escapes_its_note(book, log):
+    record = log.record("rule.identity", 0, n=4096, scope="analogue", note="<script>")
+    assert "holds here" in record._repr_html_() and "<script>" not in record._repr_html_()
+    assert str(record) == "rule.identity | metric only: 0, n = 4,096 | expected ≤ 1e-05 | holds here"
+
+
+def test_the_environment_knows_the_commit_and_does_without_one(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True
+        )
+
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    assert claims.environment("cpu")["commit"] is None
+    git("init", "-q")
+    assert claims.environment("cpu")["commit"] is None
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    assert re.fullmatch(r"[0-9a-f]{12}", claims.environment("cpu")["commit"])
+    (tmp_path / "new.py").write_text("")
+    assert claims.environment("cpu")["commit"].endswith("-dirty")
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setattr(settings, "ROOT", tmp_path / "inside")
+    assert claims.environment("cpu")["commit"] is None  # another project's commit is not ours
+
+
+def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
+    target = tmp_path / "results.json"
+    settings.write_json(target, {"old": True})
+    script = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from helpers.press import claims
+        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        settings.write_json(Path(sys.argv[1]), {"new": "x" * 10**6})
+    """)
+    done = subprocess.run([sys.executable, "-c", script, str(target)], cwd=settings.ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert json.loads(target.read_text()) == {"old": True}
+    assert claims.load_results(tmp_path) == []  # what the killed process left is not taken for a results file
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    for content in ({"x": float("nan")}, {"x": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            settings.write_json(tmp_path / "results.json", content)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        settings.write_json(tmp_path / "results.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------------- overall verdicts
+GOOD, HERE, HALF, BAD = "reproduced", "holds here", "partly", "not reproduced"
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "expected"),
+    [
+        ([], [], "not tested"),
+        ([GOOD], [GOOD], GOOD),
+        ([GOOD, HERE], [GOOD], GOOD),  # an analogue beside the paper's setting takes nothing away
+        ([GOOD], [HERE], HERE),
+        ([HERE], [HERE], HERE),
+        ([GOOD], [], HALF),  # a check that was not run
+        ([GOOD], [BAD], HALF),
+        ([GOOD, BAD], [GOOD], HALF),
+        ([HALF], [GOOD], HALF),
+        ([HALF], [], HALF),
+        ([BAD], [BAD], BAD),
+        ([BAD], [], BAD),
+        ([BAD], [HALF], HALF),
+    ],
+)
+def test_a_claim_is_judged_by_all_its_checks(write, one, two, expected):
+    book = write(
+        claim_text("a.b", {"one": RULES["identity"], "two": RULES["identity"]})
+        + claim_text("c.d", {"x": RULES["count"]})
+    )
+    records = [
+        claims.Record("a.b", f"metric {check}", 0, None, 1, None, "", "analogue", None, "", verdict)
+        for check, verdicts in (("one", one), ("two", two))
+        for verdict in verdicts
+    ]
+    assert claims.overall(records, book) == {"a.b": expected, "c.d": "not tested"}
+
+
+def padding(log, shares, spread):
+    for name, share in zip(("input", "output", "gaussian"), shares, strict=True):
+        ci = (share - 0.02, share + 0.02)
+        log.record(
+            "secret.padding", share, ci=ci, resampled="articles", n=11, scope="analogue", variant=f"share_{name}"
+        )
+    ci = (spread - 0.02, spread + 0.02)
+    log.record("secret.padding", spread, ci=ci, resampled="articles", n=11, scope="analogue", variant="consistency")
+    return claims.overall(log.records)["secret.padding"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "spread", "expected"),
+    [
+        ((0.30, 0.30, 0.31), 0.01, "holds here"),
+        ((0.295, 0.233, 0.365), 0.13, "partly"),  # all above zero, and no single share fits
+        ((0.0, 0.0, 0.0), 0.01, "partly"),
+        ((-0.1, -0.1, 0.0), 0.10, "partly"),  # the last share straddles zero
+        ((-0.1, -0.1, -0.1), 0.10, "not reproduced"),
+    ],
+)
+def test_the_padding_claim_needs_three_shares_and_one_that_fits_all(log, shares, spread, expected):
+    assert padding(log, shares, spread) == expected
+
+
+# ----------------------------------------------------------------------------------------------- reading and the page
+def save(folder, chapter, *records, profile="quick"):
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"chapter": chapter, "profile": profile, "parameters": {}, "environment": {}, "seconds": 1.0}
+    (folder / f"{chapter}.json").write_text(json.dumps(content | {"records": list(records)}))
+
+
+def row(claim="rule.identity", **changes):
+    fields = {"claim": claim, "metric": "metric only", "value": 0.0, "ci": None, "n": 3, "resampled": None, "unit": ""}
+    return fields | {"scope": "analogue", "teacher": None, "expected": "x", "verdict": "partly", "note": ""} | changes
+
+
+@pytest.fixture
+def render(tmp_path):
+    for slug in (SLUG, "00_how_to_read"):
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        (tmp_path / "notebooks" / f"{slug}.ipynb").write_text("{}")
+
+    def render():
+        here, long = tmp_path / "here", tmp_path / "long"
+        return scoreboard.scoreboard_markdown(results=here, reference=long, notebooks=tmp_path / "notebooks")
+
+    return render
+
+
+def card(page, claim):
+    """The part of the page about one claim."""
+    return page.split(f"({scoreboard.anchor(claim)})=")[1].split("\n:::::\n")[0]
+
+
+def test_the_page_shows_every_claim_of_the_book_exactly_once(render):
+    page = render()
+    for claim in claims.register().claims:
+        assert page.count(f"({scoreboard.anchor(claim.id)})=") == 1
+        assert page.count(f"`{claim.id}` ·") == 1
+        for check in claim.checks.values():
+            assert claims.plain(check.metric) in card(page, claim.id)
+        assert "verdict-not-tested" in card(page, claim.id)
+    assert "0 of 32 claims have been tested so far" in page
+
+
+def test_the_long_runs_that_are_kept_can_be_read_and_stand_in_the_register():
+    found = claims.load_results(claims.REFERENCE)
+    assert {results.chapter for results, _ in found} == {path.stem for path in claims.REFERENCE.glob("*.json")}
+
+
+def test_stored_verdicts_are_judged_again(book, tmp_path, render):
+    save(tmp_path / "here", SLUG, row())
+    ((_, (record,)),) = claims.load_results(tmp_path / "here", book)
+    assert (record.verdict, record.expected) == ("holds here", "≤ 1e-05")
+
+
+@pytest.mark.parametrize(
+    ("stale", "told"),
+    [
+        (row("rule.gone"), "claim 'rule.gone' is not in the register"),
+        (row(metric="another metric"), "metric 'another metric' is not one of rule.identity"),
+        (row("rule.above"), "needs ci"),
+    ],
+)
+def test_stale_records_stop_the_page_and_name_the_file(book, tmp_path, render, stale, told):
+    save(tmp_path / "here", SLUG, stale)
+    with pytest.raises(ValueError, match=f"{SLUG}.json is stale.*{re.escape(told)}"):
+        render()
+
+
+@pytest.mark.parametrize("content", ['{"chapter": "01', '{"records": [{}]}', '{"records": 3}'])
+def test_a_damaged_results_file_is_named(book, tmp_path, render, content):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / f"{SLUG}.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{SLUG}.json"):
+        render()
+
+
+def test_results_of_a_chapter_the_book_no_longer_has_stop_the_page(book, tmp_path, render):
+    save(tmp_path / "here", "09_gone", row())
+    with pytest.raises(ValueError, match="'09_gone', which the book does not have"):
+        render()
+
+
+def test_files_without_records_are_not_results(book, tmp_path, render):
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "curves.json").write_text('{"points": [1, 2]}')
+    assert "No chapter has run" in render()
+
+
+def test_reference_runs_carry_the_verdict_and_are_labelled_apart(book, tmp_path, render):
+    far = {"ci": [1.0, 1.5], "resampled": "seeds", "value": 1.2}
+    near = {"ci": [2.5, 3.5], "resampled": "seeds", "value": 3.0, "scope": "paper setting"}
+    save(tmp_path / "here", SLUG, row("rule.above", **far))
+    save(tmp_path / "long", SLUG, row("rule.above", **near), profile="full")
+    text = card(render(), "rule.above")
+    assert text.startswith("\n:::::{div} claim claim-reproduced")
+    assert "reference run: metric only: **3 \\[2.5, 3.5\\], n = 3 (seeds)**" in text
+    assert "- metric only: **1.2 \\[1, 1.5\\], n = 3 (seeds)**" in text and "not reproduced" in text
+    assert "{doc}`/notebooks/" + SLUG in text
+
+
+def test_the_page_neither_links_to_missing_chapters_nor_lets_a_note_act(book, tmp_path, render):
+    save(tmp_path / "here", SLUG, row(note="a *note* with {role}`x` and <b>"))
+    text = card(render(), "rule.identity")
+    assert r"a \*note\* with \{role\}\`x\` and \<b\>" in text
+    (tmp_path / "here" / f"{SLUG}.json").unlink()
+    (tmp_path / "notebooks" / f"{SLUG}.ipynb").unlink()
+    assert f"/notebooks/{SLUG}" not in render()
+
+
+def test_points_of_a_longer_run_are_read_back_with_their_origin(tmp_path, monkeypatch):
+    log = claims.Chapter("05_some_chapter", {"device": "cpu"}, results_dir=tmp_path)
+    log.points["grid"] = [{"active": 16, "fvu": [0.5, 0.4], "rank": None}]
+    log.save()
+    found = claims.reference("05_some_chapter", tmp_path)
+    assert found.points["grid"] == log.points["grid"] and found.origin.startswith("quick run, ")
+    assert claims.reference("06_other", tmp_path) is None
+    assert log.sides("grid") == {"quick run, here": log.points["grid"]}
+    monkeypatch.setattr(claims, "reference", lambda slug: found)
+    assert log.sides("grid") == {"quick run, here": log.points["grid"], found.origin: found.points["grid"]}
+    log.points["curve"] = []
+    assert log.sides("curve") == {"quick run, here": []}
+    monkeypatch.undo()
+    (tmp_path / "06_other.json").write_text("{")
+    with pytest.raises(ValueError, match="06_other.json is damaged"):
+        claims.reference("06_other", tmp_path)

@@ -1,0 +1,144 @@
+"""What every notebook of the book keeps to, and what the README promises."""
+
+import ast
+import os
+import re
+import subprocess
+
+import nbformat
+import pytest
+import yaml
+
+from helpers.press import chapters
+from helpers.press.build import toc_files
+from helpers.settings import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COMMON = {"teacher", "layer", "layers", "corpus", "n_tokens", "seeds", "device", "cache_dir", "results_dir"}
+MOST_LINES = 25
+CHECKED = "# NBVAL_CHECK_OUTPUT"
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
+def notebook(request):
+    notebook = nbformat.read(request.param, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks_and_all_of_them_are_chapters():
+    assert NOTEBOOKS
+    assert [c.path for c in chapters.find()] == NOTEBOOKS, "a notebook is called NN_slug.ipynb"
+
+
+def test_the_table_of_contents_holds_every_notebook_once():
+    pages = list(toc_files(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))))
+    assert sorted(p for p in pages if p.startswith("notebooks/")) == [f"notebooks/{p.stem}" for p in NOTEBOOKS]
+    assert len(pages) == len(set(pages))
+
+
+@pytest.mark.parametrize("profile", sorted(p.stem for p in (ROOT / "profiles").glob("*.yml")))
+def test_every_profile_names_only_what_is_there(profile):
+    assert len(chapters.plan(profile=profile)) == len(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("chapter", chapters.find(), ids=lambda c: c.slug)
+def test_parameters_come_first_and_include_where_results_go(chapter):
+    assert {"results_dir", "cache_dir", "device", "seeds"} <= set(chapter.defaults)
+    first = code(nbformat.read(chapter.path, as_version=4))[0]
+    assert "parameters" in first.metadata.tags, "the parameters cell is the first cell of code"
+    # one spelling for one thing
+    for name in set(chapter.defaults) - COMMON:
+        close = {c for c in COMMON if name.replace("_", "").lower() in (c.replace("_", ""), c.replace("_", "") + "s")}
+        assert not close, f"{name} is spelled {close} everywhere else"
+
+
+def test_a_chapter_has_a_title_exercises_and_a_summary(notebook):
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert notebook.cells[0].source.startswith("# ")
+    assert len(re.findall(r"^# ", re.sub(r"```.*?```", "", prose, flags=re.S), re.M)) == 1
+    for heading in ("What this page does not say|What the paper does not say", "Exercises", "Summary"):
+        assert re.search(rf"^## .*({heading})", prose, re.M), f"no section {heading!r}"
+    assert ":class: dropdown" in prose, "solutions are folded"
+    assert "{bibliography}" not in prose, "cite with {cite:t}: there is one bibliography, on a page of its own"
+
+
+def test_cells_are_short_and_plumbing_stays_in_helpers(notebook):
+    for cell in code(notebook):
+        lines = cell.source.splitlines()
+        assert len(lines) <= MOST_LINES, f"{len(lines)} lines in the cell that begins {lines[0]!r}"
+        assert "sys.path" not in cell.source
+        ast.parse(cell.source)
+
+
+def test_outputs_are_committed_only_where_they_are_checked(notebook):
+    for cell in code(notebook):
+        first = cell.source.splitlines()[0]
+        kept = "keep_output" in cell.metadata.get("tags", [])
+        assert kept == (first == CHECKED), f"{first!r}: the tag keep_output and {CHECKED} go together"
+        assert bool(cell.outputs) == kept, (
+            f"{first!r}: outputs are {'missing' if kept else 'not stripped (make strip)'}"
+        )
+        assert all(output.output_type != "error" for output in cell.outputs)
+        assert (cell.execution_count is not None) == kept, "nbval compares numbered cells only (make strip)"
+    assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
+
+
+def test_static_figures_say_what_they_show(notebook):
+    """A cell that draws has its words in the metadata; a slider has them in its call."""
+    for cell in code(notebook):
+        if re.search(r"plt\.(subplots|figure)\(", cell.source) and "def draw" not in cell.source:
+            assert cell.metadata.get("mystnb", {}).get("image", {}).get("alt"), cell.source.splitlines()[0]
+        if "interactive.slider(" in cell.source:
+            assert "alt=" in cell.source
+
+
+def test_some_outputs_are_checked():
+    """Stripped cells compare nothing under nbval: without a few checked ones it would be vacuous."""
+    checked = [c for path in NOTEBOOKS for c in code(nbformat.read(path, as_version=4)) if CHECKED in c.source]
+    assert checked and all(cell.outputs for cell in checked)
+
+
+def test_the_readme_names_the_commands_that_are_there():
+    readme, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.M))
+    named = set(re.findall(r"`?make ([a-z]+)`?", readme)) & (targets | {"book", "test"})
+    assert {"book", "test", "lab", "bench"} <= named <= targets
+
+
+def test_ci_runs_what_the_readme_says():
+    script = ROOT / ".ci" / "run"
+    assert re.search(r"^\s*make test$", script.read_text(encoding="utf-8"), re.M)
+    assert os.access(script, os.X_OK)
+
+
+def test_make_test_runs_every_check():
+    """`make -n` prints what would be run: lint, formatting, pytest, the book, nbval, the browser."""
+    said = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    steps = [
+        "ruff check",
+        "ruff format --check",
+        "pytest tests",
+        "helpers book",
+        "--nbval-lax",
+        "pytest -rs tests/browser",
+    ]
+    places = [said.find(step) for step in steps]
+    assert -1 not in places and places == sorted(places)
+
+
+def test_nothing_in_the_repository_names_a_place_on_the_authors_machine():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    own = ("tests/test_notebooks.py",)
+    place = re.compile(r"(?<![\w.])/(work|root|home/\w+)/\w|\.\./shared")
+    for name in filter(None, tracked.split("\0")):
+        path = ROOT / name
+        binary = path.suffix in (".parquet", ".png", ".safetensors")
+        if name in own or name.startswith("third_party/") or binary or not path.is_file():
+            continue
+        found = place.search(path.read_text(encoding="utf-8"))
+        assert not found, f"{name}: {found[0]}"

@@ -1,0 +1,135 @@
+"""Metrics against closed forms and against plain NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.dictionary import topk_sae
+from helpers.settings import generator
+from helpers.study import scores
+from tests.reference.metrics_numpy import slow_recovery
+
+
+def test_fvu_has_its_closed_forms():
+    y = torch.randn(500, 6, generator=generator(0)) + 100
+    assert scores.fvu(y, y) == 0
+    assert scores.fvu(y.double().mean(0).float().expand_as(y), y) == pytest.approx(1, rel=1e-5)
+    shifted = y + 1  # a constant offset is an error and must not be forgiven
+    variance = float((y - y.mean(0)).square().sum(1).mean())
+    assert scores.fvu(shifted, y) == pytest.approx(6 / variance, rel=1e-3)
+    with pytest.raises(ValueError, match="constant"):
+        scores.fvu(y, torch.ones_like(y))
+
+
+def test_evaluation_equals_a_dense_recount():
+    model = topk_sae(6, 30, 4, generator=generator(0), dtype=torch.float64)
+    x = torch.randn(700, 6, generator=generator(1), dtype=torch.float64)
+    result = scores.evaluate(model, x.numpy(), batch_size=128)
+    codes = model.encode(x).to_dense(30)
+    assert result.n == 700
+    assert result.fvu == pytest.approx(scores.fvu(model(x).detach(), x), rel=1e-12)
+    np.testing.assert_allclose(result.rates, (codes != 0).double().mean(0))
+    assert result.dead == pytest.approx(float(((codes != 0).sum(0) == 0).double().mean()))
+    assert result.dense == pytest.approx(float(((codes != 0).double().mean(0) > 0.1).double().mean()))
+    assert result.largest_rate == pytest.approx(float(result.rates.max()))
+    assert result.chosen_but_zero == pytest.approx(1 - float((codes != 0).sum()) / (700 * 4))
+    with pytest.raises(ValueError, match="targets has 3 rows.*700"):
+        scores.evaluate(model, x, x[:3])
+
+
+def test_ce_recovered():
+    assert scores.ce_recovered(10.0, 4.0, 3.0) == pytest.approx(6 / 7)
+    with pytest.raises(ValueError, match="ablated=3.0"):
+        scores.ce_recovered(3.0, 4.0, 3.0)
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(5, 1, size=(300, 40))
+    intervals = [scores.bootstrap_interval(sample, seed=i, n_resamples=400) for i, sample in enumerate(draws)]
+    covered = np.mean([lo <= 5 <= hi for lo, hi in intervals])
+    assert 0.89 < covered < 0.98
+    with pytest.raises(ValueError, match="1 units"):
+        scores.bootstrap_interval(np.ones(1))
+
+
+def test_bootstrap_resamples_whole_units():
+    pairs = np.c_[[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]
+    lo, hi = scores.bootstrap_interval(pairs, lambda a: a[:, 0].sum() / a[:, 1].sum())
+    assert lo == pytest.approx(0.1) and hi == pytest.approx(0.1)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
+def test_by_group_sums(groups):
+    values = torch.arange(len(groups)).double()
+    expected = [sum(v for v, g in zip(values.tolist(), groups, strict=True) if g == u) for u in sorted(set(groups))]
+    assert scores.by_group(values, torch.tensor(groups)).tolist() == expected
+
+
+def test_max_cosines():
+    truth = torch.eye(3)
+    learned = torch.tensor([[2.0, 0, 0], [5.0, 0, 0], [0, 1.0, 1.0]])
+    np.testing.assert_allclose(scores.max_cosines(truth, learned), [1, 0.5**0.5, 0.5**0.5], rtol=1e-6)
+    np.testing.assert_allclose(scores.max_cosines(learned, truth, chunk=2), [1, 1, 0.5**0.5], rtol=1e-6)
+
+
+SHAPES = [(1, 1), (3, 5), (5, 3), (5, 5), (6, 2), (2, 6), (4, 0)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("n_true", "n_learned"), SHAPES)
+def test_recovery_equals_the_slow_version_over_all_matchings(n_true, n_learned, seed):
+    truth = torch.randn(n_true, 3, generator=generator(seed), dtype=torch.float64)
+    learned = torch.randn(n_learned, 3, generator=generator(100 + seed), dtype=torch.float64)
+    result = scores.recovery(learned, truth, threshold=0.6)
+    expected = slow_recovery(learned.numpy(), truth.numpy(), 0.6)
+    found = {name: getattr(result, name) for name in expected}
+    assert found == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    assert (len(result.of_truth), len(result.of_learned), len(result.twin)) == (n_true, n_learned, n_learned)
+
+
+def test_recovery_counts_both_directions_and_duplicates():
+    truth = torch.eye(4)
+    learned = torch.tensor([[3.0, 0, 0, 0], [1, 0.1, 0, 0], [0, -2, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0.2]])
+    result = scores.recovery(learned, truth)
+    assert result.found == 2 / 4  # the first by two learned ones, the second by the last; a sign is not forgiven
+    assert result.matched == 3 / 5
+    assert result.duplicates == 2 / 5
+    cosines = [1, 1 / 1.04**0.5, 0.5**0.5, 0]
+    assert result.mcc == pytest.approx(sum(cosines) / 4)
+    assert result.mmcs == pytest.approx((1 + 1 / 1.04**0.5 + 0.5**0.5 + 0.5**0.5) / 4)
+
+
+def test_recovery_does_not_depend_on_lengths_or_order():
+    truth, learned = (torch.randn(n, 4, generator=generator(n), dtype=torch.float64) for n in (7, 9))
+    order = torch.randperm(9, generator=generator(0))
+    one = scores.recovery(learned, truth, threshold=0.5)
+    other = scores.recovery(5 * learned[order], truth / 3, threshold=0.5)
+    torch.testing.assert_close(one.of_learned[order], other.of_learned)
+    assert [one.found, one.matched, one.mmcs, one.mcc, one.duplicates] == pytest.approx(
+        [other.found, other.matched, other.mmcs, other.mcc, other.duplicates]
+    )
+    perfect = scores.recovery(2 * truth.flip(0), truth)
+    assert [perfect.found, perfect.matched, perfect.mmcs, perfect.mcc] == pytest.approx([1, 1, 1, 1])
+
+
+def test_a_comparison_has_its_seeds_and_an_interval_that_holds_it():
+    data = np.random.default_rng(0).gamma(2.0, size=(3, 40, 2))
+    ratio = scores.compared(data, lambda some: some[..., 0].sum() / some[..., 1].sum(), n_resamples=400)
+    sums = data.sum(1)
+    assert ratio.value == pytest.approx(sums[:, 0].sum() / sums[:, 1].sum())
+    assert ratio.by_seed == pytest.approx((sums[:, 0] / sums[:, 1]).tolist())
+    assert ratio.n == 120
+    assert ratio.resampled == "seed × article"
+    # the delta method's standard error, over articles: that of seeds comes on top
+    residual = data.mean(0)[:, 0] - ratio.value * data.mean(0)[:, 1]
+    error = residual.std() / (data[..., 1].mean() * 40**0.5)
+    assert 2.5 * error < ratio.ci[1] - ratio.ci[0] < 8 * error
+    # the largest of forty is larger in no resample: the interval is widened to the number itself
+    largest = scores.compared(data[:1, :, 0], lambda some: some.max(), n_resamples=50)
+    assert largest.ci[0] <= largest.value <= largest.ci[1]
+    assert largest.resampled == "articles"
+    low = scores.crossed_interval(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50)[0]
+    assert low > -40  # a resample has fewer different articles …
+    assert scores.compared(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50).ci[0] == -40
