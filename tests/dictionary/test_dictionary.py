@@ -64,8 +64,8 @@ def test_primitives_are_adjoint():
 def test_the_portable_path_of_gather_dots_agrees_and_respects_its_memory_bound(monkeypatch):
     x, weight, indices = random(7, 5), random(11, 5), distinct_indices(7, 11, 3)
     expected = dictionary.gather_dots(x, weight, indices)
-    monkeypatch.setattr(dictionary, "GATHER_BYTES", 3 * 5 * 8 * 2)  # room for two samples
-    half = dictionary._dots(x.bfloat16(), weight.bfloat16(), indices)  # not a dtype of the sampled product
+    monkeypatch.setattr(dictionary.rows, "GATHER_BYTES", 3 * 5 * 8 * 2)  # room for two samples
+    half = dictionary.rows._dots(x.bfloat16(), weight.bfloat16(), indices)  # not a dtype of the sampled product
     torch.testing.assert_close(half.double(), expected, rtol=0.05, atol=0.2)
 
 

@@ -37,10 +37,10 @@ def pair(n=12, m=9, q=3, seed=0) -> tuple[Packed, Rows]:
 
 
 def small(monkeypatch, tile: int, gather: int, share: float = 0.0) -> None:
-    monkeypatch.setattr(dictionary, "TILE_BYTES", tile)
-    monkeypatch.setattr(dictionary, "GATHER_SHARE", share)
-    monkeypatch.setattr(dictionary, "GATHER_BLOCK", 2 if gather < 1000 else 128)
-    monkeypatch.setattr(dictionary, "GATHER_BYTES", gather)
+    monkeypatch.setattr(dictionary.packed, "TILE_BYTES", tile)
+    monkeypatch.setattr(dictionary.packed, "GATHER_SHARE", share)
+    monkeypatch.setattr(dictionary.packed, "GATHER_BLOCK", 2 if gather < 1000 else 128)
+    monkeypatch.setattr(dictionary.rows, "GATHER_BYTES", gather)
 
 
 def gradients(rows: Rows, use) -> list[torch.Tensor]:
@@ -108,10 +108,10 @@ def test_gradients_agree_with_finite_differences():
     x = torch.randn(3, 5, generator=generator(1), dtype=torch.float64, requires_grad=True)
     values = torch.randn(3, 2, generator=generator(2), dtype=torch.float64, requires_grad=True)
     indices = torch.tensor([[0, 3], [5, 1], [2, 3]])
-    for use in (lambda x, w: dictionary._PackedScores.apply(x, w, packed.rows),
-                lambda x, w: dictionary._PackedDots.apply(x, w, packed.rows, indices, None)):  # fmt: skip
+    for use in (lambda x, w: dictionary.packed._PackedScores.apply(x, w, packed.rows),
+                lambda x, w: dictionary.packed._PackedDots.apply(x, w, packed.rows, indices, None)):  # fmt: skip
         assert torch.autograd.gradcheck(use, (x, packed.weight))
-    sums = lambda v, w: dictionary._PackedSum.apply(v, indices, w, packed.rows, 5)  # noqa: E731
+    sums = lambda v, w: dictionary.packed._PackedSum.apply(v, indices, w, packed.rows, 5)  # noqa: E731
     assert torch.autograd.gradcheck(sums, (values, packed.weight))
 
 
