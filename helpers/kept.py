@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import dis
 import functools
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,91 +37,174 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy"
 """Packages whose version is part of every key: another one may give other numbers."""
 
 
-# -- keys: what was asked for, and the code that answers ---------------------------------------------------------------
+# -- keys: what was asked for ------------------------------------------------------------------------------------------
 
 
 def digest(*parts: Any) -> str:
-    """Hash of bytes, tensors, arrays and texts, in their order."""
+    """Hash of bytes, tensors, arrays and texts, in their order; where one ends and the next begins counts too."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, torch.Tensor):
             part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        found.update(
-            part.encode() if isinstance(part, str) else np.ascontiguousarray(part) if _is_array(part) else part
-        )
+        elif isinstance(part, np.ndarray):
+            part = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        content = part.encode() if isinstance(part, str) else part
+        found.update(f"{len(content)} ".encode())
+        found.update(content)
     return found.hexdigest()
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
-
-
-def described(value: Any, makers: set[Any] | None = None) -> Any:
+def described(value: Any, makers: list[Any] | None = None) -> Any:
     """A value as plain JSON, for a key. Classes and functions that occur in it are added to `makers`.
 
     Of an object with a property `asked` that counts, of another dataclass every field but those with `compare=False`,
-    of tensors and arrays their content. Raises `TypeError` for what cannot be told apart by its content.
+    of tensors and arrays their content, of functions also what they close over. Lists and tuples are alike; whole
+    numbers, fractions and truth values are not. Raises `TypeError` for what cannot be told apart by its content.
     """
-    makers = set() if makers is None else makers
-    if value is None or isinstance(value, bool | int | float | str):
+    makers = [] if makers is None else makers
+    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, Enum):
         return value
     if isinstance(value, np.generic):
-        return value.item()
+        return {"scalar": [str(value.dtype), described(value.item(), makers)]}
     if isinstance(value, Path | torch.dtype | torch.device):
-        return str(value)
-    if isinstance(value, torch.Tensor) or _is_array(value):
-        return [str(value.dtype), list(value.shape), digest(value)]
-    if hasattr(type(value), "asked"):
-        makers.add(type(value))
-        return [type(value).__qualname__, described(value.asked, makers)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        makers.add(type(value))
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.compare}
-        return [type(value).__qualname__, described(fields, makers)]
+        return {"text": str(value)}
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return {"array": [str(value.dtype), list(value.shape), digest(value)]}
     if isinstance(value, Mapping):
-        return sorted([described(k, makers), described(v, makers)] for k, v in value.items())
+        return {"mapping": _sorted([described(k, makers), described(v, makers)] for k, v in value.items())}
     if isinstance(value, list | tuple | range):
         return [described(each, makers) for each in value]
     if isinstance(value, set | frozenset):
-        return sorted(described(each, makers) for each in value)
+        return {"set": _sorted(described(each, makers) for each in value)}
     if isinstance(value, functools.partial):
-        return [described(each, makers) for each in (value.func, value.args, value.keywords)]
+        return {"partial": [described(each, makers) for each in (value.func, value.args, value.keywords)]}
+    if isinstance(value, MethodType):
+        return {"method": [described(value.__func__, makers), described(value.__self__, makers)]}
     if callable(value) and hasattr(value, "__qualname__"):
-        makers.add(value)
-        bound = getattr(value, "__self__", None)
-        return [value.__qualname__, None if isinstance(bound, ModuleType) else described(bound, makers)]
-    if isinstance(getattr(value, "fingerprint", None), str):
-        makers.add(type(value))
-        return [type(value).__qualname__, value.fingerprint]
-    raise TypeError(f"{type(value).__name__} cannot be part of a key: {value!r}")
+        makers.append(value)
+        return {"code": [_name(value), *_bound(value, makers)]}
+    makers.append(type(value))
+    return {"object": [_name(type(value)), described(_identity(value), makers)]}
 
 
-def code_of(*makers: Any) -> str:
+def _sorted(values: Iterable[Any]) -> list[Any]:
+    return sorted(values, key=lambda each: json.dumps(each, sort_keys=True))
+
+
+def _name(code: Any) -> str:
+    return f"{code.__module__}.{code.__qualname__}"
+
+
+def _identity(value: Any) -> Any:
+    """What tells an object from others of its class."""
+    kind = type(value)
+    if hasattr(kind, "asked"):
+        return value.asked
+    if isinstance(value, Enum):
+        return value.name
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        more = set(getattr(value, "__dict__", ())) - {field.name for field in fields}
+        if all(hasattr(kind, name) for name in more):  # a cached property, for one
+            return {field.name: getattr(value, field.name) for field in fields if field.compare}
+    elif isinstance(getattr(value, "fingerprint", None), str):
+        return value.fingerprint
+    raise TypeError(f"{kind.__name__} cannot be part of a key: {value!r}")
+
+
+def _bound(function: Any, makers: list[Any]) -> list[Any]:
+    """What a function depends on beside its code: default values, what it closes over, globals of a notebook."""
+    function = inspect.unwrap(function)
+    if not inspect.isfunction(function):
+        return []
+    found = inspect.getclosurevars(function).nonlocals | (_globals_of(function) if _is_own(function) else {})
+    found = {name: each for name, each in found.items() if each is not function and not isinstance(each, ModuleType)}
+    return [described([found, function.__defaults__, function.__kwdefaults__], makers)]
+
+
+# -- keys: the code that answers ---------------------------------------------------------------------------------------
+
+STARTED = time.time_ns()
+
+
+def code_of(*makers: Any, root: Path | None = None) -> str:
     """Hash of the import closures of modules, classes and functions, as syntax trees: see `closure`.
 
-    What is defined elsewhere than in `helpers` (a notebook, a test) counts by its own source.
+    What is defined elsewhere than in `helpers` (a notebook, a test) counts by its own code and that which it names.
     """
-    modules, own = set(), []
-    for maker in makers:
-        maker = maker.func if isinstance(maker, functools.partial) else maker
-        name = maker.__name__ if isinstance(maker, ModuleType) else getattr(maker, "__module__", None) or ""
-        if name.split(".")[0] == "helpers":
-            modules.add(name)
-        elif name.split(".")[0] not in sys.stdlib_module_names | set(LIBRARIES) - {"__main__"} or name == "__main__":
-            own.append(f"{name}.{getattr(maker, '__qualname__', '')}: {_own_source(maker)}")
-    return digest(*(f"{name} {tree_of(name)}" for name in closure(*modules)), *sorted(own))
+    modules: set[str] = set()
+    own: dict[Any, str] = {}
+    waiting = list(makers)
+    while waiting:
+        maker = waiting.pop()
+        if isinstance(maker, functools.partial | MethodType):
+            waiting.append(maker.func if isinstance(maker, functools.partial) else maker.__func__)
+        elif _room(maker) == "helpers":
+            modules.add(maker.__name__ if isinstance(maker, ModuleType) else maker.__module__)
+        elif _is_own(maker):
+            maker = inspect.unwrap(maker) if hasattr(maker, "__qualname__") else type(maker)
+            if maker not in own:
+                own[maker], named = _own_code(maker)
+                waiting += named
+    trees = [f"{name} {tree_of(name, root)}" for name in closure(*modules, root=root)]
+    return digest(*trees, *sorted(own.values()))
 
 
-def _own_source(maker: Any) -> str:
-    try:
-        return inspect.getsource(maker)
-    except (OSError, TypeError):
-        return ""
+def _room(code: Any) -> str:
+    return str(
+        code.__name__ if isinstance(code, ModuleType) else getattr(code, "__module__", None) or "builtins"
+    ).split(".")[0]
+
+
+def _is_own(code: Any) -> bool:
+    """Whether it is code of neither `helpers` nor a package, but of a notebook, a script or a test."""
+    room = _room(code)
+    if isinstance(code, ModuleType) or room == "helpers":
+        return False
+    file = getattr(sys.modules.get(room), "__file__", None) or ""
+    return room == "__main__" or not (room in sys.stdlib_module_names or "site-packages" in file)
+
+
+def _own_code(code: Any) -> tuple[str, list[Any]]:
+    """Byte code of a function or of a class's functions, and the classes, functions and modules that it names."""
+    inside = vars(code) if inspect.isclass(code) else {"": code}
+    lines, named = [_name(code)], list(getattr(code, "__mro__", ())[1:])
+    for name, each in sorted(inside.items()):
+        if isinstance(each, bool | int | float | str) and not name.startswith("__"):
+            lines.append(f"{name} {each!r}")
+        for part in ("fget", "func", "__func__"):  # of properties, cached ones, class methods
+            each = getattr(each, part, each)
+        function = inspect.unwrap(each)
+        if inspect.isfunction(function):
+            lines.append(f"{name} {_byte_code(function.__code__, function.__doc__)}")
+            reached = {**_globals_of(function), **inspect.getclosurevars(function).nonlocals}
+            named += [each for each in reached.values() if isinstance(each, ModuleType) or callable(each)]
+    return "\n".join(lines), named
+
+
+def _byte_code(code: CodeType, docstring: str | None = None) -> str:
+    constants = [None if docstring is not None and each == docstring else each for each in code.co_consts]
+    texts = [_byte_code(each) if isinstance(each, CodeType) else _plain(each) for each in constants]
+    return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {texts}"
+
+
+def _plain(constant: Any) -> str:
+    return repr(sorted(constant, key=repr) if isinstance(constant, frozenset) else constant)
+
+
+def _globals_of(function: FunctionType) -> dict[str, Any]:
+    """Global variables that a function reads, those of lambdas and comprehensions in it included."""
+    codes, names = [function.__code__], set()
+    for code in codes:
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+        names |= {each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"}
+    return {name: function.__globals__[name] for name in names & function.__globals__.keys()}
 
 
 def closure(*modules: str, root: Path | None = None) -> list[str]:
     """These modules of `helpers` and all that they import, directly or not, wherever in the file the import stands."""
-    found, waiting = set(), set(modules)
+    found: set[str] = set()
+    waiting = _with_packages(modules, root)
     while waiting:
         module = waiting.pop()
         found.add(module)
@@ -132,45 +219,59 @@ def module_file(module: str, root: Path | None = None) -> Path | None:
 
 
 def imports_of(module: str, root: Path | None = None) -> set[str]:
-    """Modules of `helpers` that a module imports itself."""
-    return imports_in(_parsed(module_file(module, root)), root)
+    """Modules of `helpers` that a module imports itself, packages on the way included."""
+    return _with_packages(_parsed(module, root)[0], root)
 
 
 def imports_in(tree: ast.AST, root: Path | None = None) -> set[str]:
     """Modules of `helpers` that a piece of code imports, packages on the way included."""
+    return _with_packages(_imported(tree), root)
+
+
+def _imported(tree: ast.AST, package: str = "") -> set[str]:
+    """What code imports of `helpers`, and names in it that may be modules."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {each.name for each in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{each.name}" for each in node.names)}
-    inside = {name for name in names if name.split(".")[0] == "helpers"}
-    parents = {".".join(name.split(".")[:i]) for name in inside for i in range(2, name.count(".") + 1)}
-    return {name for name in inside | parents if name != "helpers" and module_file(name, root)}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {base, *(f"{base}.{each.name}" for each in node.names)}
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("helpers."):  # imported by its name
+            names.add(str(node.value))
+    return {name for name in names if name.split(".")[0] == "helpers"}
+
+
+def _with_packages(modules: Iterable[str], root: Path | None) -> set[str]:
+    above = {".".join(name.split(".")[:i]) for name in modules for i in range(1, name.count(".") + 2)}
+    return {name for name in above if module_file(name, root)}
 
 
 def tree_of(module: str, root: Path | None = None) -> str:
-    """A module's syntax tree as text: comments, docstrings and layout do not count."""
-    return _stripped(_parsed(module_file(module, root)))
+    """A module's syntax tree as text: comments, docstrings and layout do not count.
+
+    A file that was edited after this process had started is not what runs here. Its text is then this process's own, so
+    that what the old code computes is never found under the new code's key.
+    """
+    edited = root is None and module in sys.modules and module_file(module).stat().st_mtime_ns > STARTED
+    return _parsed(module, root)[1] + (f" edited while {os.getpid()} of {STARTED} ran" if edited else "")
 
 
-def _parsed(path: Path) -> ast.Module:
-    return _parse(path, path.stat().st_mtime_ns, path.stat().st_size)
+def _parsed(module: str, root: Path | None = None) -> tuple[set[str], str]:
+    """What a module imports, and its tree."""
+    path = module_file(module, root)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    return _parse(path, path.stat().st_mtime_ns, path.stat().st_size, package)
 
 
 @cache
-def _parse(path: Path, changed: int, size: int) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def _stripped(tree: ast.AST) -> str:
-    if not hasattr(tree, "stripped"):
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list):
-                node.body = [each for each in body if not _is_text(each)] or [ast.Pass()]
-        tree.stripped = ast.dump(tree)
-    return tree.stripped
+def _parse(path: Path, changed: int, size: int, package: str) -> tuple[set[str], str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [each for each in body if not _is_text(each)] or [ast.Pass()]
+    return _imported(tree, package), ast.dump(tree)
 
 
 def _is_text(node: ast.AST) -> bool:
@@ -192,11 +293,11 @@ class Kept:
     """
 
     def __init__(self, kind: str, what: Any, *makers: Any, cache_dir: CacheDir = None):
-        found = set(makers)
+        found = list(makers)
         self.what = json.dumps(described(what, found), sort_keys=True)
         self.asked = digest(kind, self.what)
         self.key = digest(self.asked, code_of(*found), json.dumps(versions()))
-        self.folder = _place(kind, cache_dir)
+        self.folder = settings.cache_dir(cache_dir or None) / kind
         self.path = self.folder / f"{self.key}.kept"
 
     @contextmanager
@@ -207,9 +308,8 @@ class Kept:
             lock = FileLock(self.folder / f".{self.key}.lock")
             lock.acquire()
         except OSError as error:
-            raise ValueError(
-                f"{self.folder} cannot be written: {error.strerror or error}; allowed: a cache folder of yours"
-            ) from error
+            why = f"{self.folder} cannot be written: {error.strerror or error}"
+            raise ValueError(f"{why}; allowed: a cache folder of yours") from error
         try:
             for left in self.folder.glob(f".{self.key}.*.part"):
                 left.unlink(missing_ok=True)
@@ -221,18 +321,22 @@ class Kept:
         """What was written, or None where nothing was. Raises `ValueError` naming a file that is damaged."""
         try:
             content = self.path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # of the second one `lock` tells
             return None
         except OSError as error:
             raise self._damaged(error.strerror or str(error)) from error
         check, _, payload = content.removeprefix(MAGIC).partition(b"\n")
-        if not content.startswith(MAGIC) or digest(payload).encode() != check:
-            raise self._damaged("its checksum is wrong" if content.startswith(MAGIC) else "it is no file of this book")
+        if not content.startswith(MAGIC):
+            raise self._damaged("it is no file of this book")
+        if digest(payload).encode() != check:
+            raise self._damaged("its checksum is wrong")
+        if _about(payload)["key"] != self.key:
+            raise self._damaged("it holds what was kept under another name")
         return unpacked(payload)
 
     def write(self, tree: Any) -> None:
         """Keep a tree of mappings, sequences, numbers, texts, arrays and tensors."""
-        payload = packed(tree, {"what": self.what})
+        payload = packed(tree, {"what": self.what, "key": self.key})
         settings.write(self.path, MAGIC + digest(payload).encode() + b"\n" + payload)
 
     def _damaged(self, why: str) -> ValueError:
@@ -273,33 +377,35 @@ def keep_folder(
                         shutil.rmtree(left, ignore_errors=True)
                 with settings.new_folder(folder) as new:
                     fill(new)
-                    seal(new)
-    check_sealed(folder)
+                    seal(new, kept.key)
+    check_sealed(folder, kept.key)
     return folder
 
 
 SEAL = "kept.json"
 
 
-def seal(folder: Path) -> None:
-    """Note size, time and checksum of each file of a folder in it."""
+def seal(folder: Path, key: str = "") -> None:
+    """Note a key, and size, time and checksum of each file of a folder, in it."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     noted = {}
     for path in files:
         about = path.stat()
         noted[path.relative_to(folder).as_posix()] = [about.st_size, about.st_mtime_ns, file_digest(path)]
-    settings.write_json(folder / SEAL, noted)
+    settings.write_json(folder / SEAL, {"key": key, "files": noted})
 
 
-def check_sealed(folder: Path) -> None:
-    """`ValueError` naming the first file of a sealed folder that is missing or not what it was."""
+def check_sealed(folder: Path, key: str = "") -> None:
+    """`ValueError` naming the first file of a sealed folder that is missing or not what it was, or another key's."""
     cure = f"delete the folder {folder} to make it anew"
     try:
         noted = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        files = [(folder / name, *about) for name, about in noted["files"].items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the kept folder {folder} is damaged: {SEAL}: {error}; {cure}") from error
-    for name, (size, changed, check) in noted.items():
-        path = folder / name
+    if noted["key"] != key:
+        raise ValueError(f"the kept folder {folder} holds what was kept under another name; {cure}")
+    for path, size, changed, check in files:
         about = path.stat() if path.is_file() else None
         same = about is not None and (about.st_size, about.st_mtime_ns) == (size, changed)
         if not same and (about is None or about.st_size != size or file_digest(path) != check):
@@ -331,10 +437,10 @@ def packed(tree: Any, about: Mapping[str, str]) -> bytes:
     def plain(value: Any) -> Any:
         if isinstance(value, np.generic):
             value = value.item()
-        if isinstance(value, torch.Tensor) or _is_array(value):
-            kind, name = ("numpy" if _is_array(value) else "torch"), str(len(tensors))
-            held = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape)) if kind == "numpy" else value
-            tensors[name] = held.detach().cpu().contiguous().clone()
+        if isinstance(value, torch.Tensor | np.ndarray):
+            kind, name = ("numpy" if isinstance(value, np.ndarray) else "torch"), str(len(tensors))
+            held = torch.from_numpy(np.array(value, order="C")) if kind == "numpy" else value.detach().clone()
+            tensors[name] = held.cpu().contiguous()
             return {kind: name}
         if isinstance(value, Mapping):
             return {"items": [[plain(key), plain(each)] for key, each in value.items()]}
@@ -350,11 +456,15 @@ def packed(tree: Any, about: Mapping[str, str]) -> bytes:
     return save(tensors or {"": torch.zeros(0)}, {**about, "tree": text})
 
 
+def _about(payload: bytes) -> dict[str, str]:
+    length = int.from_bytes(payload[:8], "little")
+    return json.loads(payload[8 : 8 + length])["__metadata__"]
+
+
 def unpacked(payload: bytes) -> Any:
     """The tree of `packed`."""
     tensors = load(payload)
-    length = int.from_bytes(payload[:8], "little")
-    tree = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["tree"])
+    tree = json.loads(_about(payload)["tree"])
 
     def restored(value: Any) -> Any:
         if isinstance(value, list):
@@ -363,17 +473,9 @@ def unpacked(payload: bytes) -> Any:
             return value
         ((kind, content),) = value.items()
         if kind == "items":
-            return {_hashable(restored(key)): restored(each) for key, each in content}
+            return {restored(key): restored(each) for key, each in content}
         if kind == "tuple":
             return tuple(restored(each) for each in content)
         return tensors[content].numpy() if kind == "numpy" else tensors[content]
 
     return restored(tree)
-
-
-def _hashable(key: Any) -> Any:
-    return tuple(key) if isinstance(key, list) else key
-
-
-def _place(kind: str, folder: CacheDir) -> Path:
-    return settings.cache_dir(folder or None) / kind

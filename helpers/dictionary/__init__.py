@@ -2,12 +2,12 @@
 
 from helpers.dictionary.family import ACTIVATIONS, GATES, RankOneDictionary
 from helpers.dictionary.files import load_packed, load_saelens, save_packed, save_saelens
-from helpers.dictionary.models import dense_mlp, expander_sae, moe_to_sae, rank1_moe, sae_to_moe, secret_moe, topk_sae
+from helpers.dictionary.models import dense_mlp, expander_sae, sae_to_moe, secret_moe, topk_sae
 from helpers.dictionary.packed import GATHER_SHARE, Packed, packed_products
 from helpers.dictionary.rows import Rows, SparseCodes, Trace, gather_dots, weighted_sum
 
 __all__ = [
     "ACTIVATIONS", "GATES", "GATHER_SHARE", "Packed", "RankOneDictionary", "Rows", "SparseCodes", "Trace",
-    "dense_mlp", "expander_sae", "gather_dots", "load_packed", "load_saelens", "moe_to_sae", "packed_products",
-    "rank1_moe", "sae_to_moe", "save_packed", "save_saelens", "secret_moe", "topk_sae", "weighted_sum",
+    "dense_mlp", "expander_sae", "gather_dots", "load_packed", "load_saelens", "packed_products",
+    "sae_to_moe", "save_packed", "save_saelens", "secret_moe", "topk_sae", "weighted_sum",
 ]  # fmt: skip

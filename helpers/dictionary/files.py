@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from helpers.dictionary.family import RankOneDictionary
+from helpers.dictionary.models import as_sae
 from helpers.dictionary.packed import Packed
 from helpers.dictionary.rows import Rows
 
@@ -53,13 +54,20 @@ def save_saelens(sae: RankOneDictionary, folder: str | Path, metadata: dict[str,
         "metadata": metadata or {},
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, Path(aside, "weights"))
-        Path(aside, "cfg").write_text(json.dumps(config, indent=1))
-        os.replace(Path(aside, "weights"), folder / "sae_weights.safetensors")
-        os.replace(Path(aside, "cfg"), folder / "cfg.json")
+    _write(
+        folder / "sae_weights.safetensors",
+        save({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}),
+    )
+    _write(folder / "cfg.json", json.dumps(config, indent=1).encode())
     return folder
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Aside and then into place, so that a killed process leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+        Path(aside, "new").write_bytes(content)
+        os.replace(Path(aside, "new"), path)
 
 
 def load_saelens(folder: str | Path) -> RankOneDictionary:
@@ -111,12 +119,8 @@ def save_packed(sae: RankOneDictionary, path: str | Path) -> Path:
     if atoms.degrees is not None:  # the numbers in use, one atom after another
         used = ~atoms._unused()
         tensors |= {"values": atoms.weight[used], "rows": atoms.rows[used]}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-        kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
-        save_file(kept, Path(aside, "packed"), {"k": str(sae.k), "activation": sae.activation})
-        os.replace(Path(aside, "packed"), path)
+    path, held = Path(path), {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+    _write(path, save(held, {"k": str(sae.k), "activation": sae.activation}))
     return path
 
 
@@ -133,9 +137,9 @@ def load_packed(path: str | Path) -> RankOneDictionary:
     if degrees is not None:
         values, rows = _padded(values, rows, degrees, len(tensors["b_dec"]))
     atoms = Packed(values, rows, len(tensors["b_dec"]), tensors["b_enc"], degrees)
-    bias, chosen_by = nn.Parameter(tensors["b_dec"]), tensors.get("selection_bias")
-    options = {"activation": about["activation"], "selection_bias": chosen_by is not None, "unit_norm": True}
-    sae = RankOneDictionary(atoms, atoms, k=int(about["k"]), b_in=bias, b_out=bias, **options)
+    chosen_by, k = tensors.get("selection_bias"), int(about["k"])
+    options = {"activation": about["activation"], "selection_bias": chosen_by is not None}
+    sae = as_sae(atoms, atoms, k, b_dec=tensors["b_dec"], **options)
     if chosen_by is not None:
         sae.selection_bias.copy_(chosen_by)
     return sae

@@ -36,15 +36,11 @@ def topk_sae(
         selection_bias: whether choosing is by score plus a bias, as loss-free balancing needs.
     """
     check_k(k, n_features)
-    device = generator.device
-    atoms = torch.randn(n_features, d_model, generator=generator, device=device, dtype=dtype)
+    atoms = torch.randn(n_features, d_model, generator=generator, device=generator.device, dtype=dtype)
     atoms = F.normalize(atoms, dim=1)
-    encoder = Rows(atoms.clone(), torch.zeros(n_features, device=device, dtype=dtype))
-    start = torch.zeros(d_model, device=device, dtype=dtype) if b_dec is None else b_dec.to(device, dtype).clone()
-    bias = nn.Parameter(start)
-    decoder = encoder if tied else Rows(atoms)
-    options = {"activation": activation, "selection_bias": selection_bias, "unit_norm": True}
-    return RankOneDictionary(encoder, decoder, k=k, b_in=bias, b_out=bias, **options)
+    encoder = Rows(atoms.clone(), atoms.new_zeros(n_features))
+    options = {"b_dec": b_dec, "activation": activation, "selection_bias": selection_bias}
+    return as_sae(encoder, encoder if tied else Rows(atoms), k, **options)
 
 
 def expander_sae(
@@ -74,27 +70,26 @@ def expander_sae(
     check_k(k, len(rows))
     device = generator.device
     values = torch.randn(rows.shape, generator=generator, device=device, dtype=dtype)
-    bias = torch.zeros(len(rows), device=device, dtype=dtype)
-    atoms = Packed(values, rows.to(device), d_model, bias, None if degrees is None else degrees.to(device))
+    degrees = None if degrees is None else degrees.to(device)
+    atoms = Packed(values, rows.to(device), d_model, values.new_zeros(len(rows)), degrees)
     atoms.normalise_()
-    bias = nn.Parameter(
-        torch.zeros(d_model, device=device, dtype=dtype) if b_dec is None else b_dec.to(device, dtype).clone()
-    )
-    options = {"activation": activation, "selection_bias": selection_bias, "unit_norm": True}
-    return RankOneDictionary(atoms, atoms, k=k, b_in=bias, b_out=bias, **options)
+    return as_sae(atoms, atoms, k, b_dec=b_dec, activation=activation, selection_bias=selection_bias)
 
 
-def rank1_moe(d_model: int, n_experts: int, k: int, *, generator: torch.Generator, **options) -> RankOneDictionary:
-    """A mixture of rank-1 experts E_j = d_j e_jᵀ whose router rows are the e_j themselves (paper A).
-
-    The router's and the experts' parameters are the same tensors, but the router scores all n and the chosen experts
-    then compute e_j·x for themselves. `options` as for `topk_sae`.
-    """
-    return sae_to_moe(topk_sae(d_model, n_experts, k, generator=generator, **options))
+def as_sae(encoder: Rows, decoder: Rows, k: int, *, b_dec: Tensor | None = None, **options) -> RankOneDictionary:
+    """Encoder and decoder around one bias b_dec (a copy; zero if None), the decoder's rows kept at length 1."""
+    like = decoder.weight
+    start = like.new_zeros(decoder.width) if b_dec is None else b_dec.to(like.device, like.dtype).clone()
+    bias = nn.Parameter(start)
+    return RankOneDictionary(encoder, decoder, k=k, b_in=bias, b_out=bias, unit_norm=True, **options)
 
 
 def sae_to_moe(sae: RankOneDictionary) -> RankOneDictionary:
-    """The rank-1 MoE with the parameters of a tied-router dictionary (a copy; the original is untouched)."""
+    """A mixture of rank-1 experts E_j = d_j e_jᵀ whose router rows are the e_j themselves (paper A), from a tied SAE.
+
+    A copy; the original is untouched. The router's and the experts' parameters are the same tensors, but the router
+    scores all n and the chosen experts then compute e_j·x for themselves. To set `router = encoder` is the inverse.
+    """
     if sae.router is not sae.encoder:
         raise ValueError(f"router={sae.knobs['router']!r} is not an SAE's; allowed: 'tied'")
     if sae.expert_rank != 1:
@@ -102,15 +97,6 @@ def sae_to_moe(sae: RankOneDictionary) -> RankOneDictionary:
     moe = copy.deepcopy(sae)
     moe.router = moe.encoder.twin()
     return moe
-
-
-def moe_to_sae(moe: RankOneDictionary) -> RankOneDictionary:
-    """The inverse of `sae_to_moe`; only a mixture whose router shares the experts' parameters has one."""
-    if moe.router.weight is not moe.encoder.weight or moe.router.bias is not moe.encoder.bias:
-        raise ValueError(f"router={moe.knobs['router']!r} has rows of its own; allowed: 'shared parameters'")
-    sae = copy.deepcopy(moe)
-    sae.router = sae.encoder
-    return sae
 
 
 def secret_moe(

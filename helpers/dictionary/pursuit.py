@@ -149,8 +149,7 @@ def omp(
         gram: whether correlations are updated through the Gram matrix of all atoms (n² numbers, at most `GRAM_BYTES`
             where we choose), or computed from the residual at each step. None takes what costs less.
 
-    Raises `ValueError` for k outside 1…n, an unknown `select`, a tolerance outside [0, 1), a chunk below 1, x that is
-    not finite or of another width, and `gram=True` with `nonnegative`.
+    Raises `ValueError` for parameters out of range, x that is not finite, and `gram=True` with `nonnegative`.
     """
     atoms = _Atoms(atoms)
     x = _signals(x, atoms)
@@ -161,16 +160,26 @@ def omp(
     if chunk is None:
         chunk = CUDA_CHUNK if x.is_cuda else GRAM_CHUNK if gram else RESIDUAL_CHUNK
     found = SparseCodes(x.new_zeros(len(x), k, dtype=torch.long), x.new_zeros(len(x), k))
-    for start in range(0, len(x), chunk):
-        part, here = x[start : start + chunk], slice(start, start + chunk)
-        if nonnegative:
-            found.indices[here], found.values[here] = _nonnegative(part, atoms, k, tolerance)
-            continue
-        state = _ByGram(part, atoms, k, products) if gram else _ByResidual(part, atoms, k)
-        indices, used = _choose(part, atoms, k, select, tolerance, state)
-        found.indices[here] = indices
-        found.values[here] = _solve(part, atoms.vectors(indices), used)
+    for part, indices, values in zip(
+        x.split(chunk), found.indices.split(chunk), found.values.split(chunk), strict=True
+    ):
+        one = (
+            _nonnegative(part, atoms, k, tolerance)
+            if nonnegative
+            else _free(part, atoms, k, select, tolerance, products)
+        )
+        indices.copy_(one[0])
+        values.copy_(one[1])
     return found
+
+
+def _free(
+    x, atoms: _Atoms, k: int, select: str, tolerance: float | None, products: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Indices and coefficients [batch, k] of either sign; `products` is the Gram matrix, where it is used."""
+    state = _ByResidual(x, atoms, k) if products is None else _ByGram(x, atoms, k, products)
+    indices, used = _choose(x, atoms, k, select, tolerance, state)
+    return indices, _solve(x, atoms.vectors(indices), used)
 
 
 def _check(k, n, select, nonnegative, tolerance, chunk, gram) -> None:
@@ -404,24 +413,3 @@ def _inward(x: Tensor, vectors: Tensor, values: Tensor, used: Tensor) -> Tensor:
         used &= ~(beyond & (ratio <= share))
         values.clamp_min_(0).mul_(used)
     return values
-
-
-# -- cheaper ways ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def one_shot(
-    x: Float[Tensor, "batch m"],
-    atoms: Rows | Float[Tensor, "n d"],
-    k: int,
-    *,
-    select: str = "magnitude",
-) -> SparseCodes:
-    """The k atoms that correlate most with the signal, all chosen at once, with their least-squares coefficients.
-
-    `select` as in `omp`, but all k are taken whatever their sign. This is a TopK SAE's choice without a bias.
-    """
-    _check(k, len(_Atoms(atoms)), select, False, None, None, None)
-    score = correlations(x, atoms)
-    indices = (score.abs() if select == "magnitude" else score).topk(k, dim=1).indices
-    return SparseCodes(indices, least_squares(x, atoms, indices))

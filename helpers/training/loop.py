@@ -22,6 +22,7 @@ from torch import Tensor
 from helpers import kept, settings
 from helpers.dictionary import RankOneDictionary
 from helpers.kept import Kept
+from helpers.settings import allowed
 from helpers.training.remedies import Balance, Moment, normalised_mse
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -48,12 +49,10 @@ class Shuffled:
     def __init__(
         self, inputs, targets=None, *, batch_size: int, seed: int = 0, device="cpu", fingerprint: str | None = None
     ):
-        if targets is not None and len(targets) != len(inputs):
-            raise ValueError(f"targets has {len(targets)} rows; allowed: {len(inputs)}, as many as inputs")
-        if not 1 <= batch_size <= len(inputs):
-            raise ValueError(
-                f"batch_size={batch_size} cannot be filled; allowed: 1 to {len(inputs)}, the rows there are"
-            )
+        n = len(inputs)
+        if targets is not None:
+            allowed(len(targets) == n, f"targets has {len(targets)} rows", f"{n}, as many as inputs")
+        allowed(1 <= batch_size <= n, f"batch_size={batch_size} cannot be filled", f"1 to {n}, the rows there are")
         self.inputs, self.targets, self.batch_size, self.seed = inputs, targets, batch_size, seed
         self.device, self._identity = torch.device(device), fingerprint
         self._epoch: tuple[int, Tensor] | None = None
@@ -71,10 +70,8 @@ class Shuffled:
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (
-                epoch,
-                torch.randperm(len(self.inputs), generator=settings.generator(settings.mix(self.seed, epoch))),
-            )
+            random = settings.generator(settings.mix(self.seed, epoch))
+            self._epoch = epoch, torch.randperm(len(self.inputs), generator=random)
         rows = self._epoch[1][position * self.batch_size : (position + 1) * self.batch_size].numpy()
         inputs = as_tensor(self.inputs, rows).to(self.device)
         return inputs, inputs if self.targets is None else as_tensor(self.targets, rows).to(self.device)
@@ -97,9 +94,6 @@ class Fresh:
         drawn = self.draw(self.batch_size, settings.generator(settings.mix(self.seed, step), self.device))
         return drawn if isinstance(drawn, tuple) else (drawn, drawn)
 
-
-OTHERS = ("torch", "transformers")
-"""Packages whose modules count in a key by their version."""
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
@@ -125,12 +119,9 @@ class Recipe:
     balance: Balance = field(default_factory=Balance)
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} is no training; allowed: at least 1")
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr} does not learn; allowed: above 0")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} is unknown; allowed: {', '.join(map(repr, SCHEDULES))}")
+        allowed(self.steps >= 1, f"steps={self.steps} is no training", "at least 1")
+        allowed(self.lr > 0, f"lr={self.lr} does not learn", "above 0")
+        settings.one_of("schedule", self.schedule, SCHEDULES)
 
     def lr_at(self, step: int) -> float:
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
@@ -181,46 +172,33 @@ def fit(
         ValueError: for a bad recipe, or students that do not fit the stream's batches, before any training.
         FloatingPointError: when a loss stops being finite, naming the student and the step.
     """
-    single = not isinstance(students, Mapping)
-    named = {"": students} if single else dict(students)
+    named = students if isinstance(students, Mapping) else {"": students}
     recipes = {
         name: Recipe(steps, lr=_of(lr, name), balance=_of(balance, name) or Balance(), **recipe) for name in named
     }
-    _check_widths(named, stream)
-    for name, student in named.items():
-        if recipes[name].balance.needs_bias and student.selection_bias is None:
-            raise ValueError(f"student {name!r} has selection_bias=False; allowed with {recipes[name].balance}: True")
+    _check(named, recipes, stream)
     run = Run(named, stream, recipes, autocast=autocast, log_every=log_every)
-    if cache_dir is False:
-        run.advance(label, checkpoint_seconds)
-        return run.fits[""] if single else run.fits
-    run.stores = {name: run.kept(name, cache_dir) for name in named}
-    run.load()
     with contextlib.ExitStack() as locks:
-        waiting = {run.stores[name].key: run.stores[name] for name in run.unfinished}
-        for key in sorted(waiting):  # in one order, so that no two processes wait for each other
-            locks.enter_context(waiting[key].lock())
-        run.load()  # whoever waited for a lock may find the training done
+        if cache_dir is not False:
+            run.take_up(cache_dir, locks)
         run.advance(label, checkpoint_seconds)
-    return run.fits[""] if single else run.fits
+    return run.fits if isinstance(students, Mapping) else run.fits[""]
 
 
 def _of(value, name: str):
     if not isinstance(value, Mapping):
         return value
-    if name not in value:
-        raise ValueError(f"no value is given for student {name!r}; allowed: one of {sorted(value)}")
+    allowed(name in value, f"no value is given for student {name!r}", f"one of {sorted(value)}")
     return value[name]
 
 
-def _check_widths(students: Mapping[str, RankOneDictionary], stream: Stream) -> None:
-    inputs, targets = stream(0)
+def _check(students: Mapping[str, RankOneDictionary], recipes: Mapping[str, Recipe], stream: Stream) -> None:
+    d_in, d_out = (part.shape[1] for part in stream(0))
     for name, student in students.items():
-        if (student.d_in, student.d_out) != (inputs.shape[1], targets.shape[1]):
-            raise ValueError(
-                f"student {name!r} maps {student.d_in} to {student.d_out} numbers; "
-                f"allowed: {inputs.shape[1]} to {targets.shape[1]}, as the stream's batches"
-            )
+        given, balance = f"student {name!r} maps {student.d_in} to {student.d_out} numbers", recipes[name].balance
+        allowed((student.d_in, student.d_out) == (d_in, d_out), given, f"{d_in} to {d_out}, as the stream's batches")
+        if balance.needs_bias and student.selection_bias is None:
+            raise ValueError(f"student {name!r} has selection_bias=False; allowed with {balance}: True")
 
 
 class Run:
@@ -238,16 +216,7 @@ class Run:
         self.students, self.stream, self.recipes = students, stream, recipes
         self.autocast, self.log_every = autocast, log_every
         self.steps, self.stores = dict.fromkeys(students, 0), {}
-        self.optimisers = {
-            name: torch.optim.Adam(
-                student.parameters(),
-                lr=recipes[name].lr,
-                betas=recipes[name].betas,
-                weight_decay=recipes[name].weight_decay,
-                fused=next(student.parameters()).device.type in ("cpu", "cuda"),
-            )
-            for name, student in students.items()
-        }
+        self.optimisers = {name: _adam(student, recipes[name]) for name, student in students.items()}
         self.fits = {name: Fit(student) for name, student in students.items()}
         self.ks = {name: student.k for name, student in students.items()}
         self.silent = {
@@ -260,8 +229,17 @@ class Run:
         student, where = self.students[name], next(self.students[name].parameters()).device.type
         start = [student.knobs, kept.digest(*student.state_dict().values()), where]
         what = [start, self.recipes[name], self.stream.fingerprint, self.autocast, self.log_every]
-        own = {type(module) for module in student.modules() if type(module).__module__.split(".")[0] not in OTHERS}
-        return Kept("fits", what, Run, *own, *_makers(self.stream), cache_dir=cache_dir)
+        kinds = {type(module) for module in student.modules()}
+        return Kept("fits", what, Run, *kinds, *_makers(self.stream), cache_dir=cache_dir)
+
+    def take_up(self, cache_dir: str | Path | None, locks: contextlib.ExitStack) -> None:
+        """Load what is stored, and lock what is left to do. Equal students are one file, and have one lock."""
+        self.stores = {name: self.kept(name, cache_dir) for name in self.students}
+        self.load()
+        waiting = {self.stores[name].key: self.stores[name] for name in self.unfinished}
+        for key in sorted(waiting):  # in one order, so that no two processes wait for each other
+            locks.enter_context(waiting[key].lock())
+        self.load()  # whoever waited for a lock may find the training done
 
     @property
     def unfinished(self) -> list[str]:
@@ -300,12 +278,8 @@ class Run:
         return _variance(self.stream)
 
     def _update(self, name: str, inputs: Tensor, targets: Tensor, step: int) -> None:
-        student, recipe, optimiser, fit = (
-            self.students[name],
-            self.recipes[name],
-            self.optimisers[name],
-            self.fits[name],
-        )
+        student, recipe, optimiser = self.students[name], self.recipes[name], self.optimisers[name]
+        fit = self.fits[name]
         like = next(student.parameters())
         inputs, targets = inputs.to(like.device, like.dtype), targets.to(like.device, like.dtype)
         student.k = min(recipe.balance.k_at(self.ks[name], step / recipe.steps), student.n_features)
@@ -336,15 +310,10 @@ class Run:
         """Keep the state of these students, without an optimiser's where nothing is left to do."""
         for name in names if self.stores else ():
             fit, done = self.fits[name], self.steps[name] >= self.recipes[name].steps
-            self.stores[name].write(
-                {
-                    "step": self.steps[name],
-                    "student": dict(self.students[name].state_dict()),
-                    "optimiser": None if done else self.optimisers[name].state_dict(),
-                    "fit": [fit.steps, fit.loss, fit.seconds],
-                    "silent": self.silent[name],
-                }
-            )
+            state = {"step": self.steps[name], "silent": self.silent[name], "fit": [fit.steps, fit.loss, fit.seconds]}
+            state |= {"student": dict(self.students[name].state_dict())}
+            state |= {"optimiser": None if done else self.optimisers[name].state_dict()}
+            self.stores[name].write(state)
 
     def load(self) -> None:
         """Take up what is stored of the students that have steps left; a damaged file is named, never half used."""
@@ -359,6 +328,12 @@ class Run:
             self.fits[name] = Fit(self.students[name], *state["fit"], from_cache=state["optimiser"] is None)
 
 
+def _adam(student: RankOneDictionary, recipe: Recipe) -> torch.optim.Adam:
+    options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    fused = next(student.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.Adam(student.parameters(), fused=fused, **options)
+
+
 def _makers(stream: Stream) -> list:
     """The class of a stream, and what it draws from: classes and functions whose code decides its batches."""
     inner = getattr(stream, "stream", None)
@@ -370,8 +345,7 @@ def _variance(stream: Stream, batches: int = 4) -> float:
     """Total variance of the targets, from the stream's first batches: the constant that makes the loss scale-free."""
     targets = torch.cat([stream(step)[1] for step in range(batches)]).double()
     variance = float((targets - targets.mean(0)).square().sum(1).mean())
-    if not variance > 0:
-        raise ValueError(f"the stream's targets have variance {variance}; allowed: targets that vary and are finite")
+    allowed(variance > 0, f"the stream's targets have variance {variance}", "targets that vary and are finite")
     return variance
 
 

@@ -1,6 +1,6 @@
 """What is minimised, and what is added to it to keep features alive.
 
-A remedy is a small frozen dataclass with one interface (`Balance`), so that `fit(sae, stream, balance=switch(0.1))`
+A remedy is a small frozen dataclass with one interface (`Balance`), so that `fit(sae, stream, balance=Switch(0.1))`
 reads like the sentence. What it may look at and change is a `Moment`: one step of one student.
 """
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from helpers import settings
 from helpers.dictionary import ACTIVATIONS
+from helpers.settings import allowed
 
 if TYPE_CHECKING:
     from helpers.dictionary import RankOneDictionary, Trace
@@ -120,8 +121,8 @@ class During(Balance):
     stop: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.start < self.stop <= 1:
-            raise ValueError(f"start={self.start}, stop={self.stop}; allowed: 0 ≤ start < stop ≤ 1")
+        good = 0 <= self.start < self.stop <= 1
+        allowed(good, f"start={self.start}, stop={self.stop}", "0 ≤ start < stop ≤ 1")
 
     @property
     def needs_scores(self) -> bool:  # type: ignore[override]
@@ -205,8 +206,7 @@ class LossFree(Balance):
     @torch.no_grad()
     def after_step(self, now: Moment) -> None:
         rank, bias = now.dictionary.expert_rank, now.dictionary.selection_bias
-        if bias is None:
-            raise ValueError("the model has selection_bias=False; allowed with loss-free balancing: True")
+        allowed(bias is not None, "the model has selection_bias=False", "True with loss-free balancing")
         chosen = now.trace.codes.indices[:, ::rank] // rank
         load = torch.bincount(chosen.reshape(-1), minlength=len(bias))
         bias += self.gamma * torch.sign(chosen.numel() - load * len(bias))  # whole numbers: a mean load moves nothing
@@ -297,8 +297,7 @@ class Resample(Balance):
 
     def __post_init__(self):
         _positive(every=self.every, scale=self.scale)
-        if self.toward not in ("input", "residual"):
-            raise ValueError(f"toward={self.toward!r} is unknown; allowed: 'input', 'residual'")
+        settings.one_of("toward", self.toward, ("input", "residual"))
 
     @torch.no_grad()
     def after_step(self, now: Moment) -> None:
@@ -306,31 +305,31 @@ class Resample(Balance):
         dead = now.dead(max(1, self.every // 2))
         if done % self.every or done > self.until * now.steps or not len(dead):
             return
-        model = now.dictionary
-        residual = now.residual
-        chances = residual.double().square().sum(1) ** self.power
-        random = settings.generator(settings.mix(self.seed, now.step), chances.device)
-        rows = torch.multinomial(chances, len(dead), replacement=True, generator=random)
-        if self.toward == "residual":
-            start = residual[rows]
-        else:
-            start = now.inputs[rows] if model.b_in is None else now.inputs[rows] - model.b_in
-        alive = torch.ones(model.n_atoms, dtype=torch.bool, device=dead.device)
+        model, alive = now.dictionary, torch.ones_like(now.silent, dtype=torch.bool)
         alive[dead] = False
+        start = self._starts(now, len(dead))
         lengths = model.encoder.weight[alive if alive.any() else ~alive].norm(dim=1)
         model.decoder.weight[dead] = F.normalize(model.decoder.restrict(start, dead), dim=1)
         if model.encoder is not model.decoder:
             same = F.normalize(model.encoder.restrict(start, dead), dim=1)
             model.encoder.weight[dead] = self.scale * lengths.mean() * same
-        parameters = [model.decoder.weight, model.encoder.weight]
         if model.encoder.bias is not None:
             model.encoder.bias[dead] = 0
-            parameters.append(model.encoder.bias)
-        for parameter in parameters:
-            for name in ("exp_avg", "exp_avg_sq"):
-                if now.optimiser is not None and name in now.optimiser.state.get(parameter, {}):
-                    now.optimiser.state[parameter][name][dead] = 0
+        for parameter in (model.decoder.weight, model.encoder.weight, model.encoder.bias):
+            state = {} if now.optimiser is None else now.optimiser.state.get(parameter, {})
+            for name in {"exp_avg", "exp_avg_sq"} & set(state):
+                state[name][dead] = 0
         now.silent[dead] = 0
+
+    def _starts(self, now: Moment, n: int) -> Float[Tensor, "n d_in"]:
+        """Samples of the batch that are badly reconstructed, or what is left of them."""
+        chances = now.residual.double().square().sum(1) ** self.power
+        random = settings.generator(settings.mix(self.seed, now.step), chances.device)
+        rows = torch.multinomial(chances, n, replacement=True, generator=random)
+        if self.toward == "residual":
+            return now.residual[rows]
+        b_in = now.dictionary.b_in
+        return now.inputs[rows] if b_in is None else now.inputs[rows] - b_in
 
 
 @dataclass(frozen=True)
@@ -342,10 +341,8 @@ class Anneal(Balance):
     over: float = 0.5
 
     def __post_init__(self):
-        if not (self.start >= 1 and 0 < self.over <= 1):
-            raise ValueError(
-                f"start={self.start}, over={self.over}; allowed: start at least 1, over above 0 and at most 1"
-            )
+        good = self.start >= 1 and 0 < self.over <= 1
+        allowed(good, f"start={self.start}, over={self.over}", "start at least 1, over above 0 and at most 1")
 
     def k_at(self, k: int, done: float) -> int:
         return round(k * (1 + (self.start - 1) * max(0.0, 1 - done / self.over)))
@@ -353,5 +350,4 @@ class Anneal(Balance):
 
 def _positive(**given: float) -> None:
     for name, value in given.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value} cannot act; allowed: above 0")
+        allowed(value > 0, f"{name}={value} cannot act", "above 0")

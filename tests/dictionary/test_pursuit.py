@@ -236,7 +236,6 @@ def test_the_inputs_are_left_as_they_were():
     before = x.clone(), atoms.clone()
     for options in (*WAYS, {"nonnegative": True}):
         pursuit.omp(x, atoms, 5, **options)
-    pursuit.one_shot(x, atoms, 5)
     assert torch.equal(x, before[0]) and torch.equal(atoms, before[1])
 
 
@@ -348,15 +347,6 @@ def test_least_squares_on_a_dependent_support_is_the_smallest_solution(dtype):
     everything = torch.arange(12).expand(6, 12)  # more atoms than dimensions
     again = pursuit.least_squares(x, atoms, everything)
     assert (x - again @ atoms).abs().max() < 1e-4
-
-
-def test_one_shot_takes_the_largest_at_once():
-    x, atoms = problem()
-    score = x @ atoms.T
-    for select, ranked in (("magnitude", score.abs()), ("signed", score)):
-        codes = pursuit.one_shot(x, atoms, 5, select=select)
-        assert (codes.indices == ranked.topk(5).indices).all()
-        assert (atoms[codes.indices] @ residual(x, atoms, codes)[:, :, None]).abs().max() < 1e-12
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

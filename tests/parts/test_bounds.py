@@ -147,7 +147,7 @@ def models():
         "hard, own router": (dictionary.RankOneDictionary(*atoms[:2], k=4, router=atoms[2], activation="gelu"), 4, 4),
         "dense": (dictionary.dense_mlp(24, 24, 5, **options), 5, 5),
         "sae": (dictionary.topk_sae(24, 40, 4, activation="identity", **options), 4, 4),
-        "rank-1 moe": (dictionary.rank1_moe(24, 40, 4, activation="identity", **options), 4, 4),
+        "rank-1 moe": (dictionary.sae_to_moe(dictionary.topk_sae(24, 40, 4, activation="identity", **options)), 4, 4),
         # a softmax needs the differences of the k scores only: one less than is counted
         "soft": (dictionary.secret_moe(24, 24, 40, 3, shared_neurons=0, **options), 6, 5),
         "soft, shared": (dictionary.secret_moe(24, 24, 40, 3, **options), 9, 8),

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from helpers import kept, settings, training
-from helpers.dictionary import rank1_moe, topk_sae
+from helpers.dictionary import sae_to_moe, topk_sae
 from helpers.settings import generator
 from helpers.training import Fresh, Recipe, Shuffled, fit, remedies
 
@@ -84,7 +84,7 @@ def test_students_over_one_stream_are_those_trained_alone():
 
 
 def test_the_decoder_stays_unit_norm_and_shared_parameters_stay_shared():
-    moe = rank1_moe(12, 40, 4, generator=generator(0), dtype=torch.float64)
+    moe = sae_to_moe(topk_sae(12, 40, 4, generator=generator(0), dtype=torch.float64))
     fit(moe, Shuffled(rows(), batch_size=64), steps=10, lr=1e-2)
     torch.testing.assert_close(moe.decoder.weight.norm(dim=1), torch.ones(40, dtype=torch.float64))
     assert moe.router.weight is moe.encoder.weight
@@ -205,6 +205,76 @@ def test_a_resumed_run_remembers_how_long_features_were_silent(tmp_path, at, mon
         assert same_parameters(resumed[name].student, quiet[name].student)
     ends = [quiet[name].student for name in given]
     assert not same_parameters(ends[0], ends[2]) and not same_parameters(ends[1], ends[0])  # each remedy acted
+
+
+def group(folder, names="abc", **more):
+    """Students of these names, each the same whoever trains beside it."""
+    students = {name: sae(ord(name)) for name in names}
+    return fit(students, Shuffled(rows(), batch_size=64), steps=30, lr=1e-2, cache_dir=folder, **more)
+
+
+def test_each_student_of_a_group_is_found_whoever_trained_beside_it(tmp_path, monkeypatch):
+    """One is finished, one half way, one not begun: the first is loaded, the others end where they would have alone."""
+    alone = {name: group(False, name)[name] for name in "abc"}
+    group(tmp_path, "a")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        break_off(patch, 13)
+        group(tmp_path, "b", checkpoint_seconds=0.0)
+    seen, step = [], training.Run.train_step
+    monkeypatch.setattr(training.Run, "train_step", lambda self, at: (seen.append(at), step(self, at)))
+    found = group(tmp_path, "cab")
+    assert seen == list(range(30))
+    assert [found[name].from_cache for name in "abc"] == [True, False, False]
+    for name in "abc":
+        assert found[name].loss == alone[name].loss and found[name].steps == alone[name].steps
+        assert same_parameters(found[name].student, alone[name].student)
+    seen.clear()
+    assert all(each.from_cache for each in group(tmp_path, "bc").values()) and not seen
+    assert len(list((tmp_path / "fits").glob("*.kept"))) == 3
+
+
+def test_a_half_trained_student_goes_on_without_the_steps_it_has(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        break_off(patch, 13)
+        group(tmp_path, "b", checkpoint_seconds=0.0)
+    seen, step = [], training.Run.train_step
+    monkeypatch.setattr(training.Run, "train_step", lambda self, at: (seen.append(at), step(self, at)))
+    group(tmp_path, "b")
+    assert seen == list(range(13, 30))
+
+
+def test_equal_students_under_two_names_are_one_file_and_both_trained(tmp_path):
+    def run(cache_dir):
+        students = {"one": sae(), "other": sae()}
+        return fit(students, Shuffled(rows(), batch_size=64), steps=9, cache_dir=cache_dir)
+
+    alone = run(False)
+    for found in (run(tmp_path), run(tmp_path)):
+        for name in ("one", "other"):
+            assert found[name].loss == alone[name].loss
+            assert same_parameters(found[name].student, alone[name].student)
+    assert len(list((tmp_path / "fits").glob("*.kept"))) == 1
+
+
+def test_locks_are_taken_in_one_order_whatever_the_students_order(tmp_path, monkeypatch):
+    """Else two processes, each with one student of the other's, would wait for each other."""
+    taken, lock = [], kept.Kept.lock
+    monkeypatch.setattr(kept.Kept, "lock", lambda self: (taken.append(self.key), lock(self))[1])
+    for names in ("abc", "cba"):
+        group(tmp_path / names, names)
+    assert taken[:3] == taken[3:] == sorted(taken[:3])
+
+
+def test_who_waited_for_a_lock_takes_what_the_other_made(tmp_path, monkeypatch):
+    lock = kept.Kept.lock
+
+    def late(self):
+        monkeypatch.setattr(kept.Kept, "lock", lock)
+        group(tmp_path, "a")  # another one is faster
+        return lock(self)
+
+    monkeypatch.setattr(kept.Kept, "lock", late)
+    assert group(tmp_path, "a")["a"].from_cache
 
 
 @pytest.mark.parametrize(

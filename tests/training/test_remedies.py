@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, Trace, rank1_moe, secret_moe, topk_sae
+from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, Trace, sae_to_moe, secret_moe, topk_sae
 from helpers.settings import generator
 from helpers.training import Shuffled, fit, remedies
 from helpers.training.remedies import Moment, normalised_mse
@@ -333,7 +333,7 @@ def test_resampling_where_nothing_or_everything_is_dead():
 
 
 def test_resampling_a_mixture_with_shared_parameters_moves_its_router_too():
-    moe = rank1_moe(D, N, K, generator=generator(1), b_dec=normal(D, seed=2), dtype=torch.float64)
+    moe = sae_to_moe(topk_sae(D, N, K, generator=generator(1), b_dec=normal(D, seed=2), dtype=torch.float64))
     now = moment(moe, step=49)
     remedies.Resample(every=50).after_step(now)
     assert moe.router.weight is moe.encoder.weight
