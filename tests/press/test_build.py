@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from helpers.press import build, chapters, claims
+from helpers.press import build, chapters, claims, pages
 from helpers.press.chapters import Layout
 
 PAGE = "<html><head>{head}</head><body><article>{body}</article></body></html>"
@@ -106,6 +106,6 @@ def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
 
 
 def test_the_first_page_says_how_many_claims_have_which_verdict(tmp_path):
-    said = build.status_markdown("no-such-profile", Layout(tmp_path))
+    said = pages.status_markdown("no-such-profile", tmp_path)
     assert f"The {len(claims.register().claims)} claims" in said
     assert all(f"</b> {verdict}</li>" in said for verdict in ("reproduced", "partly", "not tested"))
