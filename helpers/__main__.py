@@ -20,9 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
             from helpers.press import build  # needs jupyter-book, which `run` does not
 
             return build.make(args.profile, console)
-        overrides = {name: chapters.parse_value(value) for name, value in args.parameter}
+        overrides = {name: chapters.parse_value(name, value) for name, value in args.parameter}
         jobs = chapters.plan(args.chapters, args.profile, overrides)
-        return 1 if chapters.run(jobs, console, args.force) else 0
+        from helpers.press import execution  # a second of imports, after all is checked
+
+        return 1 if execution.run(jobs, console, args.force) else 0
     except ValueError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
         return 2

@@ -19,7 +19,7 @@ from papermill.exceptions import strip_color
 from rich.console import Console
 from rich.markup import escape
 
-from helpers.press import chapters, pages
+from helpers.press import chapters, execution, pages
 from helpers.press.chapters import Job, Layout
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -44,7 +44,7 @@ def make(profile: str, console: Console, layout: Layout | None = None) -> int:
     """
     layout, started = layout or Layout(), time.perf_counter()
     jobs = chapters.plan((), profile, layout=layout)
-    failures = chapters.run(jobs, console)
+    failures = execution.run(jobs, console)
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
         return 1

@@ -273,8 +273,9 @@ def parameters(notebook: Path) -> dict[str, Any]:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except OSError as error:
         raise ValueError(f"{notebook.name} is not in {notebook.parent.name}; allowed: a chapter of the book") from error
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    allowed(len(tagged) == 1, f"{notebook.name}: {len(tagged)} cells are tagged 'parameters'", "exactly one")
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    allowed(len(tagged) == 1, f"{notebook.name}: {len(tagged)} code cells are tagged 'parameters'", "exactly one")
     source, found = "".join(tagged[0]["source"]), {}
     for node in ast.parse(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
