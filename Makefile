@@ -1,5 +1,6 @@
 # make book    set up .venv, run the chapters that changed, build _build/html/index.html   (PROFILE=quick)
 # make test    the same, then every check that CI runs
+# make verify  run a cheap cell of each long run in results/ again, and compare
 # make lab     open the notebooks in JupyterLab
 # make bench   timings beside peers, into benchmarks/results/
 # make strip   clear the notebooks' outputs before a commit
@@ -18,7 +19,7 @@ export GOMP_SPINCOUNT ?= 10000
 export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit nbval browser lab bench strip setup clean
+.PHONY: help book test lint unit verify nbval browser lab bench strip setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -52,6 +53,7 @@ test: .venv/.ready-dev
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory unit
 	$(MAKE) --no-print-directory book PROFILE=quick
+	$(MAKE) --no-print-directory verify
 	$(MAKE) --no-print-directory nbval
 	$(MAKE) --no-print-directory browser
 
@@ -61,6 +63,9 @@ lint: .venv/.ready-dev
 
 unit: .venv/.ready-dev
 	$(BIN)/python -m pytest tests --ignore=tests/browser
+
+verify: .venv/.ready-dev
+	$(BIN)/python -m helpers verify
 
 # Its results go to _build/results/nbval, so that they do not replace those the book was built from.
 nbval: .venv/.ready-dev

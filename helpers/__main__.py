@@ -1,4 +1,4 @@
-"""`python -m helpers run [CHAPTER …]` executes chapters; `python -m helpers book` builds the whole book."""
+"""`run [CHAPTER …]` executes chapters, `book` builds the book, `verify` runs cells of the kept long runs again."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ def main(arguments: list[str] | None = None) -> int:
             from helpers.press import build  # needs jupyter-book, which `run` does not
 
             return build.make(args.profile, console)
-        overrides = {name: chapters.parse_value(value) for name, value in args.parameter}
+        if args.command == "verify":
+            from helpers.press import verify
+
+            return 1 if verify.run_again(args.chapters, console, args.all) else 0
+        overrides = {name: chapters.parse_value(name, value) for name, value in args.parameter}
         jobs = chapters.plan(args.chapters, args.profile, overrides)
-        return 1 if chapters.run(jobs, console, args.force) else 0
+        from helpers.press import execution  # a second of imports, after all is checked
+
+        return 1 if execution.run(jobs, console, args.force) else 0
     except ValueError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
         return 2
@@ -33,9 +39,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     book = commands.add_parser("book", help="execute what has changed, then build _build/html/index.html")
     run = commands.add_parser("run", help="execute chapters only")
+    verify = commands.add_parser(
+        "verify", help="run a stated cheap cell of each long run in results/ again, and compare"
+    )
     for command in (run, book):
         command.add_argument("--profile", default="quick", help="a file of profiles/ (default: quick)")
-    run.add_argument("chapters", nargs="*", metavar="CHAPTER", help="number or slug; none means all")
+    for command in (run, verify):
+        command.add_argument("chapters", nargs="*", metavar="CHAPTER", help="number or slug; none means all")
+    verify.add_argument("--all", action="store_true", help="also cells that take longer than 20 s")
     run.add_argument(
         "-p",
         "--parameter",

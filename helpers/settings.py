@@ -9,12 +9,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from platformdirs import user_cache_path
 from tqdm.auto import tqdm
+
+if TYPE_CHECKING:  # it takes a second, which the command line does without
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository. Notebooks resolve paths from here, because papermill and nbval start them in different folders."""
@@ -77,6 +79,8 @@ def one_of(name: str, value: Any, options: Iterable) -> None:
 
 def device(name: str = "auto") -> torch.device:
     """`auto` is a GPU when there is one, else the CPU. An accelerator that is not there raises `ValueError`."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -92,6 +96,8 @@ def device(name: str = "auto") -> torch.device:
 
 def generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
     """A fresh random stream: the same seed gives the same numbers on the same machine."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(seed)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import __main__ as bench
 from benchmarks import common, runs, students
-from helpers.press import performance
+from helpers.press import pages
 
 
 @pytest.fixture
@@ -51,20 +51,20 @@ def test_targets_know_whether_they_are_met(results, capsys):
     assert [target["met"] for target in targets] == [False, True]
     write(targets=targets)
     assert "MISSED speed: 9 (≥ 10)" in capsys.readouterr().out
-    page = performance.performance_markdown(results)
+    page = pages.performance_markdown(results)
     assert "**1 of 2 targets are met.**" in page
     assert "| speed | ≥ 10 | 9 | ✗ missed |" in page and "| seconds | ≤ 60 | 60 | ✓ met |" in page
 
 
 def test_rows_become_a_table_with_numbers_to_the_right(results):
     write()
-    page = performance.performance_markdown(results)
+    page = pages.performance_markdown(results)
     assert "| n | ms | who |\n|--:|--:|:--|\n| 4,096 | 1.25 | a\\|b |" in page
     assert "targets are met" not in page
 
 
 def test_without_results_the_page_says_so(tmp_path):
-    assert "No benchmark has been run" in performance.performance_markdown(tmp_path)
+    assert "No benchmark has been run" in pages.performance_markdown(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,14 @@ def test_results_of_another_form_are_named(results, edit, told):
     edit(content)
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"one.json does not fit.*\n.*{re.escape(told)}"):
-        performance.performance_markdown(results)
+        pages.performance_markdown(results)
 
 
 def test_a_truncated_file_is_named(results):
     path = write()
     path.write_text(path.read_text()[:50])
     with pytest.raises(ValueError, match=r"one\.json is damaged"):
-        performance.performance_markdown(results)
+        pages.performance_markdown(results)
 
 
 def test_an_unknown_benchmark_is_refused(capsys):

@@ -1,6 +1,9 @@
 """The three ways to install the book agree: requirements files, pyproject.toml, environment.yml."""
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 
@@ -63,3 +66,31 @@ def test_conda_uses_the_same_file():
     python, pip, *rest = environment
     assert (python, pip) == (f"python{PROJECT['requires-python']}", "pip")
     assert rest == [{"pip": ["-r requirements.txt"]}]
+
+
+def test_the_wheel_holds_all_subpackages_and_works_elsewhere(tmp_path):
+    """Built without a network from a copy, unpacked, and imported from another folder than the repository."""
+    source, site, elsewhere = tmp_path / "source", tmp_path / "site", tmp_path / "elsewhere"
+    shutil.copytree(ROOT / "helpers", source / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    elsewhere.mkdir()
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-index", "--quiet"]
+    options = ["--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run([*pip, *options], check=True)
+    (wheel,) = tmp_path.glob("rank1_book-*.whl")
+    shutil.unpack_archive(wheel, site, "zip")
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "helpers").rglob("*.py"))
+        if path.stem != "__main__"
+    ]
+    missing = [name for name in modules if not (site / f"{name.replace('.', '/')}.py").is_file()]
+    assert [name for name in missing if not (site / name.replace(".", "/") / "__init__.py").is_file()] == []
+    packages = [name for name in modules if (ROOT / name.replace(".", "/")).is_dir()]
+    script = (
+        "import importlib, sys; sys.path.insert(0, sys.argv[1])\n"
+        "for name in sys.argv[2:]: assert importlib.import_module(name).__file__.startswith(sys.argv[1]), name"
+    )
+    own = ["helpers.settings", "helpers.kept", "helpers.press.claims"]
+    subprocess.run([sys.executable, "-P", "-c", script, str(site), *packages, *own], cwd=elsewhere, check=True)

@@ -8,10 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import nbformat
 import yaml
@@ -20,7 +19,7 @@ from papermill.exceptions import strip_color
 from rich.console import Console
 from rich.markup import escape
 
-from helpers.press import chapters, claims
+from helpers.press import chapters, execution, pages
 from helpers.press.chapters import Job, Layout
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -45,7 +44,7 @@ def make(profile: str, console: Console, layout: Layout | None = None) -> int:
     """
     layout, started = layout or Layout(), time.perf_counter()
     jobs = chapters.plan((), profile, layout=layout)
-    failures = chapters.run(jobs, console)
+    failures = execution.run(jobs, console)
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
         return 1
@@ -73,28 +72,13 @@ def stage(jobs: list[Job], profile: str, layout: Layout) -> None:
         nbformat.write(
             _without_widgets(nbformat.read(job.executed, as_version=4)), folder / "notebooks" / job.executed.name
         )
-    pages = {
-        "scoreboard": claims.scoreboard_markdown(profile),
-        "performance": claims.performance_markdown(),
-        "status": status_markdown(profile, layout),
+    made = {
+        "scoreboard": pages.scoreboard_markdown(profile),
+        "performance": pages.performance_markdown(),
+        "status": pages.status_markdown(profile),
     }
-    for name, text in pages.items():
+    for name, text in made.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
-
-
-def status_markdown(profile: str, layout: Layout) -> str:
-    """Where the book stands, for its first page: how many claims have which verdict."""
-    register = claims.register()
-    here, long = (
-        [record for _, records in claims.load_results(folder, register) for record in records]
-        for folder in (layout.results(profile), claims.REFERENCE)
-    )
-    counts = Counter()
-    for claim in register.claims:
-        ours, reference = ([r for r in records if r.claim == claim.id] for records in (here, long))
-        counts[claims.combined(claim, claims.headline(claim, ours, reference))] += 1
-    items = "".join(f"<li><b>{counts[verdict]}</b> {verdict}</li>" for verdict in get_args(claims.Verdict))
-    return f'The {counts.total()} claims of the three papers, as of this build:\n\n<ul class="status">{items}</ul>\n'
 
 
 def build(layout: Layout) -> list[str]:

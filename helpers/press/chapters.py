@@ -1,46 +1,26 @@
-"""Find the chapters, settle their parameters, and execute what is no longer valid."""
+"""Find the chapters, settle their parameters, and say which are no longer valid, and why."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
 import json
-import os
+import math
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
-import nbformat
-import papermill
 import yaml
-from filelock import FileLock, Timeout
-from ipykernel.kernelspec import make_ipkernel_cmd
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from jupyter_core.utils import run_sync
-from nbclient.exceptions import CellExecutionError, DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from helpers import settings
-
-MACHINERY = ("helpers", "data", "book/claims.yml", "requirements.txt")
-"""What every chapter depends on, beside its own notebook and parameters. No finer graph."""
+from helpers.press import claims, rules
+from helpers.settings import allowed, one_of
 
 INPUTS = ("teacher", "corpus", "checkpoint")
 """Parameters that may name a file or folder of the reader's."""
-
-LOG_EVERY = 20.0
-"""Seconds between lines of progress where there is no terminal to draw a bar on."""
 
 
 class _Yaml(yaml.SafeLoader):
@@ -69,13 +49,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class Chapter:
-    """One notebook: `notebooks/NN_slug.ipynb`, with the defaults of its cell tagged `parameters`."""
+    """One notebook: `notebooks/NN_slug.ipynb`, with its cells and the defaults of the one tagged `parameters`."""
 
-    number: int
-    slug: str
     path: Path
     title: str
     defaults: dict[str, Any]
+    cells: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def slug(self) -> str:
+        return self.path.stem
+
+    @property
+    def number(self) -> int:
+        return int(self.slug[:2])
 
 
 @dataclass(frozen=True)
@@ -109,17 +96,21 @@ class Job:
         return self.executed.with_suffix(".run.json")
 
 
-class ChapterFailed(RuntimeError):
-    """A chapter stopped with an error, or ended without its records."""
-
-
-# --- finding --------------------------------------------------------------------------------------------------------
+# -- finding -----------------------------------------------------------------------------------------------------------
 
 
 def find(layout: Layout | None = None) -> list[Chapter]:
     """All chapters, in order of their number. Raises `ValueError` where a notebook has no usable parameters cell."""
     paths = sorted(((layout or Layout()).root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    return [_read(path) for path in paths]
+    found = []
+    for path in paths:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        cells = [cell | {"source": "".join(cell["source"])} for cell in cells]
+        prose = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+        heading = re.search(r"^# (.+)$", prose, re.M)
+        title = heading[1].strip() if heading else path.stem
+        found.append(Chapter(path, title, claims.parameters(path), cells))
+    return found
 
 
 def choose(names: Sequence[str], chapters: Sequence[Chapter]) -> list[Chapter]:
@@ -133,57 +124,98 @@ def choose(names: Sequence[str], chapters: Sequence[Chapter]) -> list[Chapter]:
     return [c for c in chapters if not names or c.slug in wanted]
 
 
-def _read(path: Path) -> Chapter:
-    cells = nbformat.read(path, as_version=4).cells
-    tagged = [c for c in cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
-    if len(tagged) != 1:
-        raise ValueError(f"{path.name}: {len(tagged)} code cells are tagged 'parameters'; exactly one is needed")
-    prose = "\n".join(c.source for c in cells if c.cell_type == "markdown")
-    heading = re.search(r"^# (.+)$", prose, re.M)
-    title = heading[1].strip() if heading else path.stem
-    return Chapter(int(path.stem[:2]), path.stem, path, title, _constants(tagged[0].source, path))
+# -- parameters --------------------------------------------------------------------------------------------------------
 
 
-def _constants(source: str, path: Path) -> dict[str, Any]:
-    """Names and values of a parameters cell; only constants, since papermill does not recompute derived values."""
-    values = {}
-    for node in ast.parse(source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        try:
-            values[target.id] = ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
-            line = ast.get_source_segment(source, node)
-            raise ValueError(f"{path.name}: the parameters cell holds constants only, not {line!r}") from None
-    return values
-
-
-# --- parameters -----------------------------------------------------------------------------------------------------
-
-
-def parse_value(text: str) -> Any:
+def parse_value(name: str, text: str) -> Any:
     """A value given on the command line, read as YAML (`[0, 1]`, `1e-3`, `null`); `None` is null too."""
-    return None if text == "None" else yaml.load(text, Loader=_Yaml)
+    try:
+        return None if text == "None" else yaml.load(text, Loader=_Yaml)
+    except yaml.YAMLError as error:
+        raise ValueError(f"-p: {name}={text!r} is not YAML ({error}); allowed: such as 3, [0, 1] or null") from error
+
+
+def fitted(where: str, name: str, value: Any, default: Any) -> Any:
+    """`value` for a parameter whose default is `default`, as its type: `1e4` is taken for a whole number, and kept so.
+
+    A list's elements have the type of one of the default's elements, a mapping's values that of its value under the
+    same name, or of any. None as a default takes everything. Raises `ValueError` saying what is allowed.
+    """
+    try:
+        return _as(value, default)
+    except TypeError as error:
+        raise ValueError(f"{where}: {name}={value!r}; allowed: {error}, such as {default!r} (the default)") from None
+
+
+def _as(value: Any, default: Any) -> Any:
+    """`value` as the type of `default`; `TypeError` that says what was wanted."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match default:
+        case None:
+            return value
+        case bool():
+            return _if(isinstance(value, bool), value, "true or false")
+        case int():
+            whole = number and math.isfinite(value) and value == int(value)
+            return int(_if(whole, value, "a whole number"))
+        case float():
+            return float(_if(number and math.isfinite(value), value, "a finite number"))
+        case str():
+            return _if(isinstance(value, str), value, "a text")
+        case dict():
+            _if(isinstance(value, dict), value, "a mapping")
+            models = {key: [default[key]] if key in default else list(default.values()) for key in value}
+            return {key: _as_one_of(each, models[key]) for key, each in value.items()}
+    return type(default)(_as_one_of(each, default) for each in _if(isinstance(value, list | tuple), value, "a list"))
+
+
+def _if(good: bool, value: Any, wanted: str) -> Any:
+    if not good:
+        raise TypeError(wanted)
+    return value
+
+
+def _as_one_of(value: Any, models: Sequence[Any]) -> Any:
+    """`value` as the type of the first of `models` that it fits; one of them that is equal in type comes first."""
+    wanted = []
+    for model in sorted(models, key=lambda model: type(model) is not type(value)):
+        if model is None and value is not None and len(models) > 1:
+            continue  # null beside others allows null, and nothing else
+        try:
+            return _as(value, model)
+        except TypeError as error:
+            wanted.append(f"{error}")
+    return _if(not wanted, value, " or ".join(dict.fromkeys(f"in it {each}" for each in wanted)))
 
 
 def read_profile(name: str, chapters: Sequence[Chapter], layout: Layout | None = None) -> dict[str, dict[str, Any]]:
     """Parameters of profile `name` by slug, the ones under `common:` given to every chapter that has them.
 
-    Raises `ValueError` for a profile, chapter or parameter that does not exist.
+    Raises `ValueError` for a file that is no YAML mapping, and for a profile, chapter or parameter that is not there.
     """
     folder = (layout or Layout()).root / "profiles"
     path = folder / f"{name}.yml"
     if not path.is_file():
-        allowed = ", ".join(sorted(p.stem for p in folder.glob("*.yml")))
-        raise ValueError(f"profile={name!r} does not exist; allowed: {allowed}")
-    entries = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml) or {}
+        there = ", ".join(sorted(p.stem for p in folder.glob("*.yml")))
+        raise ValueError(f"profile={name!r} does not exist; allowed: {there}")
+    try:
+        entries = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is not YAML: {error}") from error
+    by_slug = {c.slug: c for c in chapters}
+    for entry, values in entries.items() if isinstance(entries, dict) else [("the file", entries)]:
+        allowed(isinstance(values, dict | None), f"{path.name}: {entry} is {values!r}", "names with their values")
+        if entry != "common":
+            one_of(f"{path.name}: chapter", entry, by_slug)
     common = entries.pop("common", None) or {}
     _check_names(common, chapters, f"{path.name}, common", everywhere=False)
-    for slug, values in entries.items():
-        if slug not in {c.slug for c in chapters}:
-            raise ValueError(f"{path.name}: chapter={slug!r} is not in the book; allowed: {[c.slug for c in chapters]}")
-        _check_names(values or {}, [c for c in chapters if c.slug == slug], f"{path.name}, {slug}")
-    shared = {c.slug: {k: v for k, v in common.items() if k in c.defaults} for c in chapters}
-    return {c.slug: shared[c.slug] | (entries.get(c.slug) or {}) for c in chapters}
+    found = {}
+    for slug, chapter in by_slug.items():
+        own = entries.get(slug) or {}
+        _check_names(own, [chapter], f"{path.name}, {slug}")
+        given = {key: value for key, value in common.items() if key in chapter.defaults} | own
+        found[slug] = {k: fitted(f"{path.name}, {slug}", k, v, chapter.defaults[k]) for k, v in given.items()}
+    return found
 
 
 def plan(
@@ -196,16 +228,19 @@ def plan(
 
     `overrides` win over the profile. Their copies and records go to `<profile>+custom`, so that the book is never
     built from them. A chapter that is named must have every parameter given; with no chapter named, a parameter goes
-    to all chapters that have it. Raises `ValueError` naming what is unknown and what is allowed.
+    to all chapters that have it. Raises `ValueError` naming what is unknown or of another type, and what is allowed.
     """
     layout, overrides = layout or Layout(), dict(overrides or {})
     every = find(layout)
     chapters = choose(names, every)
     entries = read_profile(profile, every, layout)
     _check_names(overrides, chapters, "-p", everywhere=bool(names))
-    folder = f"{profile}+custom" if overrides else profile
-    own = {c.slug: {k: v for k, v in overrides.items() if k in c.defaults} for c in chapters}
-    return [Job(c, folder, entries[c.slug] | own[c.slug], layout) for c in chapters]
+    folder, jobs = f"{profile}+custom" if overrides else profile, []
+    for chapter in chapters:
+        own = {k: v for k, v in overrides.items() if k in chapter.defaults}
+        own = {k: fitted("-p", k, v, chapter.defaults[k]) for k, v in own.items()}
+        jobs.append(Job(chapter, folder, entries[chapter.slug] | own, layout))
+    return jobs
 
 
 def _check_names(values: Mapping[str, Any], chapters: Sequence[Chapter], where: str, everywhere: bool = True) -> None:
@@ -213,21 +248,46 @@ def _check_names(values: Mapping[str, Any], chapters: Sequence[Chapter], where: 
     for name in values:
         if not quantifier(name in c.defaults for c in chapters):
             lacking = [c for c in chapters if name not in c.defaults]
-            allowed = "\n".join(f"  {c.slug}: {', '.join(c.defaults)}" for c in lacking)
-            raise ValueError(f"{where}: parameter={name!r} is not one that these chapters have; allowed:\n{allowed}")
+            there = "\n".join(f"  {c.slug}: {', '.join(c.defaults)}" for c in lacking)
+            raise ValueError(f"{where}: parameter={name!r} is not one that these chapters have; allowed:\n{there}")
 
 
-# --- validity -------------------------------------------------------------------------------------------------------
+# -- validity ----------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(job: Job) -> dict[str, str]:
-    """What the executed copy of `job` follows from: the notebook, its parameters, the machinery; a hash of each."""
-    notebook = nbformat.read(job.chapter.path, as_version=4)
-    cells = [(c.cell_type, c.source, _lasting(c.metadata)) for c in notebook.cells]
+    """What the executed copy of `job` follows from, part by part, with a hash of each.
+
+    The notebook; its parameters; the modules that its cells import, directly or not, as syntax trees (so
+    `press.figures` is a part of every chapter that draws, and its kept results stay); the register's entries that
+    `entries` names; `data/` where one of the modules reads it; and the pins.
+    """
+    from helpers import kept  # brings torch, which settling parameters does without
+
+    root, cells = job.layout.root, job.chapter.cells
+    code = "\n".join(re.sub(r"^\s*[%!].*", "", c["source"], flags=re.M) for c in cells if c["cell_type"] == "code")
+    modules = kept.closure(*kept.imports_in(_parsed(code), root), root=root)
+    trees = {module: kept.tree_of(module, root) for module in modules}
+    found = {
+        "notebook": digest([(c["cell_type"], c["source"], _lasting(c["metadata"])) for c in cells]),
+        "parameters": digest([job.parameters, _files_named(job.parameters)]),
+        "requirements.txt": digest_files(root / "requirements.txt"),
+        **{module: digest(tree) for module, tree in trees.items()},
+        **entries(job),
+    }
+    if any("ROOT" in tree and "Constant(value='data')" in tree for tree in trees.values()):
+        found["data"] = digest_files(root / "data")
+    return found
+
+
+def entries(job: Job) -> dict[str, str]:
+    """The register's entries a chapter depends on: those that say so, that it names, or that its last run recorded."""
+    texts = [path.read_text(encoding="utf-8") for path in (job.chapter.path, job.results) if path.is_file()]
+    register = rules.register(job.layout.root / "book" / "claims.yml")
     return {
-        "notebook": _digest(cells),
-        "parameters": _digest([job.parameters, _files_named(job.parameters)]),
-        **{part: _digest_files(job.layout.root / part) for part in MACHINERY},
+        f"claim {claim.id}": digest(claim.model_dump(exclude_defaults=True))
+        for claim in register.claims
+        if claim.chapter == job.chapter.slug or any(claim.id in text for text in texts)
     }
 
 
@@ -235,16 +295,34 @@ def stale(job: Job) -> list[str]:
     """Why `job` must run: what changed since its executed copy was made, or is missing. Empty when it is valid."""
     try:
         stamp = json.loads(job.stamp.read_text(encoding="utf-8"))
-        then, records = stamp["made_from"], stamp["results"]
+        then, records = dict(stamp["made_from"]), stamp["results"]
     except (OSError, ValueError, KeyError):
         return ["not run yet"]
     if not job.executed.is_file():
         return ["executed copy missing"]
     if not job.results.is_file():
         return ["results missing"]
-    changed = [part for part, digest in fingerprint(job).items() if then.get(part) != digest]
+    now = fingerprint(job)
+    changed = [
+        f"{part} {'gone' if part not in now else 'changed' if part in then else 'new'}"
+        for part in now | then
+        if then.get(part) != now.get(part)
+    ]
     # A chapter run by hand in Jupyter writes to the same place: its records are not this copy's.
-    return changed + ([] if records == _digest_files(job.results) else ["results rewritten since"])
+    return changed + ([] if records == digest_files(job.results) else ["results rewritten since"])
+
+
+def shortened(reasons: Sequence[str], most: int = 3) -> str:
+    """The first few reasons, and how many more there are."""
+    more = f" and {len(reasons) - most} more" if len(reasons) > most else ""
+    return ", ".join(reasons[:most]) + more
+
+
+def _parsed(code: str) -> ast.AST:
+    try:
+        return ast.parse(code)
+    except SyntaxError:
+        return ast.Module([], [])  # running it will say so, with the cell
 
 
 def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,161 +333,26 @@ def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _files_named(parameters: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     """Size and time of the files that an input such as `corpus` or `teacher` names: editing one is a change too."""
     named = [Path(v).expanduser() for k, v in parameters.items() if k in INPUTS and isinstance(v, str) and v]
-    found = [file for path in named for file in [path, *path.rglob("*")] if file.is_file()]
-    return sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found)
+    return _states(file for path in named for file in [path, *path.rglob("*")] if file.is_file())
 
 
-def _digest(value: Any) -> str:
+def _states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    return sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def digest(value: Any) -> str:
+    """Hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _digest_files(path: Path) -> str:
-    files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
-    kept = [p for p in files if "__pycache__" not in p.parts and not p.name.startswith(".")]
-    return _digest([(p.relative_to(path).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in kept])
+def digest_files(path: Path) -> str:
+    """Hash of a file, or of all files of a folder; byte code and hidden files do not count."""
+    files = [p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()]
+    counted = [p for p in files if "__pycache__" not in p.parts and not p.name.startswith(".")]
+    return _digest_states(path, tuple(_states(counted)))
 
 
-# --- running --------------------------------------------------------------------------------------------------------
-
-
-def run(jobs: Sequence[Job], console: Console, force: bool = False) -> list[ChapterFailed]:
-    """Run the jobs that are not valid any more; one that fails does not keep the others from running.
-
-    Returns the failures, each already shown. Raises `ValueError` when another run is busy in the same folder.
-    """
-    failures = []
-    with _alone(jobs):
-        for i, job in enumerate(jobs):
-            name = f"chapter {job.chapter.number}"
-            why = ["forced"] if force else stale(job)
-            if not why:
-                executed = json.loads(job.stamp.read_text(encoding="utf-8"))["executed"]
-                console.print(f"[{i + 1}/{len(jobs)}] {name}: unchanged, kept from {executed}", markup=False)
-                continue
-            left = f"{len(jobs) - i - 1} left after it"
-            console.print(f"[{i + 1}/{len(jobs)}] {name}: {job.chapter.title} ({', '.join(why)}; {left})", markup=False)
-            try:
-                seconds = execute(job, console)
-                console.print(f"      done in {seconds:.0f} s", markup=False)
-            except ChapterFailed as failure:
-                failures.append(failure)
-                console.print(f"[bold red]failed[/] {escape(str(failure))}")
-    return failures
-
-
-def execute(job: Job, console: Console) -> float:
-    """Execute one chapter into its copy, atomically, and return the seconds it took; raises `ChapterFailed`."""
-    made_from, started = fingerprint(job), time.perf_counter()
-    partial = job.executed.with_suffix(".partial.ipynb")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    for old in (job.stamp, job.results):
-        old.unlink(missing_ok=True)
-    with _environment(RANK1_PROFILE=job.profile, TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1"):
-        _papermill(job, partial, console)
-    if not job.results.is_file():
-        raise ChapterFailed(f"{job.chapter.slug}: it ended, but wrote no records to {job.results}; copy: {partial}")
-    os.replace(partial, job.executed)
-    seconds = time.perf_counter() - started
-    stamp = {
-        "made_from": made_from,
-        "parameters": job.parameters,
-        "executed": datetime.now().isoformat(sep=" ", timespec="minutes"),
-        "seconds": round(seconds, 1),
-        "results": _digest_files(job.results),
-    }
-    unfinished = job.stamp.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(stamp, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(unfinished, job.stamp)
-    return seconds
-
-
-def _papermill(job: Job, partial: Path, console: Console) -> None:
-    where = f"{job.chapter.slug}: {{}}\n  partial notebook: {partial}"
-    manager = AsyncKernelManager(kernel_spec_manager=_ThisInterpreter())
-    try:
-        with _progress(job, console) as on_cell_start:
-            papermill.execute_notebook(
-                job.chapter.path,
-                partial,
-                parameters=job.given,
-                progress_bar=False,
-                kernel_name="python3",
-                language="python",
-                km=manager,
-                on_cell_start=on_cell_start,
-            )
-    except PapermillExecutionError as error:
-        cell = f"In [{error.exec_count}] (cell {error.cell_index + 1} of the notebook), which begins"
-        first = error.source.strip().splitlines()[0]
-        raise ChapterFailed(where.format(f"{cell}\n    {first}\n  {error.ename}: {error.evalue}")) from None
-    except (CellExecutionError, DeadKernelError) as error:
-        raise ChapterFailed(where.format(f"the kernel stopped ({error}); was memory enough?")) from None
-    finally:  # a manager that was handed in is not the notebook client's to stop, and a kernel may hold gigabytes
-        if manager.has_kernel:
-            run_sync(manager.shutdown_kernel)(now=True)
-
-
-class _ThisInterpreter(KernelSpecManager):
-    """The kernel is the running Python, whatever kernels the user has registered under the same name."""
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        quiet = ["--log-level=ERROR"]  # else each kernel warns that loopback is not encrypted
-        command = make_ipkernel_cmd(executable=sys.executable, extra_arguments=quiet)
-        return KernelSpec(argv=command, display_name="book", language="python")
-
-
-@contextmanager
-def _progress(job: Job, console: Console) -> Iterator[Callable[..., None]]:
-    """A bar over the cells on a terminal, else a line now and then; yields papermill's `on_cell_start`."""
-    total = sum(c.cell_type == "code" for c in nbformat.read(job.chapter.path, as_version=4).cells) + bool(job.given)
-    columns = (TextColumn("      {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    begun, line, started, ended = 0, "", time.monotonic(), Event()
-
-    def log_now_and_then() -> None:
-        while not ended.wait(LOG_EVERY):
-            seconds = time.monotonic() - started
-            console.print(f"      {seconds:.0f} s, in code cell {begun} of {total}: {line}", markup=False)
-
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-
-        def on_cell_start(cell: Any, cell_index: int) -> None:
-            nonlocal begun, line
-            if cell.cell_type == "code":
-                line = (cell.source.strip().splitlines() or [""])[0][:60]
-                bar.update(task, completed=begun, description=escape(line))
-                begun += 1
-
-        if not console.is_terminal:
-            Thread(target=log_now_and_then, daemon=True).start()
-        try:
-            yield on_cell_start
-        finally:
-            ended.set()
-
-
-@contextmanager
-def _alone(jobs: Sequence[Job]) -> Iterator[None]:
-    """Two runs at once would write over each other's copies."""
-    if not jobs:
-        raise ValueError("there is no chapter in notebooks/")
-    folder = jobs[0].executed.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise ValueError(f"another run is busy in {folder}; wait for it to end") from None
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+@cache  # chapters share `data`, which is large
+def _digest_states(path: Path, states: tuple[tuple[str, int, int], ...]) -> str:
+    files = [Path(name) for name, _, _ in states]
+    return digest([(p.relative_to(path).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])

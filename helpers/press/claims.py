@@ -1,9 +1,8 @@
-"""Records what a chapter measured and judges it by the register's rule.
+"""Records what a chapter measured and judges it by the register's rule (`helpers.press.rules`).
 
-The register is `book/claims.yml`: every claim the book tests, where a paper makes it, and for each quantity that
-tests it (a *check*) one of four rules. A chapter hands over numbers; verdicts are always computed here:
+A chapter hands over numbers; verdicts are always computed here:
 
-    log = claims.Chapter("01_topk_sae_is_rank1_moe", parameters={...}, teacher="gemma-3-270m")
+    log = claims.Chapter.of("01_topk_sae_is_rank1_moe", globals())
     log.record("duality.forward", error, variant="float64", n=4096, scope="paper setting")
     log.save()
 """
@@ -18,242 +17,30 @@ import platform
 import re
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import EllipsisType
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
-import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field
 
 from helpers import settings
+from helpers.press.rules import BETWEEN, Bound, Claim, Identity, IntervalAbove, Register, Strict, register, validated
+from helpers.settings import allowed, one_of
 
-REGISTER = settings.ROOT / "book" / "claims.yml"
+__all__ = ["Chapter", "IntervalAbove", "Record", "Results", "reference", "register"]
+
 REFERENCE = settings.ROOT / "results"
 """Results of long runs, kept in the repository; what a reader's own run writes goes to `_build/results/<profile>`."""
 
-Outcome = Literal["holds", "straddles", "fails"]
 Verdict = Literal["reproduced", "holds here", "partly", "not reproduced", "not tested"]
 Scope = Literal["paper setting", "analogue"]
 Resampled = Literal["seeds", "articles", "seed × article", "random draws", "layers", "samples"]
 SLUG = re.compile(r"\d\d_[a-z0-9_]+")
 LONGEST_NOTE = 300
 """Characters of a record's note: it is a line on the page of claims."""
-BETWEEN = " · "
-"""Stands between the register's metric and what a chapter adds to tell two records of one check apart."""
-
-
-# ---------------------------------------------------------------------------------------------------------- rules
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Identity(_Strict):
-    """The value is a largest difference; it holds when that is at most `tolerance`."""
-
-    name: Literal["identity"] = "identity"
-    tolerance: float = Field(gt=0)
-    needs_interval: ClassVar[bool] = False
-
-    def outcome(self, value: float, low: float, high: float) -> Outcome:
-        return "holds" if abs(value) <= self.tolerance else "fails"
-
-    def __str__(self) -> str:
-        return f"≤ {self.tolerance:g}"
-
-
-class Bound(_Strict):
-    """A bound that must hold on every sample. The value is a count of `violations`, or the worst `margin`
-    (bound minus measurement: negative is a violation). One violation refutes; there is no "partly"."""
-
-    name: Literal["bound_holds"] = "bound_holds"
-    value: Literal["violations", "margin"] = "violations"
-    needs_interval: ClassVar[bool] = False
-
-    def outcome(self, value: float, low: float, high: float) -> Outcome:
-        return "holds" if (value == 0 if self.value == "violations" else value >= 0) else "fails"
-
-    def __str__(self) -> str:
-        return "no violation" if self.value == "violations" else "worst margin ≥ 0"
-
-
-class IntervalAbove(_Strict):
-    """The whole interval lies above `value`; entirely at or below it fails; across it straddles."""
-
-    name: Literal["interval_above"] = "interval_above"
-    value: float
-    needs_interval: ClassVar[bool] = True
-
-    def outcome(self, value: float, low: float, high: float) -> Outcome:
-        return "holds" if low > self.value else "fails" if high <= self.value else "straddles"
-
-    def __str__(self) -> str:
-        return f"interval above {self.value:g}"
-
-
-class IntervalBelow(_Strict):
-    """The whole interval lies below `value`; entirely at or above it fails; across it straddles."""
-
-    name: Literal["interval_below"] = "interval_below"
-    value: float
-    needs_interval: ClassVar[bool] = True
-
-    def outcome(self, value: float, low: float, high: float) -> Outcome:
-        return "holds" if high < self.value else "fails" if low >= self.value else "straddles"
-
-    def __str__(self) -> str:
-        return f"interval below {self.value:g}"
-
-
-class Trend(_Strict):
-    """The value is a slope; its interval must lie on the stated side of zero."""
-
-    name: Literal["trend"] = "trend"
-    sign: Literal["positive", "negative"]
-    needs_interval: ClassVar[bool] = True
-
-    def outcome(self, value: float, low: float, high: float) -> Outcome:
-        low, high = (low, high) if self.sign == "positive" else (-high, -low)
-        return "holds" if low > 0 else "fails" if high <= 0 else "straddles"
-
-    def __str__(self) -> str:
-        return f"slope {'>' if self.sign == 'positive' else '<'} 0"
-
-
-Rule = Annotated[Identity | Bound | IntervalAbove | IntervalBelow | Trend, Field(discriminator="name")]
-
-
-# ------------------------------------------------------------------------------------------------------- register
-class Check(_Strict):
-    """One measured quantity and the rule that judges it; `why` says where the rule's threshold comes from."""
-
-    metric: str
-    rule: Rule
-    why: str
-    unit: str = ""
-
-
-class Paper(_Strict):
-    letter: str
-    title: str
-    cite: str
-    where: str
-
-
-class Source(_Strict):
-    paper: str
-    where: str
-    ours: bool = False
-    """True for a finding of this book about the paper's runs, rather than a claim the paper makes."""
-
-
-class PaperSays(_Strict):
-    number: str
-    setting: str
-
-
-class Claim(_Strict):
-    """A claim. `teachers` are the hub ids of the paper's own setting, or `any` where no teacher is involved
-    (a theorem, synthetic data); an empty list says that the paper's setting is not public."""
-
-    id: str = Field(pattern=r"^[a-z0-9]+(\.[a-z0-9]+)+$")
-    statement: str
-    source: Source
-    paper_says: PaperSays
-    part: str
-    chapter: str
-    teachers: list[str] | Literal["any"]
-    checks: dict[str, Check] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _metrics_differ(self) -> Claim:
-        metrics = [check.metric for check in self.checks.values()]
-        if len(set(metrics)) < len(metrics):
-            raise ValueError(f"claim {self.id}: two checks have the same metric")
-        if bad := [metric for metric in metrics if BETWEEN in metric]:
-            raise ValueError(f"claim {self.id}: metric {bad[0]!r} holds {BETWEEN!r}, which is kept for records")
-        return self
-
-    def check_of(self, metric: str) -> str | None:
-        """Name of the check a recorded metric belongs to."""
-        own = metric.split(BETWEEN)[0]
-        return next((name for name, check in self.checks.items() if check.metric == own), None)
-
-
-class Register(_Strict):
-    papers: dict[str, Paper]
-    parts: dict[str, str]
-    claims: list[Claim]
-
-    @model_validator(mode="after")
-    def _names_resolve(self) -> Register:
-        twice = [name for name, count in Counter(claim.id for claim in self.claims).items() if count > 1]
-        if twice:
-            raise ValueError(f"claim ids given twice: {', '.join(twice)}")
-        for claim in self.claims:
-            _one_of(f"paper of {claim.id}", claim.source.paper, self.papers)
-            _one_of(f"part of {claim.id}", claim.part, self.parts)
-        return self
-
-    def __getitem__(self, claim_id: str) -> Claim:
-        by_id = {claim.id: claim for claim in self.claims}
-        _one_of("claim", claim_id, by_id)
-        return by_id[claim_id]
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys without a word; a register must not lose a check that way."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        if len(set(keys)) < len(keys):
-            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-def register(path: Path = REGISTER) -> Register:
-    """Reads and checks the register; raises `ValueError` that says which claim and field is wrong."""
-    return _read_register(Path(path), Path(path).stat().st_mtime_ns)
-
-
-@cache
-def _read_register(path: Path, changed: int) -> Register:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not valid YAML: {error}") from error
-    return validated(Register, content, path.name)
-
-
-def validated(model: type[BaseModel], content: Any, name: str) -> Any:
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        lines = [f"{_place(content, each['loc'])}: {each['msg']}" for each in error.errors()]
-        raise ValueError(f"{name} does not fit the schema:\n  " + "\n  ".join(lines)) from error
-
-
-def _place(content: Any, steps: Sequence[int | str]) -> str:
-    """`claims[3]` is hard to find in a long file: name the claim instead."""
-    if len(steps) > 1 and steps[0] == "claims" and isinstance(steps[1], int):
-        claim = content["claims"][steps[1]]
-        name = claim.get("id", f"number {steps[1] + 1}") if isinstance(claim, dict) else f"number {steps[1] + 1}"
-        return ".".join(["claim " + name, *map(str, steps[2:])])
-    return ".".join(map(str, steps)) or "the file"
-
-
-def _one_of(what: str, given: Any, allowed: Iterable[str]) -> None:
-    if given not in (allowed := list(allowed)):
-        raise ValueError(f"{what} {given!r} is unknown; allowed: {', '.join(map(repr, allowed))}")
-
-
-# -------------------------------------------------------------------------------------------------------- verdicts
 COLOURS: dict[Verdict, str] = {
     "reproduced": "#009E73",
     "holds here": "#56B4E9",
@@ -263,8 +50,10 @@ COLOURS: dict[Verdict, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Record:
+# -- records and verdicts ----------------------------------------------------------------------------------------------
+
+
+class Record(Strict):
     """One measured number and its verdict: the rows of a results file, field by field."""
 
     claim: str
@@ -278,7 +67,7 @@ class Record:
     teacher: str | None
     expected: str
     verdict: Verdict
-    note: str = ""
+    note: str = Field(max_length=LONGEST_NOTE)
 
     def __str__(self) -> str:
         return f"{self.claim} | {self.metric}: {self.measured()} | expected {self.expected} | {self.verdict}"
@@ -307,11 +96,6 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def plain(text: str) -> str:
-    """Text of a record or of the register's plain fields, with nothing in it that Markdown would act on."""
-    return re.sub(r"([\\`*_{}\[\]<>$|~])", r"\\\1", " ".join(text.split()))
-
-
 def judge(claim: Claim, check: str, value: float, ci: tuple[float, float] | None, scope: Scope) -> Verdict:
     """The verdict of one number: what the check's rule says, under the scope it was measured in."""
     low, high = ci or (value, value)
@@ -323,19 +107,12 @@ def judge(claim: Claim, check: str, value: float, ci: tuple[float, float] | None
     return "not reproduced"
 
 
-def overall(records: Iterable[Record], book: Register | None = None) -> dict[str, Verdict]:
-    """One verdict for every claim of the register.
-
-    A claim holds when every record of it holds and every check was run; it is `reproduced` only where each check
-    was met in the paper's own setting. Records that disagree, or a check that was not run, make it `partly`.
-    """
-    book, records = book or register(), list(records)
-    return {
-        claim.id: combined(claim, [record for record in records if record.claim == claim.id]) for claim in book.claims
-    }
-
-
 def combined(claim: Claim, records: Sequence[Record]) -> Verdict:
+    """One verdict for a claim, from all records of it.
+
+    It holds when every record holds and every check was run; it is `reproduced` only where each check was met in the
+    paper's own setting. Records that disagree, or a check that was not run, make it `partly`.
+    """
     if not records:
         return "not tested"
     verdicts = {record.verdict for record in records}
@@ -348,7 +125,27 @@ def combined(claim: Claim, records: Sequence[Record]) -> Verdict:
     return "partly"
 
 
-# ------------------------------------------------------------------------------------------------------- recording
+def overall(
+    ours: Iterable[Record], reference: Iterable[Record] = (), book: Register | None = None
+) -> dict[str, Verdict]:
+    """One verdict for every claim of the register: each check is judged by the reference run's records where there
+    are any, else by ours."""
+    ours, reference, found = list(ours), list(reference), {}
+    for claim in (book or register()).claims:
+        kept = []
+        for check in claim.checks:
+            own, long = (
+                [record for record in records if record.claim == claim.id and claim.check_of(record.metric) == check]
+                for records in (ours, reference)
+            )
+            kept += long or own
+        found[claim.id] = combined(claim, kept)
+    return found
+
+
+# -- a chapter's records -----------------------------------------------------------------------------------------------
+
+
 class Chapter:
     """Collects a chapter's records and writes them to `<results_dir>/<slug>.json`.
 
@@ -363,8 +160,7 @@ class Chapter:
         teacher: str | None = None,
         results_dir: str | Path | None = None,
     ) -> None:
-        if not SLUG.fullmatch(slug):
-            raise ValueError(f"slug={slug!r} is not a chapter's file stem such as '01_topk_sae_is_rank1_moe'")
+        allowed(bool(SLUG.fullmatch(slug)), f"slug={slug!r}", "a chapter's file stem such as '01_topk_sae'")
         self.slug, self.parameters, self.teacher = slug, dict(parameters), teacher
         self.path = settings.results_dir(results_dir) / f"{slug}.json"
         self.environment = environment(self.parameters.get("device", "auto"))
@@ -380,20 +176,25 @@ class Chapter:
         A chapter calls it with its `globals()`. Teacher and results_dir are the parameters of these names, unless
         given. Raises `ValueError` where the notebook has no parameters cell, or the namespace lacks a parameter.
         """
-        names = parameter_names(settings.ROOT / "notebooks" / f"{slug}.ipynb")
-        if missing := [name for name in names if name not in namespace]:
-            raise ValueError(f"{slug}: the namespace has no {', '.join(missing)}; allowed: the chapter's own globals()")
+        names = parameters(settings.ROOT / "notebooks" / f"{slug}.ipynb")
+        missing = [name for name in names if name not in namespace]
+        allowed(not missing, f"{slug}: the namespace has no {', '.join(missing)}", "the chapter's own globals()")
         given = {name: namespace[name] for name in names}
         options = {name: given.get(name) for name in ("teacher", "results_dir")} | options
         return cls(slug, given, **options)
 
+    @property
+    def cells(self) -> Path | None:
+        """Where a long run keeps each finished cell of a study, as files that go with the book; else None."""
+        return REFERENCE / "cells" / self.slug if settings.profile() == "long" else None
+
     def record(
         self,
         claim: str,
-        value: float,
+        value: Any,
         *,
         scope: Scope,
-        n: int,
+        n: int | None = None,
         ci: Sequence[float] | None = None,
         resampled: Resampled | None = None,
         unit: str | None = None,
@@ -404,37 +205,27 @@ class Chapter:
     ) -> Record:
         """Judges a number by the register's rule and keeps it.
 
+        `value` is a number, or a comparison that has `value`, `ci`, `n` and `resampled`; what is given beside it wins.
         `variant` names the check (it may be left out where a claim has one); `metric` is added to the register's
         wording to tell several records of one check apart ("k = 8"). `n` counts what the number rests on, and with
         an interval `ci` what was resampled. `teacher` is the chapter's unless given: None for random or synthetic
-        inputs. Raises `ValueError` for an unknown claim, variant or scope, a number that is not finite, an interval
-        that is missing, reversed or does not hold the value, a note of more than `LONGEST_NOTE` characters, and for
-        `scope="paper setting"` with a teacher that is not the paper's.
+        inputs. Raises `ValueError` for what cannot be judged, such as an unknown claim, an interval that does not
+        hold the value, or `scope="paper setting"` with a teacher that is not the paper's.
         """
         entry, teacher = register()[claim], self.teacher if teacher is ... else teacher
         check = _variant(entry, variant)
-        value, ci = _finite("value", value), _interval(value, ci, resampled)
-        if len(note) > LONGEST_NOTE:
-            raise ValueError(f"note={note[:40]!r}… has {len(note):,} characters; allowed: up to {LONGEST_NOTE}")
-        _one_of("scope", scope, get_args(Scope))
+        value, ci, n, resampled = _measured(value, ci, n, resampled)
+        allowed(len(note) <= LONGEST_NOTE, f"note={note[:40]!r}… has {len(note):,} characters", f"up to {LONGEST_NOTE}")
+        _check_scope(entry, scope, teacher)
         _can_be_judged(entry, check, value, ci, n)
-        if scope == "paper setting" and entry.teachers != "any" and teacher not in entry.teachers:
-            allowed = ", ".join(entry.teachers) or "none, the setting is not public"
-            raise ValueError(f"scope='paper setting' for {claim} with teacher={teacher!r}; the paper's: {allowed}")
-        rules = entry.checks[check]
+        asked = entry.checks[check]
         result = Record(
-            claim=claim,
-            metric=rules.metric + (BETWEEN + metric if metric else ""),
-            value=value,
-            ci=ci,
-            n=int(n),
-            resampled=resampled,
-            unit=rules.unit if unit is None else unit,
-            scope=scope,
-            teacher=teacher,
-            expected=str(rules.rule),
+            metric=asked.metric + (BETWEEN + metric if metric else ""),
+            unit=asked.unit if unit is None else unit,
+            expected=str(asked.rule),
             verdict=judge(entry, check, value, ci, scope),
-            note=note,
+            **{"claim": claim, "value": value, "ci": ci, "n": int(n), "resampled": resampled},
+            **{"scope": scope, "teacher": teacher, "note": note},
         )
         if result not in self.records:  # a cell that is run again says the same thing twice
             self.records.append(result)
@@ -457,7 +248,7 @@ class Chapter:
             "parameters": self.parameters,
             "environment": self.environment,
             "seconds": round(time.perf_counter() - self._started, 2),
-            "records": [asdict(record) for record in self.records],
+            "records": [record.model_dump() for record in self.records],
             **({"points": self.points} if self.points else {}),
         }
         validated(Results, content, self.path.name)
@@ -473,79 +264,98 @@ class Chapter:
         return "".join(record._repr_html_() for record in self.records) or "<em>This chapter tests no claim.</em>"
 
 
-def parameter_names(notebook: Path) -> list[str]:
-    """Names that the parameters cell of a notebook sets; `ValueError` where there is no such notebook or cell."""
+def parameters(notebook: Path) -> dict[str, Any]:
+    """Names and defaults in the parameters cell of a notebook; `ValueError` where there is no such notebook or cell.
+
+    Only constants are allowed there, since papermill does not recompute derived values.
+    """
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except OSError as error:
         raise ValueError(f"{notebook.name} is not in {notebook.parent.name}; allowed: a chapter of the book") from error
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    if len(tagged) != 1:
-        raise ValueError(f"{notebook.name}: {len(tagged)} cells are tagged 'parameters'; allowed: exactly one")
-    body = ast.parse("".join(tagged[0]["source"])).body
-    return [target.id for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    allowed(len(tagged) == 1, f"{notebook.name}: {len(tagged)} code cells are tagged 'parameters'", "exactly one")
+    source, found = "".join(tagged[0]["source"]), {}
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        try:
+            found[target.id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            line = ast.get_source_segment(source, node)
+            raise ValueError(f"{notebook.name}: the parameters cell holds constants only, not {line!r}") from None
+    return found
 
 
 def _variant(claim: Claim, variant: str | None) -> str:
     if variant is None and len(claim.checks) == 1:
         return next(iter(claim.checks))
-    _one_of(f"{claim.id}: variant", variant, claim.checks)
+    one_of(f"{claim.id}: variant", variant, claim.checks)
     return variant
 
 
+def _check_scope(claim: Claim, scope: Scope, teacher: str | None) -> None:
+    one_of("scope", scope, get_args(Scope))
+    if scope == "paper setting" and claim.teachers != "any":
+        theirs = ", ".join(claim.teachers) or "none, the setting is not public"
+        allowed(teacher in claim.teachers, f"scope='paper setting' for {claim.id} with teacher={teacher!r}", theirs)
+
+
+def _measured(value: Any, ci: Any, n: Any, resampled: Any) -> tuple[float, tuple[float, float] | None, int, Any]:
+    """Value, interval, n and what was resampled: as given, else as the comparison `value` has them."""
+    if hasattr(value, "value") and hasattr(value, "ci"):
+        comparison, value = value, value.value
+        if ci is None and comparison.ci is not None:
+            ci, resampled = comparison.ci, resampled or comparison.resampled
+        n = comparison.n if n is None else n
+    value = _finite("value", value)
+    if ci is None:
+        allowed(resampled is None, f"resampled={resampled!r} without an interval", "give ci=(low, high)")
+        return value, None, n, None
+    one_of("resampled", resampled, get_args(Resampled))
+    allowed(len(ci) == 2, f"ci={ci!r} is not a pair", "(low, high)")
+    low, high = _finite("ci low", ci[0]), _finite("ci high", ci[1])
+    slack = 1e-9 * max(abs(low), abs(high))  # percentiles of equal numbers differ from their mean by rounding
+    inside = low - slack <= value <= high + slack
+    allowed(inside, f"ci=({low}, {high}) does not hold value={value}", "low ≤ value ≤ high")
+    return value, (low, high), n, resampled
+
+
 def _finite(what: str, value: float) -> float:
-    if not math.isfinite(number := float(value)):
-        raise ValueError(f"{what}={number} is not a finite number")
+    allowed(math.isfinite(number := float(value)), f"{what}={number}", "a finite number")
     return number
 
 
-def _interval(value: float, ci: Sequence[float] | None, resampled: str | None) -> tuple[float, float] | None:
-    if ci is None:
-        if resampled is not None:
-            raise ValueError(f"resampled={resampled!r} without an interval: give ci=(low, high)")
-        return None
-    _one_of("resampled", resampled, get_args(Resampled))
-    if len(ci) != 2:
-        raise ValueError(f"ci={ci!r} is not a pair (low, high)")
-    low, high = _finite("ci low", ci[0]), _finite("ci high", ci[1])
-    slack = 1e-9 * max(abs(low), abs(high))  # percentiles of equal numbers differ from their mean by rounding
-    if not low - slack <= float(value) <= high + slack:
-        raise ValueError(f"ci=({low}, {high}) does not hold value={float(value)}")
-    return low, high
-
-
-def _can_be_judged(claim: Claim, check: str, value: float, ci: tuple[float, float] | None, n: int) -> None:
-    rule = claim.checks[check].rule
-    if int(n) != n or n < 1:
-        raise ValueError(f"n={n} is not a positive whole number")
+def _can_be_judged(claim: Claim, check: str, value: float, ci: tuple[float, float] | None, n: int | None) -> None:
+    rule, where = claim.checks[check].rule, f"{claim.id}/{check}"
+    allowed(n is not None and int(n) == n and n >= 1, f"n={n}", "a positive whole number")
     if rule.needs_interval and ci is None:
-        raise ValueError(f"{claim.id}/{check}: the rule {rule.name} needs ci=(low, high) and resampled=…")
+        raise ValueError(f"{where}: the rule {rule.name} needs ci=(low, high) and resampled=…")
     if isinstance(rule, Bound) and rule.value == "violations" and (value < 0 or value != int(value) or value > n):
-        raise ValueError(f"{claim.id}/{check}: value={value} is not a count of violations among n={n} samples")
+        raise ValueError(f"{where}: value={value} is not a count of violations among n={n} samples")
     if isinstance(rule, Identity) and value < 0:
-        raise ValueError(f"{claim.id}/{check}: value={value} is not a largest difference; give its absolute value")
+        raise ValueError(f"{where}: value={value} is not a largest difference; give its absolute value")
 
 
-def environment(device: str | torch.device = "auto") -> dict[str, Any]:
+def environment(device: str = "auto") -> dict[str, Any]:
     """What a run depended on; `commit` is None outside git and ends in `-dirty` with uncommitted changes."""
+    import torch  # takes a second, which the command line does without
+
     chosen = settings.device(str(device))
     on_gpu = chosen.type == "cuda"
+    try:
+        transformers = version("transformers")
+    except PackageNotFoundError:
+        transformers = None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
+        "transformers": transformers,
         "device": f"{chosen} ({torch.cuda.get_device_name(chosen)})" if on_gpu else str(chosen),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
@@ -562,21 +372,7 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
-# --------------------------------------------------------------------------------------------------------- reading
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    claim: str
-    metric: str
-    value: float
-    ci: tuple[float, float] | None
-    n: int
-    resampled: Resampled | None
-    unit: str
-    scope: Scope
-    teacher: str | None
-    expected: str
-    verdict: Verdict
-    note: str = Field(max_length=LONGEST_NOTE)
+# -- reading them again ------------------------------------------------------------------------------------------------
 
 
 class Results(BaseModel):
@@ -587,7 +383,7 @@ class Results(BaseModel):
     parameters: dict[str, Any]
     environment: dict[str, Any]
     seconds: float
-    records: list[_Row]
+    records: list[Record]
     points: dict[str, list[dict[str, Any]]] = {}
 
     @property
@@ -599,6 +395,14 @@ class Results(BaseModel):
         return f"{self.profile} run, {device}, {str(run.get('date'))[:10]}, commit {run.get('commit')}"
 
 
+def read_json(path: Path, cure: str) -> Any:
+    """The content of a JSON file; `ValueError` naming one that is damaged, with what to do about it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged ({error}); {cure}") from error
+
+
 def reference(slug: str, folder: Path = REFERENCE) -> Results | None:
     """The longer run of a chapter that is kept in the repository, or None: its `points` stand beside the chapter's own.
 
@@ -607,11 +411,7 @@ def reference(slug: str, folder: Path = REFERENCE) -> Results | None:
     path = Path(folder) / f"{slug}.json"
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is damaged ({error}); restore it from the repository") from error
-    return validated(Results, content, path.name)
+    return validated(Results, read_json(path, "restore it from the repository"), path.name)
 
 
 def load_results(folder: Path, book: Register | None = None) -> list[tuple[Results, list[Record]]]:
@@ -622,17 +422,14 @@ def load_results(folder: Path, book: Register | None = None) -> list[tuple[Resul
     """
     book, found = book or register(), []
     for path in sorted(Path(folder).glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path.name} is damaged ({error}); delete it and run its chapter again") from error
+        content = read_json(path, "delete it and run its chapter again")
         if isinstance(content, dict) and "records" in content:
             results = validated(Results, content, path.name)
             found.append((results, [_judged_again(row, book, path.name) for row in results.records]))
     return found
 
 
-def _judged_again(row: _Row, book: Register, name: str) -> Record:
+def _judged_again(row: Record, book: Register, name: str) -> Record:
     stale = f"{name} is stale: run its chapter again or delete it"
     if row.claim not in {claim.id for claim in book.claims}:
         raise ValueError(f"{stale} (claim {row.claim!r} is not in the register)")
@@ -644,32 +441,5 @@ def _judged_again(row: _Row, book: Register, name: str) -> Record:
         _can_be_judged(claim, check, row.value, row.ci, row.n)
     except ValueError as error:
         raise ValueError(f"{stale} ({error})") from error
-    fields = row.model_dump() | {
-        "expected": str(claim.checks[check].rule),
-        "verdict": judge(claim, check, row.value, row.ci, row.scope),
-    }
-    return Record(**fields)
-
-
-def headline(claim: Claim, ours: Sequence[Record], reference: Sequence[Record]) -> list[Record]:
-    """The records a claim's verdict rests on: for each check the reference run's where there are any, else ours."""
-    kept = []
-    for check in claim.checks:
-        long, short = ([r for r in records if claim.check_of(r.metric) == check] for records in (reference, ours))
-        kept += long or short
-    return kept
-
-
-# ------------------------------------------------------------------------------------------------------------ pages
-def scoreboard_markdown(profile: str = "quick") -> str:
-    """The scoreboard page; see `helpers.press.scoreboard`."""
-    from helpers.press.scoreboard import scoreboard_markdown as render
-
-    return render(profile)
-
-
-def performance_markdown() -> str:
-    """The performance page; see `helpers.press.performance`."""
-    from helpers.press.performance import performance_markdown as render
-
-    return render()
+    verdict = judge(claim, check, row.value, row.ci, row.scope)
+    return row.model_copy(update={"expected": str(claim.checks[check].rule), "verdict": verdict})

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from helpers.press import build, chapters, claims
+from helpers.press import build, claims, execution, pages
 from helpers.press.chapters import Layout
 
 PAGE = "<html><head>{head}</head><body><article>{body}</article></body></html>"
@@ -84,7 +84,7 @@ def test_a_failing_chapter_means_no_book(tmp_path, monkeypatch):
     (tmp_path / "profiles" / "quick.yml").write_text("common: {}")
     cells = [nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]})]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "01_a.ipynb")
-    monkeypatch.setattr(chapters, "execute", lambda *_: (_ for _ in ()).throw(chapters.ChapterFailed("broken")))
+    monkeypatch.setattr(execution, "execute", lambda *_: (_ for _ in ()).throw(execution.ChapterFailed("broken")))
     monkeypatch.setattr(build, "stage", lambda *_: pytest.fail("staged a book with a failed chapter"))
     out = io.StringIO()
     assert build.make("quick", Console(file=out), Layout(tmp_path)) == 1
@@ -106,6 +106,6 @@ def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
 
 
 def test_the_first_page_says_how_many_claims_have_which_verdict(tmp_path):
-    said = build.status_markdown("no-such-profile", Layout(tmp_path))
+    said = pages.status_markdown("no-such-profile", tmp_path)
     assert f"The {len(claims.register().claims)} claims" in said
     assert all(f"</b> {verdict}</li>" in said for verdict in ("reproduced", "partly", "not tested"))

@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import re
+import subprocess
+import sys
 import textwrap
 
 import nbformat
@@ -10,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from helpers import __main__ as command_line
-from helpers.press import chapters
+from helpers import settings
+from helpers.press import chapters, execution
 from helpers.press.chapters import Layout
 
 WRITES_RESULTS = """
@@ -19,6 +23,31 @@ folder = pathlib.Path(root) / "_build" / "results" / os.environ["RANK1_PROFILE"]
 folder.mkdir(parents=True, exist_ok=True)
 (folder / f"{slug}.json").write_text(json.dumps({"k": k, "pid": os.getpid()}))
 """
+
+
+MODULES = {
+    "parts": {"__init__": "", "masks": "from helpers.models import corpora, other\nx = 1\n", "gaps": "x = 1\n"},
+    "models": {"__init__": "", "corpora": "from s import ROOT\nTEXT = ROOT / 'data'\n", "other": "x = 1\n"},
+    "press": {"__init__": "", "figures": "x = 1\n", "build": "x = 1\n"},
+}
+"""A house of a few modules; what chapters of the tests import lies in the real one."""
+
+
+def write_register(root, **statements):
+    """A register of three claims; `statements` change what they say."""
+    claims = [
+        f"""- id: {name}.claim
+  statement: {statements.get(name, "It is so.")}
+  source: {{paper: p, where: Theorem 1}}
+  paper_says: {{number: '1', setting: a setting}}
+  part: I
+  chapter: {chapter}
+  teachers: any
+  checks: {{only: {{metric: m, why: w, rule: {{name: identity, tolerance: 1}}}}}}"""
+        for name, chapter in (("own", "01_first"), ("named", "09_else"), ("recorded", "09_else"), ("other", "09_else"))
+    ]
+    head = "papers: {p: {letter: A, title: t, cite: c, where: w}}\nparts: {I: First}\nclaims:\n"
+    (root / "book" / "claims.yml").write_text("# the register\n" + head + "\n".join(claims) + "\n")
 
 
 def write_chapter(root, slug, *cells, parameters="k = 4", tags=("parameters",)):
@@ -32,10 +61,13 @@ def write_chapter(root, slug, *cells, parameters="k = 4", tags=("parameters",)):
 
 @pytest.fixture
 def layout(tmp_path):
-    for folder in ("notebooks", "profiles", "helpers", "data", "book"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "helpers" / "machinery.py").write_text("x = 1\n")
-    (tmp_path / "book" / "claims.yml").write_text("claims: {}\n")
+    for folder in ("notebooks", "profiles", "data", "book", *(f"helpers/{room}" for room in MODULES)):
+        (tmp_path / folder).mkdir(parents=True)
+    for room, modules in MODULES.items():
+        for name, text in modules.items():
+            (tmp_path / "helpers" / room / f"{name}.py").write_text(text)
+    (tmp_path / "data" / "text.txt").write_text("words")
+    write_register(tmp_path)
     (tmp_path / "requirements.txt").write_text("torch\n")
     (tmp_path / "profiles" / "quick.yml").write_text("common: {}\n")
     write_chapter(tmp_path, "01_first", WRITES_RESULTS)
@@ -46,7 +78,7 @@ def run(layout, *names, **kwargs):
     """Run and return (failures, what was printed)."""
     out = io.StringIO()
     force = kwargs.pop("force", False)
-    failures = chapters.run(chapters.plan(names, layout=layout, **kwargs), Console(file=out, width=200), force)
+    failures = execution.run(chapters.plan(names, layout=layout, **kwargs), Console(file=out, width=200), force)
     return failures, out.getvalue()
 
 
@@ -85,6 +117,11 @@ def test_with_no_chapter_named_a_parameter_goes_to_those_that_have_it(layout):
     ("text", "message"),
     [
         ("01_first: {q: 1}", "parameter='q'"),
+        ("01_first: {k: four}", "bad.yml, 01_first: k='four'; allowed: a whole number, such as 4"),
+        ("common: {k: [4]}", "bad.yml, 01_first: k=\\[4\\]; allowed: a whole number"),
+        ("common: [", "bad.yml is not YAML: "),
+        ("- common", "bad.yml: the file is \\['common'\\]; allowed: names with their values"),
+        ("01_first: 3", "bad.yml: 01_first is 3; allowed: names with their values"),
         ("09_none: {k: 1}", "chapter='09_none'"),
         ("common: {q: 1}", "parameter='q'"),
     ],
@@ -125,7 +162,65 @@ def test_derived_values_in_the_parameters_cell_are_refused(layout):
     ],
 )
 def test_values_on_the_command_line_are_yaml(text, value):
-    assert chapters.parse_value(text) == value
+    assert chapters.parse_value("k", text) == value
+
+
+TYPES = [
+    (30_000, 1e4, 10_000),
+    (30_000, 20, 20),
+    (1e-3, 1, 1.0),
+    (True, False, False),
+    ("cpu", "cuda", "cuda"),
+    (None, [1, "a"], [1, "a"]),
+    ([0, 1], [2.0], [2]),
+    ([0.1, 1], [1, 0.5], [1, 0.5]),
+    ([8, None], [None, 4], [None, 4]),
+    ((1, 2), [3], (3,)),
+    ([], ["a", 1], ["a", 1]),
+    ([[16, 1000]], [[64, 1e3], [1, 2]], [[64, 1000], [1, 2]]),
+    ([[0.2, "input"]], [[1, "residual"]], [[1.0, "residual"]]),
+    ({"d": 192, "names": ["a"]}, {"d": 4.0, "more": ["b"]}, {"d": 4, "more": ["b"]}),
+]
+REFUSED = [
+    (30_000, "4,000", "a whole number, such as 30000"),
+    (30_000, 1.5, "a whole number"),
+    (30_000, True, "a whole number"),
+    (30_000, None, "a whole number"),
+    (30_000, [1], "a whole number"),
+    (1e-3, "1e", "a finite number"),
+    (1e-3, float("nan"), "a finite number"),
+    (True, 1, "true or false"),
+    ("cpu", 3, "a text"),
+    ([0, 1], 0, "a list, such as [0, 1]"),
+    ([0, 1], "01", "a list"),
+    ([0, 1], [0, "1"], "in it a whole number"),
+    ([8, None], [0.5], "in it a whole number"),
+    ([[16, 1000]], [16, 1000], "in it a list"),
+    ({"d": 192}, [192], "a mapping"),
+    ({"d": 192}, {"d": "wide"}, "in it a whole number"),
+]
+
+
+@pytest.mark.parametrize(("default", "value", "taken"), TYPES)
+def test_a_value_is_taken_as_the_type_of_its_default(default, value, taken):
+    found = chapters.fitted("-p", "n", value, default)
+    assert (repr(found), type(found)) == (repr(taken), type(taken))
+
+
+@pytest.mark.parametrize(("default", "value", "wanted"), REFUSED)
+def test_a_value_of_another_type_is_refused_by_name(default, value, wanted):
+    with pytest.raises(ValueError, match=re.escape(f"-p: n={value!r}; allowed: {wanted}")):
+        chapters.fitted("-p", "n", value, default)
+
+
+def test_a_wrong_type_is_refused_before_any_kernel(layout, monkeypatch):
+    monkeypatch.setattr(execution, "execute", lambda *_: pytest.fail("ran a chapter"))
+    with pytest.raises(ValueError, match="-p: k='4,000'; allowed: a whole number, such as 4 "):
+        chapters.plan(["1"], overrides={"k": chapters.parse_value("k", "4,000")}, layout=layout)
+    with pytest.raises(ValueError, match=r"-p: k='\[1, 2' is not YAML"):
+        chapters.parse_value("k", "[1, 2")
+    (job,) = chapters.plan(["1"], overrides={"k": chapters.parse_value("k", "1e4")}, layout=layout)
+    assert job.given == {"k": 10_000} and type(job.given["k"]) is int
 
 
 def test_profile_values_reach_the_notebook_and_overrides_win(layout):
@@ -147,11 +242,9 @@ def test_a_valid_chapter_is_kept_and_says_so(layout):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda r: (r / "helpers" / "machinery.py").write_text("x = 2\n"), "helpers"),
-        (lambda r: (r / "helpers" / "new.py").write_text(""), "helpers"),
-        (lambda r: (r / "book" / "claims.yml").write_text("claims: {a: 1}\n"), "claims.yml"),
-        (lambda r: (r / "profiles" / "quick.yml").write_text("common: {k: 9}\n"), "parameters"),
-        (lambda r: write_chapter(r, "01_first", WRITES_RESULTS, "1 + 1"), "notebook"),
+        (lambda r: (r / "requirements.txt").write_text("torch==3\n"), "requirements.txt changed"),
+        (lambda r: (r / "profiles" / "quick.yml").write_text("common: {k: 9}\n"), "parameters changed"),
+        (lambda r: write_chapter(r, "01_first", WRITES_RESULTS, "1 + 1"), "notebook changed"),
         (lambda r: (r / "_build/results/quick/01_first.json").unlink(), "results missing"),
         (lambda r: (r / "_build/results/quick/01_first.json").write_text("{}"), "results rewritten"),
         (lambda r: (r / "_build/executed/quick/01_first.ipynb").unlink(), "executed copy missing"),
@@ -173,7 +266,7 @@ def stamp_valid(layout):
     for path in (job.executed, job.results):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}\n")
-    stamp = {"made_from": chapters.fingerprint(job), "results": chapters._digest_files(job.results), "executed": "now"}
+    stamp = {"made_from": chapters.fingerprint(job), "results": chapters.digest_files(job.results), "executed": "now"}
     job.stamp.write_text(json.dumps(stamp))
 
 
@@ -183,7 +276,7 @@ def test_editing_the_readers_own_text_is_a_change(layout):
     write_chapter(layout.root, "01_first", WRITES_RESULTS, parameters=f"corpus = {str(text)!r}")
     stamp_valid(layout)
     text.write_text("two!")
-    assert chapters.stale(chapters.plan(layout=layout)[0]) == ["parameters"]
+    assert chapters.stale(chapters.plan(layout=layout)[0]) == ["parameters changed"]
 
 
 def test_outputs_and_byte_code_are_no_change(layout):
@@ -193,18 +286,72 @@ def test_outputs_and_byte_code_are_no_change(layout):
     notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="hello")]
     notebook.cells[1].execution_count = 7
     nbformat.write(notebook, path)
-    (layout.root / "helpers" / "__pycache__").mkdir()
-    (layout.root / "helpers" / "__pycache__" / "x.pyc").write_text("byte code")
+    (layout.root / "data" / "__pycache__").mkdir()
+    (layout.root / "data" / "__pycache__" / "x.pyc").write_text("byte code")
     assert chapters.stale(chapters.plan(layout=layout)[0]) == []
 
 
-def test_a_change_in_helpers_runs_the_chapter_again(layout):
+def why(layout, edit):
+    """Reasons to run the one chapter again after an edit of the house."""
+    (job,) = chapters.plan(layout=layout)
+    edit(layout.root)
+    (job,) = chapters.plan(layout=layout)
+    return chapters.stale(job)
+
+
+def module(name, text):
+    return lambda root: root.joinpath(*f"helpers.{name}".split(".")).with_suffix(".py").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("edit", "reasons"),
+    [
+        (module("parts.masks", MODULES["parts"]["masks"] + "y = 2\n"), ["helpers.parts.masks changed"]),
+        (module("models.other", "x = 2\n"), ["helpers.models.other changed"]),
+        (module("press.figures", "x = 2\n"), ["helpers.press.figures changed"]),
+        (module("models.other", '"""A docstring."""\nx = 1  # a comment\n\n'), []),
+        (module("parts.gaps", "x = 2\n"), []),
+        (module("press.build", "x = 2\n"), []),
+        (module("parts.new", "x = 2\n"), []),
+        (lambda root: (root / "data" / "text.txt").write_text("other words"), ["data changed"]),
+        (lambda root: (root / "results.md").write_text("no part of it"), []),
+    ],
+)
+def test_a_chapter_depends_on_what_its_cells_import_directly_or_not(layout, edit, reasons):
+    draws = "%matplotlib inline\nfrom helpers.parts import masks\nfrom helpers.press import figures"
+    write_chapter(layout.root, "01_first", draws)
+    stamp_valid(layout)
+    assert why(layout, edit) == reasons
+
+
+def test_a_chapter_that_reads_no_data_does_not_depend_on_it(layout):
+    write_chapter(layout.root, "01_first", "from helpers.parts import gaps")
+    stamp_valid(layout)
+    assert why(layout, lambda root: (root / "data" / "text.txt").write_text("other words")) == []
+
+
+@pytest.mark.parametrize("name", ["own", "named", "recorded", "other"])
+def test_a_chapter_depends_on_the_claims_it_is_about_names_or_recorded(layout, name):
+    records = WRITES_RESULTS.replace('{"k": k', '{"claim": ".".join(["recorded", "claim"]), "k": k')
+    write_chapter(layout.root, "01_first", "note = 'named.claim'", records)
+    assert run(layout)[0] == []
+    assert why(layout, write_register) == []
+    reasons = why(layout, lambda root: write_register(root, **{name: "It is not so."}))
+    assert reasons == ([] if name == "other" else [f"claim {name}.claim changed"])
+
+
+def test_a_run_says_why_and_runs_only_what_depends_on_the_change(layout):
+    write_chapter(layout.root, "01_first", "# helpers.parts.masks is no import", WRITES_RESULTS)
+    write_chapter(layout.root, "13_masks", "from helpers.parts import masks", WRITES_RESULTS)
     run(layout)
-    before = results(layout)
-    (layout.root / "helpers" / "machinery.py").write_text("x = 2\n")
+    before = results(layout, "13_masks")
+    module("parts.masks", "x = 2\n")(layout.root)
     _, said = run(layout)
-    assert "(helpers; " in said
-    assert results(layout)["pid"] != before["pid"]
+    assert "chapter 1: unchanged" in said
+    assert "(helpers.parts.masks changed, helpers.models gone, helpers.models.corpora gone and 2 more; " in said
+    assert results(layout, "13_masks")["pid"] != before["pid"]
+    module("parts.masks", "x = 3\n")(layout.root)
+    assert "(helpers.parts.masks changed; 0 left after it)" in run(layout)[1]
 
 
 def test_overrides_leave_the_profile_copy_alone(layout):
@@ -280,7 +427,7 @@ def test_the_kernel_is_the_running_python_whatever_is_registered(layout, tmp_pat
 
 
 def test_a_log_shows_progress_inside_a_long_cell(layout, monkeypatch):
-    monkeypatch.setattr(chapters, "LOG_EVERY", 0.3)
+    monkeypatch.setattr(execution, "LOG_EVERY", 0.3)
     write_chapter(layout.root, "01_first", "import time\ntime.sleep(1.5)", WRITES_RESULTS)
     failures, said = run(layout)
     assert not failures and "s, in code cell 2 of 3: import time" in said
@@ -288,8 +435,8 @@ def test_a_log_shows_progress_inside_a_long_cell(layout, monkeypatch):
 
 def test_two_runs_at_once_are_refused(layout):
     jobs = chapters.plan(layout=layout)
-    with chapters._alone(jobs), pytest.raises(ValueError, match="another run is busy"):
-        chapters.run(jobs, Console(file=io.StringIO()))
+    with execution._alone(jobs), pytest.raises(ValueError, match="another run is busy"):
+        execution.run(jobs, Console(file=io.StringIO()))
 
 
 def test_the_command_line_refuses_with_status_2(capsys):
@@ -297,3 +444,23 @@ def test_the_command_line_refuses_with_status_2(capsys):
     assert "chapter='no-such-chapter'" in capsys.readouterr().err
     assert command_line.main(["run", "--profile", "no-such-profile"]) == 2
     assert "profile='no-such-profile'" in capsys.readouterr().err
+
+
+def test_the_command_line_answers_before_anything_heavy_is_imported():
+    """`--help` and a wrong parameter: neither PyTorch nor papermill is read for them."""
+    script = (
+        "import sys; from helpers import __main__ as m\n"
+        "try: code = m.main(sys.argv[1:])\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "print(code, sorted({'torch', 'papermill', 'matplotlib', 'nbformat', 'transformers'} & set(sys.modules)))"
+    )
+    for code, *arguments in (
+        (0, "--help"),
+        (2, "run", "1", "-p", "n_tokens", "4,000"),
+        (2, "run", "1", "-p", "seeds", "0"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], cwd=settings.ROOT, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == f"{code} []"
+        assert code == 0 or f"-p: {arguments[3]}=" in done.stderr

@@ -1,6 +1,7 @@
 """What every notebook of the book keeps to, and what the README promises."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -88,12 +89,42 @@ def test_outputs_are_committed_only_where_they_are_checked(notebook):
     assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
 
 
+def test_a_chapter_hands_over_every_parameter(notebook, request):
+    """By `Chapter.of(slug, globals())`, never by a mapping typed by hand, in which a parameter can be missing."""
+    tree = ast.parse("\n".join(cell.source for cell in code(notebook)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    made = [call for call in calls if ast.unparse(call.func) == "claims.Chapter.of"]
+    assert len(made) == 1 and ast.unparse(made[0].args[1]) == "globals()"
+    assert not any(ast.unparse(call.func) in ("claims.Chapter", "Chapter") for call in calls)
+    slugs = {ast.unparse(node.value) for node in ast.walk(tree) if isinstance(node, ast.Assign)}
+    slug = request.node.callspec.params["notebook"].stem
+    first = ast.unparse(made[0].args[0])
+    assert first == repr(slug) or (first == "slug" and repr(slug) in slugs)
+
+
+@pytest.mark.parametrize("chapter", chapters.find(), ids=lambda c: c.slug)
+def test_a_results_file_of_this_build_holds_every_parameter(chapter):
+    (job,) = chapters.plan([chapter.slug])
+    if not job.results.is_file():
+        pytest.skip("the chapter has not been run")
+    assert set(json.loads(job.results.read_text(encoding="utf-8"))["parameters"]) == set(chapter.defaults)
+
+
+def test_labels_of_records_are_made_from_the_parameters(notebook):
+    """A teacher's name is typed in the parameters cell, and nowhere in what a cell hands to `record`."""
+    names = re.compile(r"gemma|pythia-\d+m\b(?!'s sizes)|llama|olmoe-", re.I)
+    for cell in code(notebook):
+        for call in ast.walk(ast.parse(cell.source)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] == "record":
+                assert not names.search(ast.unparse(call)), ast.unparse(call)
+
+
 def test_static_figures_say_what_they_show(notebook):
     """A cell that draws has its words in the metadata; a slider has them in its call."""
     for cell in code(notebook):
         if re.search(r"plt\.(subplots|figure)\(", cell.source) and "def draw" not in cell.source:
             assert cell.metadata.get("mystnb", {}).get("image", {}).get("alt"), cell.source.splitlines()[0]
-        if "interactive.slider(" in cell.source:
+        if "slider(" in cell.source:
             assert "alt=" in cell.source
 
 
@@ -117,13 +148,14 @@ def test_ci_runs_what_the_readme_says():
 
 
 def test_make_test_runs_every_check():
-    """`make -n` prints what would be run: lint, formatting, pytest, the book, nbval, the browser."""
+    """`make -n` prints what would be run: lint, formatting, pytest, the book, kept runs, nbval, the browser."""
     said = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     steps = [
         "ruff check",
         "ruff format --check",
         "pytest tests",
         "helpers book",
+        "helpers verify",
         "--nbval-lax",
         "pytest -rs tests/browser",
     ]
@@ -133,7 +165,7 @@ def test_make_test_runs_every_check():
 
 def test_nothing_in_the_repository_names_a_place_on_the_authors_machine():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    own = ("tests/test_notebooks.py",)
+    own = ("tests/press/test_notebooks.py",)
     place = re.compile(r"(?<![\w.])/(work|root|home/\w+)/\w|\.\./shared")
     for name in filter(None, tracked.split("\0")):
         path = ROOT / name

@@ -80,8 +80,8 @@ def test_two_sliders_make_a_grid_whose_equal_frames_are_kept_once():
     made = slider.slider(draw, {"k": [1, 2], "power": [1, 2, 4]}, alt=lambda k, p: f"{k} times {p}")
     assert made.alts == [f"{k} times {p}" for k in (1, 2) for p in (1, 2, 4)]
     assert len(made.images) == 4, "1·2 = 2·1 and 1·4 = 2·2 look alike"
-    assert slider.index([1, 2]) == 5
-    picture, k, power = slider.widget().children
+    assert made.index([1, 2]) == 5
+    picture, k, power = made.widget().children
     k.value, power.value = 1, 2
     assert "2 times 4" in picture.value
 
