@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -224,6 +225,21 @@ def test_a_killed_run_goes_on_to_the_same_numbers(trained, corpus, tokenizer, tm
         state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"\.kept is damaged: .* delete it"):
         train(SIZE.mixture(), tokenizer, corpus, tmp_path)
+
+
+def test_two_at_once_train_once(trained, corpus, tokenizer, tmp_path, monkeypatch):
+    update, calls = mixture._PretrainingRun.update, itertools.count()
+
+    def counts(self, ids):
+        next(calls)
+        return update(self, ids)
+
+    monkeypatch.setattr(mixture._PretrainingRun, "update", counts)
+    starts = SIZE.mixture(), SIZE.mixture()
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda model: train(model, tokenizer, corpus, tmp_path), starts))
+    assert next(calls) == 6 and runs[0].checkpoints == runs[1].checkpoints
+    assert runs[0].curve == runs[1].curve == trained["mixture"].curve
 
 
 def test_both_are_trained_by_their_own_recipes(corpus, tmp_path):
