@@ -10,19 +10,18 @@ Numbers about all sets of atoms are marked as what they are: exact (every set wa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from scipy import special
+from jaxtyping import Float, Int
 from scipy.optimize import linprog
 from torch import Tensor
 from torch.nn import functional as F
 
 from helpers.dictionary import Packed, Rows, SparseCodes
-from helpers.parts.bounds import log_configurations
+from helpers.settings import allowed, one_of
 
 MOST_SETS = 20_000_000
 """Sets of atoms that `expansion` is willing to visit: some seconds on one core."""
@@ -40,7 +39,8 @@ def left_regular(n_features: int, d_model: int, degree: int, generator: torch.Ge
     Rows that no atom drew are filled afterwards: entries are visited in random order, and one whose row has another
     user is moved to an empty row. So every atom keeps its degree, and the rule favours no atom and no row.
 
-    Raises `ValueError` where `degree` is not in 1..d_model, or n_features·degree entries cannot cover d_model rows.
+    Raises `ValueError`, as the other masks do, where `degree` is not in 1..d_model, or n_features·degree entries
+    cannot cover d_model rows.
     """
     _check_mask(n_features, d_model, degree)
     rows = _subsets(n_features, d_model, degree, generator)
@@ -55,8 +55,6 @@ def clustered(
     Rows are shuffled first; the last block is filled up with rows of the first, so that every row is used, and blocks
     are used equally often (±1). With `every_row=False` there are only ⌊m/d⌋ blocks, as in the paper's release, and
     the m mod d rows left over can never be reached: no fair control, kept to show the difference.
-
-    Raises `ValueError` as `left_regular` does.
     """
     _check_mask(n_features, d_model, degree)
     device = generator.device
@@ -74,8 +72,6 @@ def informed(
 
     Samples are centred and every coordinate is divided by its standard deviation first, so that a few loud coordinates
     do not fill every support. Empty rows are filled as in `left_regular`.
-
-    Raises `ValueError` as `left_regular` does.
     """
     _check_mask(n_features, samples.shape[1], degree)
     pick = torch.randint(len(samples), (n_features,), generator=generator, device=generator.device).to(samples.device)
@@ -86,13 +82,9 @@ def informed(
 
 
 def _check_mask(n_features: int, d_model: int, degree: int) -> None:
-    if not 1 <= degree <= d_model:
-        raise ValueError(f"degree={degree} is not a number of distinct rows; allowed: 1 to d_model={d_model}")
-    if n_features * degree < d_model:
-        raise ValueError(
-            f"n_features={n_features} atoms of degree={degree} leave rows empty; allowed: at least "
-            f"{-(-d_model // degree)} atoms, so that n_features·degree ≥ d_model={d_model}"
-        )
+    allowed(1 <= degree <= d_model, f"degree={degree} distinct rows", f"1 to d_model={d_model}")
+    given = f"n_features={n_features} atoms of degree={degree} leave rows empty"
+    allowed(n_features * degree >= d_model, given, f"n_features·degree ≥ d_model={d_model}")
 
 
 def _subsets(n: int, m: int, size: int, generator: torch.Generator) -> Int[Tensor, "n size"]:
@@ -134,8 +126,7 @@ def _fill_empty(rows: Tensor, m: int, generator: torch.Generator) -> Tensor:
 
 def flat_values(n_features: int, degree: int, generator: torch.Generator) -> Float[Tensor, "n degree"]:
     """±1/√d with random signs, in float64: the flattest unit columns, β = 1."""
-    shape = (n_features, degree)
-    signs = 2.0 * torch.randint(2, shape, generator=generator, device=generator.device) - 1
+    signs = 2.0 * torch.randint(2, (n_features, degree), generator=generator, device=generator.device) - 1
     return signs.double() / degree**0.5
 
 
@@ -169,8 +160,7 @@ class Expansion:
 
         ε_t need not grow with t (two equal atoms spoil pairs more than triples), so the last one is not enough.
         """
-        if not 1 <= size <= len(self.low):
-            raise ValueError(f"size={size} was not computed; allowed: 1 to {len(self.low)}")
+        allowed(1 <= size <= len(self.low), f"size={size} was not computed", f"1 to {len(self.low)}")
         return float(self.low[:size].max()), float(self.high[:size].max())
 
 
@@ -181,10 +171,8 @@ def expansion(rows: Int[Tensor, "n degree"], d_model: int, size: int, *, most: i
     """
     n, degree = rows.shape
     _check_size(size, n)
-    if (sets := sum(math.comb(n, t) for t in range(1, size + 1))) > most:
-        raise ValueError(
-            f"size={size} means {sets:,} sets of n={n} atoms; allowed: {most:,} (expansion_bounds is fast)"
-        )
+    sets = sum(math.comb(n, t) for t in range(1, size + 1))
+    allowed(sets <= most, f"size={size} means {sets:,} sets of n={n} atoms", f"{most:,} (expansion_bounds is fast)")
     bits = _bit_strings(rows, d_model)
     smallest, worst = [d_model + 1] * size, [None] * size
     for members, union in _unions(bits, np.arange(n)[:, None], bits, size):
@@ -228,8 +216,7 @@ def _shortfall(reached: Tensor, degree: int) -> Tensor:
 
 
 def _check_size(size: int, n: int) -> None:
-    if not 1 <= size <= n:
-        raise ValueError(f"size={size} is not a number of atoms; allowed: 1 to n={n}")
+    allowed(1 <= size <= n, f"size={size} is not a number of atoms", f"1 to n={n}")
 
 
 def expansion_bounds(
@@ -286,20 +273,6 @@ def expansion_floor(n_features: int, d_model: int, degree: int, size: int) -> fl
     return 1 - reached / (degree * size)
 
 
-def unmatched_probability(n_features: int, d_model: int, degree: int, size: int) -> float:
-    """log₁₀ of a bound on the chance that a random mask has a set S of at most `size` atoms with |Γ(S)| < |S|.
-
-    The union bound over S and over the |S| − 1 rows that would hold it, for supports drawn uniformly without
-    replacement: Σ_{t=d+1}^{size} C(n, t)·C(m, t − 1)·(C(t − 1, d)/C(m, d))^t. Minus infinity where size ≤ degree.
-    """
-    _check_mask(n_features, d_model, degree)
-    _check_size(size, n_features)
-    t = np.arange(degree + 1, size + 1, dtype=float)
-    inside = log_configurations(t - 1, degree) - log_configurations(d_model, degree)
-    terms = log_configurations(n_features, t) + log_configurations(d_model, np.minimum(t - 1, d_model)) + t * inside
-    return float(special.logsumexp(terms) / math.log(10)) if len(t) else -math.inf
-
-
 def crowded_sets(
     rows: Int[Tensor, "n degree"], d_model: int, size: int, generator: torch.Generator, *, starts: int = 8
 ) -> tuple[Int[Tensor, " size"], list[Tensor]]:
@@ -326,13 +299,6 @@ def crowded_sets(
     return smallest.long().cpu(), [order[start, : t + 1].sort().values.cpu() for t, start in enumerate(best.tolist())]
 
 
-def _matrix(atoms: Rows | Tensor, only: Tensor | None = None) -> Tensor:
-    """Atoms as a dense matrix, all or the named ones."""
-    if isinstance(atoms, Rows):
-        return atoms.vectors(only).detach()
-    return atoms.detach() if only is None else atoms.detach()[only]
-
-
 def _sparse(atoms: Packed) -> Tensor:
     """Packed columns as a sparse [n, m] matrix in CSR form, whose products need no sorting."""
     n, degree = atoms.rows.shape
@@ -341,7 +307,7 @@ def _sparse(atoms: Packed) -> Tensor:
     return torch.sparse_csr_tensor(starts, places, values, (n, atoms.width), check_invariants=False)
 
 
-# -- flatness and coherence --------------------------------------------------------------------------------------------
+# -- flatness, coherence and gain --------------------------------------------------------------------------------------
 
 
 def flatness(values: Float[Tensor, "n degree"]) -> float:
@@ -351,29 +317,27 @@ def flatness(values: Float[Tensor, "n degree"]) -> float:
     """
     values = values.detach().double()
     lengths = values.norm(dim=1)
-    if ((lengths - 1).abs() > 1e-3).any():
-        raise ValueError(f"values has a column of length {float(lengths.min()):g}…{float(lengths.max()):g}; allowed: 1")
+    longest, shortest = float(lengths.max()), float(lengths.min())
+    allowed(0.999 <= shortest <= longest <= 1.001, f"values has a column of length {shortest:g}…{longest:g}", "1")
     return values.shape[1] ** 0.5 * float((values / lengths[:, None]).abs().max())
 
 
-def babel(atoms: Rows | Tensor, order: int, *, only: Tensor | None = None) -> Float[Tensor, " orders"]:
+def babel(atoms: Rows | Tensor, order: int) -> Float[Tensor, " orders"]:
     """μ₁(0), …, μ₁(order): for each t the largest sum of |w_i·w_j| over t other atoms j of one atom i (Tropp 2004).
 
     μ₁(1) is the coherence. The Gram matrix is made a tile at a time, for packed atoms from a sparse product.
-    With `only`, i runs over the named atoms: a lower bound, at a share of the cost.
 
     Args:
         atoms: [n, m] matrix, or the rows of a dictionary, packed or not.
         order: 0 to n − 1, else `ValueError`.
     """
     n = len(atoms)
-    if not 0 <= order < n:
-        raise ValueError(f"order={order} has no sum of other atoms; allowed: 0 to n - 1 = {n - 1}")
-    matrix = _sparse(atoms) if isinstance(atoms, Packed) else _matrix(atoms)
-    picked = torch.arange(n, device=matrix.device) if only is None else only
+    allowed(0 <= order < n, f"order={order} has no sum of other atoms", f"0 to n - 1 = {n - 1}")
+    atoms = Rows(atoms) if isinstance(atoms, Tensor) else atoms
+    matrix = _sparse(atoms) if isinstance(atoms, Packed) else atoms.vectors().detach()
     largest = matrix.new_zeros(order + 1, layout=torch.strided)
-    for tile in picked.split(max(1, TILE_BYTES // (n * matrix.element_size()))):
-        products = (matrix @ _matrix(atoms, tile).T).abs().T.contiguous()  # topk is slow across rows
+    for tile in torch.arange(n, device=matrix.device).split(max(1, TILE_BYTES // (n * matrix.element_size()))):
+        products = (matrix @ atoms.vectors(tile).detach().T).abs().T.contiguous()  # topk is slow across rows
         products[torch.arange(len(tile), device=tile.device), tile] = 0
         sums = products.topk(order, dim=1).values.cumsum(1).amax(0)
         largest[1:] = torch.maximum(largest[1:], sums)
@@ -391,38 +355,12 @@ def recovery_coefficient(atoms: Float[Tensor, "n m"], supports: Int[Tensor, "bat
     return torch.where((singular > 0) | sums.isnan(), math.inf, sums)
 
 
-# -- certificates ------------------------------------------------------------------------------------------------------
-
-
-def uniqueness_certificate(beta: float, epsilon: float) -> float:
-    """2β²ε with the ε of sets of up to 2k atoms: below 1, k-sparse codes are unique (Theorem 3.1)."""
-    return 2 * beta**2 * epsilon
-
-
-def pursuit_certificate(beta: float, epsilon: float, k: int) -> float:
-    """β²ε(2k + 1) with the ε of sets of up to k + 1 atoms: below 1, matching pursuit is exact (Corollary 3.2)."""
-    return beta**2 * epsilon * (2 * k + 1)
-
-
-def babel_certificate(sums: Float[Tensor, " orders"], k: int) -> float:
-    """μ₁(k − 1) + μ₁(k) from `babel`: below 1, matching pursuit is exact for k-sparse signals (Tropp 2004)."""
-    if not 1 <= k < len(sums):
-        raise ValueError(f"k={k} needs sums of up to k other atoms; allowed: 1 to {len(sums) - 1}")
-    return float(sums[k - 1] + sums[k])
-
-
-def gain(beta: float, epsilon: float, degree: int) -> float:
-    """√d(1/β − 2βε): what ‖Wu‖₁ is at least, per unit of ‖u‖₁, for 2k-sparse u (Theorem 3.1)."""
-    return degree**0.5 * (1 / beta - 2 * beta * epsilon)
-
-
 def smallest_gain(atoms: Float[Tensor, "size m"]) -> tuple[float, Float[Tensor, " size"]]:
     """The smallest ‖Σ u_j w_j‖₁ over ‖u‖₁ = 1, exactly, and a u that has it: a linear programme for each sign pattern.
 
     For a few atoms only: 2^(size − 1) programmes. Raises `ValueError` for more than 10.
     """
-    if not 1 <= len(atoms) <= 10:
-        raise ValueError(f"size={len(atoms)} atoms; allowed: 1 to 10")
+    allowed(1 <= len(atoms) <= 10, f"size={len(atoms)} atoms", "1 to 10")
     columns = atoms[:, (atoms != 0).any(0)].double().numpy().T
     m, size = columns.shape
     best, at = math.inf, None
@@ -441,11 +379,6 @@ def smallest_gain(atoms: Float[Tensor, "size m"]) -> tuple[float, Float[Tensor, 
     return best, at
 
 
-def largest_certified_k(sums: Sequence[float]) -> int:
-    """How many of certificates for k = 1, 2, … in a row are below 1."""
-    return next((k for k, value in enumerate(sums) if value >= 1), len(sums))
-
-
 # -- signals with known codes ------------------------------------------------------------------------------------------
 
 VALUES = ("normal", "signs", "wide")
@@ -456,10 +389,8 @@ def sparse_codes(
     n_features: int, k: int, count: int, generator: torch.Generator, values: str = "normal"
 ) -> SparseCodes:
     """`count` codes in float64, each on a uniform support of k atoms. Raises `ValueError` for unknown values or k."""
-    if values not in VALUES:
-        raise ValueError(f"values={values!r} is unknown; allowed: {', '.join(map(repr, VALUES))}")
-    if not 1 <= k <= n_features:
-        raise ValueError(f"k={k} atoms cannot be active; allowed: 1 to n_features={n_features}")
+    one_of("values", values, VALUES)
+    allowed(1 <= k <= n_features, f"k={k} atoms cannot be active", f"1 to n_features={n_features}")
     noise = {"generator": generator, "device": generator.device}
     indices = _subsets(count, n_features, k, generator)
     normal = torch.randn(count, k, dtype=torch.float64, **noise)
@@ -467,8 +398,3 @@ def sparse_codes(
         return SparseCodes(indices, normal)
     sizes = 10 ** (4 * torch.rand(count, k, dtype=torch.float64, **noise) - 2) if values == "wide" else 1.0
     return SparseCodes(indices, normal.sign() * sizes)
-
-
-def same_support(found: SparseCodes, truth: SparseCodes) -> Bool[Tensor, " batch"]:
-    """Where two codes with as many atoms each chose the same ones, in whatever order."""
-    return (found.indices.sort(1).values == truth.indices.sort(1).values).all(1)

@@ -1,42 +1,35 @@
-"""A mixture of experts small enough to ship: tokenizer, training from scratch, and the trained model in `data/moe`.
+"""A mixture of experts small enough to ship: tokenizer, sizes, training from scratch, and writing `data/moe`.
 
 The architecture is OLMoE's (Muennighoff et al. 2024), built and saved by `transformers`, so that whatever reads OLMoE
 reads it: pre-norm blocks, RMS-normed queries and keys, rotary positions, SwiGLU experts, a softmax router whose top-k
 weights are not renormalised, and Switch's balancing loss. Its dense twin is Qwen3's, the dense class of `transformers`
 that is closest (it norms queries and keys head by head, where OLMoE norms all heads together), with d_ff of all experts
 that are active for a token.
-
-    book-moe        the trained model            teachers.load("book-moe")
-    book-moe@256    after 256 steps              teachers.load("book-moe@256"); `steps()` lists them
-    book-twin       the dense twin               teachers.load("book-twin")
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import math
-import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
@@ -48,10 +41,11 @@ from transformers import (
 from transformers.models.olmoe.modeling_olmoe import MoeCausalLMOutputWithPast, load_balancing_loss_func
 
 from helpers import settings
+from helpers.kept import Kept, check_sealed, digest, keep_folder
 from helpers.models import activations, corpora, teachers
 from helpers.models.teachers import Teacher
-from helpers.parts.ngrams import KneserNey
-from helpers.study import scores, sweep
+from helpers.settings import allowed
+from helpers.study import sweep
 
 FOLDER = settings.ROOT / "data" / "moe"
 NAME = re.compile(r"book-(moe|twin)(?:@(\d+))?")
@@ -96,7 +90,7 @@ def folder(name: str, *, cache_dir: str | Path | None = None) -> Path:
     key = hashlib.sha256(packed.read_bytes() + (FOLDER / "config.json").read_bytes()).hexdigest()[:16]
     target = settings.cache_dir(cache_dir) / "moe" / f"unpacked-{int(match[2]):06d}-{key}"
     if not target.is_dir():
-        with _new_folder(target) as new:
+        with settings.new_folder(target) as new:
             save_file(unpack(packed), new / "model.safetensors", {"format": "pt"})
             for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
                 if (FOLDER / name).is_file():
@@ -133,26 +127,6 @@ def unpack(path: Path) -> dict[str, Tensor]:
     }
 
 
-@contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears under its name when it is complete. One that is there already is replaced."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield new
-        for path in (new, *new.rglob("*")):  # mkdtemp and safetensors make what only their owner can read
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if target.is_dir():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            os.replace(target, old / "old")
-            os.replace(new, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, target)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
 # -- tokenizer and text ------------------------------------------------------------------------------------------------
 
 
@@ -161,17 +135,16 @@ def tokenizer(corpus: str = "book-texts", vocabulary: int = 4096, *, cache_dir=N
 
     `BOS` has id 0 and is put before every text. Raises `ValueError` where the vocabulary cannot hold all bytes and BOS.
     """
-    if vocabulary < 257:
-        raise ValueError(f"vocabulary={vocabulary} cannot hold 256 bytes and BOS; allowed: at least 257")
-    key = _hash([corpora.fingerprint(corpus), vocabulary, inspect.getsource(_train_bpe)])
-    target = settings.cache_dir(cache_dir) / "moe" / f"tokenizer-{key}"
-    if not target.is_dir():
-        with _new_folder(target) as new:
-            PreTrainedTokenizerFast(
-                tokenizer_object=_train_bpe(corpora.load(corpus, "train")["text"][:], vocabulary),
-                **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS),
-            ).save_pretrained(new)
-    return PreTrainedTokenizerFast.from_pretrained(target)
+    allowed(vocabulary >= 257, f"vocabulary={vocabulary} cannot hold 256 bytes and BOS", "at least 257")
+
+    def fill(new: Path) -> None:
+        PreTrainedTokenizerFast(
+            tokenizer_object=_train_bpe(corpora.load(corpus, "train")["text"][:], vocabulary),
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS),
+        ).save_pretrained(new)
+
+    asked = ["tokenizer", corpora.fingerprint(corpus), vocabulary]
+    return PreTrainedTokenizerFast.from_pretrained(keep_folder("mixture", asked, fill, cache_dir=cache_dir))
 
 
 def _train_bpe(texts: Sequence[str], vocabulary: int) -> Tokenizer:
@@ -179,17 +152,13 @@ def _train_bpe(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
+    about = {"special_tokens": [BOS], "initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, **about))
     bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return bpe
 
 
-def bytes_of(tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " vocabulary"]:
+def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " vocabulary"]:
     """UTF-8 bytes that each token of a byte-level vocabulary stands for; 0 for BOS."""
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return np.array([0 if name == BOS else len(name) for name in names])
@@ -200,7 +169,7 @@ def paragraphs(tokenizer: PreTrainedTokenizerBase, corpus: str, split: str = "tr
     return [np.array(ids, np.int32) for ids in tokenizer(corpora.load(corpus, split)["text"][:]).input_ids]
 
 
-class Packed:
+class TokenBatches:
     """Batches of `length` tokens: `batch(step)` depends on the step alone, so a stopped run goes on where it stopped.
 
     Each epoch puts all paragraphs in a new order, one after the other, and cuts the row of tokens where a sequence is
@@ -212,10 +181,8 @@ class Packed:
         self.bos = int(texts[0][0])
         self.n_tokens = sum(map(len, texts))
         self.steps_per_epoch = self.n_tokens // (batch_size * (length - 1))
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"batch_size={batch_size} sequences of {length} tokens need more than the {self.n_tokens:,} there are"
-            )
+        given = f"batch_size={batch_size} sequences of {length} tokens"
+        allowed(self.steps_per_epoch > 0, given, f"fewer than the {self.n_tokens:,} there are")
         self._epoch = (-1, np.empty(0))
 
     def batch(self, step: int) -> Int[Tensor, "batch length"]:
@@ -247,12 +214,9 @@ class Size:
     """Weight of the balancing loss of each layer (`router_aux_loss_coef`)."""
 
     def __post_init__(self):
-        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
-            raise ValueError(
-                f"n_heads={self.n_heads}: allowed: numbers that split d_model={self.d_model} evenly in two"
-            )
-        if not 1 <= self.top_k <= self.n_experts:
-            raise ValueError(f"top_k={self.top_k}: allowed: 1 to n_experts={self.n_experts}")
+        given, width = f"n_heads={self.n_heads}", f"numbers that split d_model={self.d_model} evenly in two"
+        allowed(self.d_model % (2 * self.n_heads) == 0, given, width)
+        allowed(1 <= self.top_k <= self.n_experts, f"top_k={self.top_k}", f"1 to n_experts={self.n_experts}")
 
     def _shared(self) -> dict:
         return {
@@ -279,7 +243,7 @@ class Size:
             router_aux_loss_coef=self.balance,
             experts_implementation="grouped_mm",
         )
-        with _seeded(seed):
+        with seeded(seed):
             model = OlmoeForCausalLM(config)
         model.register_forward_hook(_balance_layers)
         return model
@@ -289,7 +253,7 @@ class Size:
         config = Qwen3Config(
             **self._shared(), intermediate_size=self.top_k * self.d_ff, head_dim=self.d_model // self.n_heads
         )
-        with _seeded(seed):
+        with seeded(seed):
             return Qwen3ForCausalLM(config)
 
 
@@ -305,26 +269,18 @@ def _balance_layers(model: OlmoeForCausalLM, inputs: tuple, output: MoeCausalLMO
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Within this block all that draws from PyTorch's global stream starts from `seed`; afterwards it is as before."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.mix(seed, 0))
         yield
 
 
-def parameters_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Number of parameters, and of those that a token meets: all but the experts it is not routed to."""
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    total = sum(p.numel() for p in model.parameters())
-    share = model.config.num_experts_per_tok / model.config.num_experts if experts else 0
-    return total, total - experts + round(experts * share)
-
-
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PretrainingRecipe:
     """AdamW with a linear warm-up and a cosine down to a tenth of `lr`; matrices decay, vectors do not."""
 
     steps: int
@@ -338,10 +294,18 @@ class Recipe:
     dropout: float = 0.0
     """Of the embeddings, and of what each attention and each MLP adds to the residual stream."""
     seed: int = 0
+    checkpoints: tuple[int, ...] = ()
+    """Steps after which the model is kept, beside the last."""
+    log_every: int = 20
+    validate_every: int = 100
+    n_validation: int = 20_000
+    """Tokens of the held-out loss, which is taken every `validate_every` steps and at each checkpoint."""
 
     def __post_init__(self):
-        if self.steps < 1 or not self.lr > 0 or not 0 <= self.dropout < 1 or self.length < 3:
-            raise ValueError(f"{self}: allowed: steps ≥ 1, lr > 0, 0 ≤ dropout < 1, length ≥ 3")
+        good = self.steps >= 1 and self.lr > 0 and 0 <= self.dropout < 1 and self.length >= 3
+        allowed(good, f"{self}", "steps ≥ 1, lr > 0, 0 ≤ dropout < 1, length ≥ 3")
+        bad = [step for step in self.checkpoints if not 0 <= step <= self.steps]
+        allowed(not bad, f"checkpoints={bad} are not in the run", f"0 to {self.steps}")
 
     def lr_at(self, step: int) -> float:
         if step < self.warmup:
@@ -351,158 +315,117 @@ class Recipe:
 
 
 @dataclass
-class Trained:
+class Pretrained:
     """A trained model, its curve (one entry a log: step, loss in nats a token, …), and where its checkpoints lie."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    store: Path
+    checkpoints: dict[int, Path] = field(default_factory=dict)
+    """By step, in the layout of the hub; the last is the final model."""
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
 
-    def folder(self, step: int) -> Path:
-        """The checkpoint after `step` steps, in the layout of the hub."""
-        return self.store / f"step-{step:06d}"
-
-    @property
-    def steps(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("step-")) for path in self.store.glob("step-*"))
-
     @cached_property
     def teacher(self) -> Teacher:
-        return teachers.load(str(self.folder(self.steps[-1])), device=str(self.model.device))
-
-    def at(self, step: int) -> Teacher:
-        """The checkpoint as a teacher."""
-        return teachers.load(str(self.folder(step)), device=str(self.model.device))
+        """The final model as a teacher."""
+        return teachers.load(str(self.checkpoints[max(self.checkpoints)]), device=str(self.model.device))
 
 
-def train(
+def pretrain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     corpus: str,
-    recipe: Recipe,
+    recipe: PretrainingRecipe,
     *,
-    checkpoints: Sequence[int] = (),
-    log_every: int = 20,
-    validate_every: int = 100,
-    n_validation: int = 20_000,
     device: str = "auto",
     cache_dir: str | Path | None = None,
     label: str = "training",
-) -> Trained:
-    """Train `model` from its present weights on the corpus's training split, and keep a checkpoint after each step of
-    `checkpoints` and after the last.
+) -> Pretrained:
+    """Train `model` from its present weights on the corpus's training split.
 
     The loss is next-token cross-entropy, and for a mixture of experts the balancing loss times the configuration's
-    weight. A run is stored under what determines it: one that is finished is loaded, one that was killed goes on.
-    The curve has the batch's loss every `log_every` steps, and the held-out loss of `n_validation` tokens every
-    `validate_every` steps and at each checkpoint.
+    weight. A run is kept: one that is finished is loaded, one that was killed goes on, two processes share one.
+    The curve has the batch's loss every `log_every` steps, and the held-out loss.
 
-    Raises `ValueError` for a bad recipe or checkpoint before any training, `FloatingPointError` for a loss that is not
-    finite, naming the step.
+    Raises `FloatingPointError` for a loss that is not finite, naming the step.
     """
-    if bad := [step for step in checkpoints if not 0 <= step <= recipe.steps]:
-        raise ValueError(f"checkpoints={bad} are not in the run; allowed: 0 to {recipe.steps}")
     where = settings.device(device)
-    weights = [tensor.detach().cpu().contiguous().view(torch.uint8).numpy() for tensor in model.state_dict().values()]
-    settled = [model.config.to_dict(), asdict(recipe), sorted(checkpoints), log_every, validate_every, n_validation]
-    texts = [corpora.fingerprint(corpus), tokenizer.backend_tokenizer.to_str(), where.type, torch.__version__]
-    code = CODE + [inspect.getsource(_balance_layers)] * isinstance(model, OlmoeForCausalLM)  # the twin has no experts
-    key = _hash([settled, texts, code], *weights)
-    store = settings.cache_dir(cache_dir) / "moe" / f"run-{key}"
-    run = _Run(Trained(model.to(where), tokenizer, store), recipe)
-    run.advance(corpus, sorted({*checkpoints, recipe.steps}), log_every, validate_every, n_validation, label)
+    start = [model.config.to_dict(), digest(*model.state_dict().values()), where.type]
+    asked = [start, recipe, corpora.fingerprint(corpus), tokenizer.backend_tokenizer.to_str()]
+    kept = Kept("mixture", asked, _PretrainingRun, cache_dir=cache_dir)
+    run = _PretrainingRun(Pretrained(model.to(where), tokenizer), recipe, kept)
+    with kept.lock():
+        run.take_up()
+        if run.step < recipe.steps:
+            run.advance(corpus, label)
     return run.trained
 
 
-def train_both(
-    size: Size,
-    recipes: Mapping[str, Recipe],
-    corpus: str,
-    *,
-    checkpoints: Sequence[int] = (),
-    device: str = "auto",
-    cache_dir: str | Path | None = None,
-    workers: int | None = None,
-    **options,
-) -> dict[str, Trained]:
-    """`train` for `"mixture"` and `"dense"`, each by its recipe, side by side on a thread each (on a GPU, one by one).
-
-    Widths this small do not fill two cores. `checkpoints` are the mixture's; `options` go to `train`.
+def pretrain_both(
+    size: Size, recipes: Mapping[str, PretrainingRecipe], corpus: str, *, workers: int | None = None, **options
+) -> dict[str, Pretrained]:
+    """`pretrain` for `"mixture"` and `"dense"`, each by its recipe, side by side on a thread each (on a GPU, one by
+    one): widths this small do not fill two cores. `options` go to `pretrain`.
     """
-    if unknown := set(recipes) - {"mixture", "dense"}:
-        raise ValueError(f"recipes={sorted(unknown)}: allowed: 'mixture', 'dense'")
-    cells = [
-        {"kind": kind, "size": size, "recipe": recipe, "corpus": corpus, "device": device, "cache_dir": cache_dir}
-        | {"options": {"checkpoints": list(checkpoints) if kind == "mixture" else [], "label": kind, **options}}
-        for kind, recipe in recipes.items()
-    ]
-    tokenizer(corpus, size.vocabulary, cache_dir=cache_dir)  # once, before both look for it
-    workers = 1 if settings.device(device).type != "cpu" else workers
-    if workers != 1:
-        sweep.sweep(_train_and_store, cells, label="training", workers=workers)
-    return {cell["kind"]: _train_kind(**cell) for cell in cells}  # from the store
+    unknown = sorted(set(recipes) - {"mixture", "dense"})
+    allowed(not unknown, f"recipes={unknown}", "'mixture', 'dense'")
+    common = {"size": size, "corpus": corpus, **options}
+    cells = [common | {"kind": kind, "recipe": recipe} for kind, recipe in recipes.items()]
+    workers = workers if settings.device(options.get("device", "auto")).type == "cpu" else 1
+    return dict(zip(recipes, sweep.sweep(_pretrain_kind, cells, label="training", workers=workers), strict=True))
 
 
-def _train_and_store(**cell) -> None:
-    _train_kind(**cell)
+def _pretrain_kind(kind: str, size: Size, recipe: PretrainingRecipe, corpus: str, cache_dir=None, **options):
+    model, bpe = getattr(size, kind)(recipe.seed), tokenizer(corpus, size.vocabulary, cache_dir=cache_dir)
+    return pretrain(model, bpe, corpus, recipe, cache_dir=cache_dir, label=kind, **options)
 
 
-def _train_kind(kind: str, size: Size, recipe: Recipe, corpus: str, device: str, cache_dir, options: dict) -> Trained:
-    text = tokenizer(corpus, size.vocabulary, cache_dir=cache_dir)
-    model = getattr(size, kind)(recipe.seed)
-    return train(model, text, corpus, recipe, device=device, cache_dir=cache_dir, **options)
-
-
-class _Run:
+class _PretrainingRun:
     """The state of a training, and how it goes on."""
 
-    def __init__(self, trained: Trained, recipe: Recipe):
-        self.trained, self.recipe, self.step = trained, recipe, 0
-        self.model, self.state = trained.model, trained.store / "state.pt"
-        self.optimiser = _optimiser(self.model, recipe)
-        if self.state.is_file():
-            self.load()
+    def __init__(self, trained: Pretrained, recipe: PretrainingRecipe, kept: Kept):
+        self.trained, self.recipe, self.kept, self.step = trained, recipe, kept, 0
+        self.model, self.optimiser = trained.model, _optimiser(trained.model, recipe)
 
-    def advance(self, corpus, checkpoints, log_every, validate_every, n_validation, label) -> None:
+    def advance(self, corpus: str, label: str) -> None:
+        """Train to the end, from the step that it has come to."""
         recipe, trained = self.recipe, self.trained
-        if self.step == recipe.steps and trained.folder(self.step).is_dir():
-            return
         texts = paragraphs(trained.tokenizer, corpus)
-        stream = Packed(texts, batch_size=recipe.batch_size, length=recipe.length, seed=recipe.seed)
+        stream = TokenBatches(texts, batch_size=recipe.batch_size, length=recipe.length, seed=recipe.seed)
         reader = Teacher("in training", "", self.model, trained.tokenizer)
-        held_back = activations.texts(reader, corpus, n_tokens=n_validation, split="validation")
+        held_back = activations.texts(reader, corpus, n_tokens=recipe.n_validation, split="validation")
+        due_steps = {*recipe.checkpoints, recipe.steps}
         before, started = trained.seconds, time.perf_counter()
         saved = started
         bar = settings.progress(total=recipe.steps, initial=self.step, desc=label, unit="step")
-        with _dropout(self.model, recipe.dropout):
+        with bar, _dropout(self.model, recipe.dropout):
             while True:
-                due = self.step in checkpoints
-                if due or self.step % validate_every == 0:
+                due = self.step in due_steps
+                if due or self.step % recipe.validate_every == 0:
                     self.note(validation=self.validate(reader, held_back))
-                if due and not trained.folder(self.step).is_dir():
-                    self.keep()
+                if due:
+                    asked = [self.kept.asked, self.step]
+                    place = keep_folder("mixture", asked, self.write_checkpoint, cache_dir=self.kept.folder.parent)
+                    trained.checkpoints[self.step] = place
                 trained.seconds = before + time.perf_counter() - started
                 if self.step == recipe.steps or time.perf_counter() - saved > CHECKPOINT_SECONDS:
                     self.save()
                     saved = time.perf_counter()
                 if self.step == recipe.steps:
-                    break
+                    return
                 losses = self.update(stream.batch(self.step))
-                if self.step % log_every == 0:
+                if self.step % recipe.log_every == 0:
                     self.note(**losses)
                     bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
                 self.step += 1
                 bar.update()
-        bar.close()
 
     def update(self, ids: Int[Tensor, "batch length"]) -> dict[str, float]:
         """One step of the optimiser; losses of the batch before it."""
         ids = ids.to(self.model.device)
         self.model.train()
         is_mixture = hasattr(self.model.config, "router_aux_loss_coef")
-        with _seeded(settings.mix(self.recipe.seed, self.step)):  # dropout: the same after a restart
+        with seeded(settings.mix(self.recipe.seed, self.step)):  # dropout: the same after a restart
             out = self.model(ids, use_cache=False, **({"output_router_logits": True} if is_mixture else {}))
         loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         total, losses = loss, {"loss": float(loss.detach())}
@@ -532,33 +455,32 @@ class _Run:
             curve.append({"step": self.step})
         curve[-1].update(numbers)
 
-    def keep(self) -> None:
-        """A checkpoint in the layout of the hub, per-expert names included: save_pretrained splits what it fused."""
-        with _new_folder(self.trained.folder(self.step)) as new:
-            self.model.save_pretrained(new)
-            self.trained.tokenizer.save_pretrained(new)
+    def write_checkpoint(self, new: Path) -> None:
+        """In the layout of the hub, per-expert names included: save_pretrained splits what it fused."""
+        self.model.save_pretrained(new)
+        self.trained.tokenizer.save_pretrained(new)
 
     def save(self) -> None:
-        """Write aside and move into place: a killed process leaves the last good file."""
-        trained = self.trained
+        """Keep the state, without an optimiser's where nothing is left to do."""
+        trained, done = self.trained, self.step == self.recipe.steps
         state = {"step": self.step, "model": self.model.state_dict(), "curve": trained.curve}
-        state |= {"seconds": trained.seconds, "optimiser": self.optimiser.state_dict()}
-        trained.store.mkdir(parents=True, exist_ok=True)
-        aside = self.state.with_suffix(f".{os.getpid()}.part")
-        try:
-            torch.save(state, aside)
-            os.replace(aside, self.state)
-        finally:
-            aside.unlink(missing_ok=True)
+        state |= {"seconds": trained.seconds, "optimiser": None if done else self.optimiser.state_dict()}
+        self.kept.write(state | {"checkpoints": {step: path.name for step, path in trained.checkpoints.items()}})
 
-    def load(self) -> None:
-        try:
-            state = torch.load(self.state, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"the stored training {self.state} is damaged ({error}); delete it to restart") from error
+    def take_up(self) -> None:
+        """Go on from the state that is kept, if any; from the start where a checkpoint of it was deleted."""
+        if (state := self.kept.read()) is None:
+            return
+        folders = {step: self.kept.folder / name for step, name in state["checkpoints"].items()}
+        if not all(path.is_dir() for path in folders.values()):
+            return
+        for path in folders.values():
+            check_sealed(path)
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.trained.curve, self.trained.seconds = state["step"], state["curve"], state["seconds"]
+        if state["optimiser"] is not None:
+            self.optimiser.load_state_dict(state["optimiser"])
+        trained, self.step = self.trained, state["step"]
+        trained.checkpoints, trained.curve, trained.seconds = folders, state["curve"], state["seconds"]
 
 
 def _optimiser(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
@@ -580,249 +502,33 @@ def _dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
             return (F.dropout(output[0], share), *output[1:])
         return F.dropout(output, share)
 
-    blocks = teachers.find_blocks(model)
+    blocks = teachers.find_blocks(model) if share else []
     places = [model.get_input_embeddings(), *(part for b in blocks for part in (b.self_attn, b.mlp))]
-    hooks = [place.register_forward_hook(hook) for place in places] if share else []
-    try:
+    with contextlib.ExitStack() as hooks:
+        for place in places if share else []:
+            hooks.callback(place.register_forward_hook(hook).remove)
         yield
-    finally:
-        for each in hooks:
-            each.remove()
-
-
-def _hash(content, *parts) -> str:
-    digest = hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=12)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-CODE = [inspect.getsource(part) for part in (Packed, Recipe, _Run, _dropout, _optimiser)]
-"""What a stored run depends on, beside its parameters: a change of anything else here keeps it."""
-
-
-# -- held-out loss -----------------------------------------------------------------------------------------------------
-
-
-def held_out(
-    model: Teacher | KneserNey, corpus: str, split: str, n_tokens: int, *, reader: Teacher | None = None
-) -> pd.DataFrame:
-    """Loss of held-out text: one row a piece with `article`, `source`, `nats`, `tokens` and `bytes` (UTF-8).
-
-    Every model is given the same pieces, those that `reader` reads (default: the model itself): at most 256 tokens
-    with BOS, and nothing before them. Raises `ValueError` for n-grams without a reader, and for a model whose tokens
-    are not the reader's.
-    """
-    reader = reader or model
-    if not isinstance(reader, Teacher):
-        raise ValueError("reader=None: n-grams have no tokenizer; allowed: the teacher they are compared with")
-    pieces = activations.texts(reader, corpus, n_tokens=n_tokens, split=split)
-    if isinstance(model, Teacher):
-        if model.tokenizer.get_vocab() != reader.tokenizer.get_vocab():
-            raise ValueError(f"model={model.name!r} has another tokenizer; allowed: that of reader={reader.name!r}")
-        found = activations.losses(model, pieces, batch_size=16)
-    else:
-        tokens = [len(piece) - 1 for piece in pieces.tokens]
-        found = pd.DataFrame({"article": pieces.articles, "nats": model.nats(pieces.tokens), "tokens": tokens})
-    size = bytes_of(reader.tokenizer)
-    return found.assign(
-        bytes=[int(size[piece].sum()) for piece in pieces.tokens], source=found.article.map(sources(corpus, split))
-    )
-
-
-def sources(corpus: str, split: str) -> dict[int, str]:
-    """The source of each document of a corpus; its name where it has one source."""
-    rows = corpora.load(corpus, split).to_pandas()
-    return dict(zip(rows.article, rows.source if "source" in rows else [corpus] * len(rows), strict=True))
-
-
-def bits_per_byte(losses: pd.DataFrame, *, seed: int = 0) -> tuple[float, float, float]:
-    """Bits per byte of a table of `held_out`, with the ends of a 95 % bootstrap interval over documents.
-
-    The ends are NaN for fewer than `FEWEST` documents.
-    """
-    sums = _by_document(losses)
-
-    def ratio(a: Float[np.ndarray, "documents 2"]) -> float:
-        return float(a[:, 0].sum() / a[:, 1].sum() / math.log(2))
-
-    return ratio(sums), *_interval(sums, ratio, seed)
-
-
-FEWEST = 5
-"""Documents below which an interval over documents would say little."""
-
-
-def _interval(data: np.ndarray, statistic, seed: int) -> tuple[float, float]:
-    if len(data) < FEWEST:
-        return math.nan, math.nan
-    return scores.bootstrap_interval(data, statistic, seed=seed)
-
-
-def compare(tables: dict[str, pd.DataFrame], against: str, *, seed: int = 0) -> pd.DataFrame:
-    """Bits per byte of each model and source, and the difference to model `against` on the same documents.
-
-    Columns model, source, documents, perplexity (per token), bits, low, high, difference, difference_low,
-    difference_high; intervals are 95 % bootstraps over documents, the difference's over the same draws for both models.
-    """
-    rows = []
-    for model, table in tables.items():
-        everything = [("all", table), *table.groupby("source")]
-        for source, part in everything:
-            other = tables[against]
-            other = other if source == "all" else other[other.source == source]
-            pairs = np.c_[_by_document(part), _by_document(other)]
-
-            def gap(a: np.ndarray) -> float:
-                return float((a[:, 0].sum() - a[:, 2].sum()) / a[:, 1].sum() / math.log(2))
-
-            bits, low, high = bits_per_byte(part, seed=seed)
-            gap_low, gap_high = _interval(pairs, gap, seed)
-            rows.append(
-                {
-                    "model": model,
-                    "source": source,
-                    "documents": len(pairs),
-                    "perplexity": math.exp(part.nats.sum() / part.tokens.sum()),
-                    "bits": bits,
-                    "low": low,
-                    "high": high,
-                    "difference": gap(pairs),
-                    "difference_low": gap_low,
-                    "difference_high": gap_high,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _by_document(losses: pd.DataFrame) -> Float[np.ndarray, "documents 2"]:
-    return losses.groupby("article")[["nats", "bytes"]].sum().to_numpy()
-
-
-# -- what the router does ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which experts each token of a text was sent to, the most weighted first; neither BOS nor padding is in it."""
-
-    tokens: Int[np.ndarray, " rows"]
-    pieces: Int[np.ndarray, " rows"]
-    """Number of the piece of text; its tokens stand one after the other."""
-    experts: Int[np.ndarray, "rows layers k"]
-    n_experts: int
-
-    def load(self) -> Float[np.ndarray, "layers experts"]:
-        """Share of all choices that fall on each expert: 1/n_experts where the load is even."""
-        return np.stack([np.bincount(e.ravel(), minlength=self.n_experts) / e.size for e in self._by_layer()])
-
-    def information(self, offset: int = 0, *, shuffles: int = 20, seed: int = 0) -> pd.DataFrame:
-        """Mutual information in bits of the token `offset` places on (0: the routed one) and an expert drawn from its
-        chosen k: one row a layer with `bits`, and `shuffled` and `largest shuffled`, its mean and largest value over
-        `shuffles` times that tokens were dealt out anew (`bits` above the largest: p ≤ 1/(shuffles + 1)).
-
-        Counts alone give positive information between things that have none to do with each other, the more the rarer
-        the tokens are; `shuffled` is how much.
-        """
-        there = np.flatnonzero(self.pieces == np.roll(self.pieces, -offset))
-        there = there[(there + offset >= 0) & (there + offset < len(self.pieces))]
-        tokens = np.unique(self.tokens[there + offset], return_inverse=True)[1]
-        random, rows = np.random.default_rng(seed), []
-        for layer, experts in enumerate(self._by_layer()):
-            chosen = experts[there]
-            by_chance = [_information(random.permutation(tokens), chosen, self.n_experts) for _ in range(shuffles)]
-            found = _information(tokens, chosen, self.n_experts)
-            rows.append(
-                {"layer": layer, "bits": found, "shuffled": np.mean(by_chance), "largest shuffled": max(by_chance)}
-            )
-        return pd.DataFrame(rows)
-
-    def favourites(
-        self, layer: int, tokenizer: PreTrainedTokenizerBase, *, n: int = 5, least: int = 10
-    ) -> pd.DataFrame:
-        """For each expert its `load`, and of the tokens seen `least` times or more the `n` that are sent to it most
-        often (of equals the more frequent): `tokens`, and `shares`, how often each is."""
-        chosen = np.zeros((self.tokens.max() + 1, self.n_experts))
-        np.add.at(chosen, (np.repeat(self.tokens, self.experts.shape[2]), self.experts[:, layer].ravel()), 1)
-        seen = np.bincount(self.tokens)
-        known = np.flatnonzero(seen >= least)
-        share, load = chosen[known] / seen[known, None], self.load()[layer]
-        rows = []
-        for expert in range(self.n_experts):
-            best = np.lexsort((-seen[known], -share[:, expert]))[:n]
-            words = [tokenizer.decode([int(known[i])]) for i in best]
-            rows.append({"expert": expert, "load": load[expert], "tokens": words, "shares": share[best, expert]})
-        return pd.DataFrame(rows)
-
-    def _by_layer(self) -> Iterator[Int[np.ndarray, "rows k"]]:
-        return iter(self.experts.transpose(1, 0, 2))
-
-
-def _information(tokens: Int[np.ndarray, " rows"], experts: Int[np.ndarray, "rows k"], n_experts: int) -> float:
-    k = experts.shape[1]
-    cells = np.repeat(tokens, k) * n_experts + experts.ravel()
-    joint = np.bincount(cells, minlength=(tokens.max() + 1) * n_experts).reshape(-1, n_experts) / cells.size
-    apart = joint.sum(1, keepdims=True) * joint.sum(0)
-    full = joint > 0
-    return float((joint[full] * np.log2(joint[full] / apart[full])).sum())
-
-
-@torch.inference_mode()
-def routing(teacher: Teacher, corpus: str, *, n_tokens: int, split: str = "test") -> Routing:
-    """Where the tokens of a text are sent at every layer. Raises `ValueError` for a model without routers."""
-    if not hasattr(teacher.model.config, "num_experts_per_tok"):
-        raise ValueError(f"teacher={teacher.name!r} has no router; allowed: a mixture of experts")
-    pieces = activations.texts(teacher, corpus, n_tokens=n_tokens, split=split)
-    k, found = teacher.model.config.num_experts_per_tok, []
-    for batch in pieces.batches(16):
-        ids, mask = pieces.padded(batch)
-        ids, mask = ids.to(teacher.device), mask.to(teacher.device)
-        out = teacher.model(ids, attention_mask=mask, output_router_logits=True, use_cache=False, logits_to_keep=1)
-        kept = teacher.rows_kept(ids, mask)
-        chosen = torch.stack([logits.topk(k).indices.view(*ids.shape, k)[kept] for logits in out.router_logits], 1)
-        number = torch.tensor(batch)[:, None].expand_as(ids.cpu())[kept.cpu()]
-        found.append((ids[kept].cpu().numpy(), number.numpy(), chosen.cpu().numpy()))
-    return Routing(*(np.concatenate(part) for part in zip(*found, strict=True)), teacher.model.config.num_experts)
-
-
-def sample(teacher: Teacher, prompt: str, *, n_tokens: int = 60, temperature: float = 0.8, seed: int = 0) -> str:
-    """`prompt` and what the model writes after it, at most `n_tokens` tokens, until it ends the paragraph."""
-    ids = teacher.tokenizer(prompt, return_tensors="pt").to(teacher.device)
-    with _seeded(seed):
-        out = teacher.model.generate(
-            **ids, max_new_tokens=n_tokens, do_sample=True, temperature=temperature, top_k=50, pad_token_id=0
-        )
-    return teacher.tokenizer.decode(out[0], skip_special_tokens=True)
 
 
 # -- shipping ----------------------------------------------------------------------------------------------------------
 
 
-def ship(mixture: Trained, twin: Trained, content: dict, folder: str | Path | None = None) -> Path:
+def ship(mixture: Pretrained, twin: Pretrained, content: dict, folder: str | Path | None = None) -> Path:
     """Write the shipped model: final weights of both in bfloat16, the mixture's checkpoints in 8 bits, the record.
 
     `content` goes into training.json beside the number of steps and the checkpoints. All or nothing: a folder that is
     there is replaced when the new one is complete.
     """
-    folder, last = Path(folder or FOLDER), mixture.steps[-1]
-    with _new_folder(folder) as new:
-        _halved(mixture.folder(last), new)
-        _halved(twin.folder(twin.steps[-1]), new / "twin")
+    folder = Path(folder or FOLDER)
+    *early, last = sorted(mixture.checkpoints)
+    with settings.new_folder(folder) as new:
+        for run, place in ((mixture, new), (twin, new / "twin")):
+            final = run.checkpoints[max(run.checkpoints)]
+            AutoModelForCausalLM.from_pretrained(final, dtype=torch.bfloat16).save_pretrained(place)
+            run.tokenizer.save_pretrained(place)
         (new / "checkpoints").mkdir()
-        for step in mixture.steps[:-1]:
-            weights = load_file(mixture.folder(step) / "model.safetensors")
+        for step in early:
+            weights = load_file(mixture.checkpoints[step] / "model.safetensors")
             pack(weights, new / "checkpoints" / f"{step:06d}.safetensors")
         settings.write_json(new / "training.json", {"steps": last, **content})
     return folder
-
-
-def _halved(source: Path, target: Path) -> None:
-    """Copy a folder of the hub's layout with its weights in bfloat16."""
-    target.mkdir(exist_ok=True)
-    for path in source.iterdir():
-        if path.suffix == ".json":
-            shutil.copy(path, target / path.name)
-    weights = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
-    save_file(weights, target / "model.safetensors", {"format": "pt"})
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    settings.write_json(target / "config.json", config | {"dtype": "bfloat16"})
