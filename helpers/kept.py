@@ -133,7 +133,10 @@ def module_file(module: str, root: Path | None = None) -> Path | None:
 
 def imports_of(module: str, root: Path | None = None) -> set[str]:
     """Modules of `helpers` that a module imports itself."""
-    return imports_in(_parsed(module_file(module, root)), root)
+    tree = _parsed(module_file(module, root))
+    if not hasattr(tree, "imports"):  # a study asks for hundreds of keys
+        tree.imports = imports_in(tree, root)
+    return tree.imports
 
 
 def imports_in(tree: ast.AST, root: Path | None = None) -> set[str]:
