@@ -6,7 +6,7 @@ Definitions follow the book's glossary: FVU is centred on the mean of the same r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -232,8 +232,10 @@ class Comparison:
     n: int
 
     @property
-    def resampled(self) -> Literal["articles", "seed × article"]:
-        return "articles" if len(self.by_seed) == 1 else "seed × article"
+    def resampled(self) -> Literal["articles", "seeds", "seed × article"]:
+        if len(self.by_seed) == 1:
+            return "articles"
+        return "seeds" if self.n == len(self.by_seed) else "seed × article"
 
 
 def compared(
@@ -247,6 +249,18 @@ def compared(
     value, (low, high) = statistic(data), crossed_interval(data, statistic, **bootstrap)
     by_seed = [statistic(data[i : i + 1]) for i in range(len(data))]
     return Comparison(value, (min(low, value), max(high, value)), by_seed, data.shape[0] * data.shape[1])
+
+
+def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.mean, **bootstrap) -> Comparison:
+    """`statistic(*columns)` of numbers that have one value a seed; seeds are resampled, the same in all columns."""
+    data = np.stack([np.asarray(column, float) for column in columns], axis=1)
+
+    def of(rows: np.ndarray) -> float:
+        return float(statistic(*rows.T))
+
+    value, (low, high) = of(data), bootstrap_interval(data, of, **bootstrap)
+    by_seed = [of(data[i : i + 1]) for i in range(len(data))]
+    return Comparison(value, (min(low, value), max(high, value)), by_seed, len(data))
 
 
 # -- one table of sums -------------------------------------------------------------------------------------------------
