@@ -115,7 +115,7 @@ def measured(outcome: Outcome) -> dict[str, float]:
 
 # -- a contest of methods ----------------------------------------------------------------------------------------------
 
-METHODS: dict[str, Callable[[float, int], Balance]] = {
+REMEDIES: dict[str, Callable[[float, int], Balance]] = {
     "none": lambda strength, steps: Balance(),
     "auxk": lambda strength, steps: remedies.AuxK(strength, silent_for=max(1, steps // 20)),
     "ghost": lambda strength, steps: remedies.Ghost(strength, silent_for=max(1, steps // 20)),
@@ -152,7 +152,7 @@ class Candidate(NamedTuple):
 
     def arm(self, steps: int) -> Arm:
         names, strengths = self.method.split("+"), np.atleast_1d(self.strength).tolist()
-        parts = [METHODS[name](strength, steps) for name, strength in zip(names, strengths, strict=True)]
+        parts = [REMEDIES[name](strength, steps) for name, strength in zip(names, strengths, strict=True)]
         remedy = parts[0] if len(parts) == 1 else remedies.Together(*parts)
         return Arm(self.method, StartingSae(bool(self.centred)), remedy, float(self.lr))
 
@@ -184,15 +184,15 @@ def candidates(
 def contest(
     problem: KnownTruth, tried: Mapping[int, Sequence[Candidate]], seeds: Sequence[int], **options
 ) -> pd.DataFrame:
-    """Every candidate of each k trained with each seed: a `table` by k and `CANDIDATE`. `options` go to `study`."""
+    """Every candidate of each k trained with each seed: a table by k and `CANDIDATE`. `options` go to `study`."""
     problems = {k: replace(problem, k=k) for k in tried}
     arms = {(k, *each): each.arm(problem.steps) for k, some in tried.items() for each in some}
     options = {"together": TOGETHER, "label": "contest"} | options
     found = study({key: problems[key[0]] for key in arms}, arms, seeds, **options)
-    return table(found, "k", *CANDIDATE)
+    return as_table(found, "k", *CANDIDATE)
 
 
-def table(found: Mapping[tuple, Sequence[Outcome]], *names: str) -> pd.DataFrame:
+def as_table(found: Mapping[tuple, Sequence[Outcome]], *names: str) -> pd.DataFrame:
     """A study as a table with a line for each key and seed: the parts of the key under `names`, what was measured."""
     return pd.DataFrame(
         [
@@ -305,18 +305,16 @@ def finalists(frame: pd.DataFrame, method: str = "switch") -> dict[str, tuple]:
     return {name: chosen(part) for name, part in parts.items() if len(part)}
 
 
-def ratio(first: np.ndarray, second: np.ndarray) -> float:
-    """Of the means."""
+def ratio_of_means(first: np.ndarray, second: np.ndarray) -> float:
     return first.mean() / second.mean()
 
 
-def difference(first: np.ndarray, second: np.ndarray) -> float:
-    """Of the means."""
+def difference_of_means(first: np.ndarray, second: np.ndarray) -> float:
     return first.mean() - second.mean()
 
 
 def paired(
-    first: pd.DataFrame, second: pd.DataFrame, column: str, statistic: Callable[..., float] = ratio
+    first: pd.DataFrame, second: pd.DataFrame, column: str, statistic: Callable[..., float] = ratio_of_means
 ) -> Comparison:
     """A `statistic` of one column of two candidates' lines, whose seeds are resampled in pairs."""
     return over_seeds(*(each.sort_values("seed")[column] for each in (first, second)), statistic=statistic)

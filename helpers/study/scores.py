@@ -253,14 +253,15 @@ def compared(
 
 def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.mean, **bootstrap) -> Comparison:
     """`statistic(*columns)` of numbers that have one value a seed; seeds are resampled, the same in all columns."""
-    data = np.stack([np.asarray(column, float) for column in columns], axis=1)
+    values = [np.asarray(column, float) for column in columns]
 
-    def of(rows: np.ndarray) -> float:
-        return float(statistic(*rows.T))
+    def of(seeds: np.ndarray) -> float:
+        return float(statistic(*(column[seeds] for column in values)))
 
-    value, (low, high) = of(data), bootstrap_interval(data, of, **bootstrap)
-    by_seed = [of(data[i : i + 1]) for i in range(len(data))]
-    return Comparison(value, (min(low, value), max(high, value)), by_seed, len(data))
+    every = np.arange(len(values[0]))
+    value, (low, high) = of(every), bootstrap_interval(every, of, **bootstrap)
+    by_seed = [of(every[i : i + 1]) for i in every]
+    return Comparison(value, (min(low, value), max(high, value)), by_seed, len(every))
 
 
 # -- one table of sums -------------------------------------------------------------------------------------------------

@@ -234,13 +234,13 @@ def test_paired_resamples_seeds_together():
     found = known_truth.paired(rival, mine, "fvu")
     assert found.value == pytest.approx(0.2 / 0.16)
     assert found.ci == pytest.approx((0.199 / 0.159, 0.201 / 0.161)[::-1])
-    assert known_truth.paired(rival, mine, "dead", known_truth.difference).ci == pytest.approx((0.3, 0.3))
+    assert known_truth.paired(rival, mine, "dead", known_truth.difference_of_means).ci == pytest.approx((0.3, 0.3))
 
 
 def test_every_method_has_as_many_candidates():
     rows = pd.DataFrame(known_truth.candidates([1e-2, 2e-2], [1e-3, 3e-3]))
     counts = rows.groupby(["method", "centred"]).size()
-    assert set(counts) == {4} and len(counts) == 2 * len(known_truth.METHODS)
+    assert set(counts) == {4} and len(counts) == 2 * len(known_truth.REMEDIES)
     with pytest.raises(ValueError, match="extra_lrs has 1 values; allowed: 2"):
         known_truth.candidates([1e-2, 2e-2], [1e-3])
 
@@ -281,7 +281,7 @@ def test_two_remedies_at_once_are_both_there():
 def test_a_study_under_changed_conditions_becomes_a_table():
     arm, problems = ARMS["none"], {("k", 2): SMALL, ("k", 3): replace(SMALL, k=3)}
     found = study(problems, dict.fromkeys(problems, arm), [0], cache_dir=False, workers=1)
-    frame = known_truth.table(found, "axis", "value")
+    frame = known_truth.as_table(found, "axis", "value")
     (alone,) = run(problems["k", 3], [arm], 0, cache_dir=False)
     assert frame.value.tolist() == [2, 3] and frame.seed.tolist() == [0, 0]
     assert frame.fvu[1] == pytest.approx(alone.fvu, rel=1e-4)
