@@ -1,4 +1,4 @@
-"""Mixtures that are built and not trained (paper C, Theorems 3.6 and C.6), and the numbers that bound their errors.
+"""Mixtures that are built and not trained (paper C, Theorems 3.6 and C.6; chapter 6), and what bounds their errors.
 
 Atoms a_1 … a_n are the rows of `atoms`, a support S is a row of k atom numbers, A_S holds its atoms as columns,
 G_S = A_SᵀA_S is their Gram matrix, F_S = A_S A_Sᵀ their frame operator and P_S the projection on their span. A
@@ -8,9 +8,9 @@ polynomial of degree p is f(x) = T[x, …, x], T a tensor with one output index 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations, islice, permutations, product
+from itertools import combinations, islice, product
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helpers.dictionary import ACTIVATIONS, RankOneDictionary, Rows, SparseCodes
+from helpers.settings import allowed, one_of
 
 POWERS = {1: "identity", 2: "square", 3: "cube"}
 """Activation z^p for each degree p that is built here."""
@@ -43,12 +44,11 @@ def restricted_isometry(atoms: Float[Tensor, "n d"], k: int, *, most: int = 2_00
     All sizes are visited: with linearly dependent atoms δ_S can shrink when S grows. Raises `ValueError` for k outside
     1 to n, and for more than `most` supports; there, `babel` is an upper and any `isometry_of` a lower bound.
     """
-    n = len(atoms)
-    _check_size("k", k, n)
+    n, own = len(atoms), atoms.detach().double()
+    allowed(1 <= k <= n, f"k={k}", f"1 to {n}, the number of atoms")
     count = sum(math.comb(n, size) for size in range(1, k + 1))
-    if count > most:
-        raise ValueError(f"k={k} of {n} atoms makes {count:,} supports; allowed: {most:,}. Bound δ by babel instead")
-    gram, worst = _gram(atoms), 0.0
+    allowed(count <= most, f"k={k} of {n} atoms makes {count:,} supports", f"{most:,}. Bound δ by babel instead")
+    gram, worst = own @ own.T, 0.0
     for size in range(1, k + 1):
         rest: Iterator[tuple[int, ...]] = combinations(range(n), size)
         while part := list(islice(rest, 65_536)):
@@ -62,7 +62,7 @@ def babel(atoms: Float[Tensor, "n d"], k: int, *, chunk: int = 2048) -> float:
 
     With unit atoms this is the Babel function μ₁(k − 1) (Tropp 2004).
     """
-    _check_size("k", k, len(atoms))
+    allowed(1 <= k <= len(atoms), f"k={k}", f"1 to {len(atoms)}, the number of atoms")
     worst, atoms = 0.0, atoms.detach()
     for start in range(0, len(atoms), chunk):
         dots = (atoms[start : start + chunk] @ atoms.T).double().abs()
@@ -73,33 +73,6 @@ def babel(atoms: Float[Tensor, "n d"], k: int, *, chunk: int = 2048) -> float:
     return worst
 
 
-def coherence_bound(atoms: Float[Tensor, "n d"], k: int) -> float:
-    """Upper bound on δ, coarser than `babel`: max_j |‖a_j‖² − 1| + (k − 1) max_{i≠j} |a_i·a_j|."""
-    _check_size("k", k, len(atoms))
-    gram = _gram(atoms)
-    diagonal = gram.diagonal().clone()
-    gram.fill_diagonal_(0)
-    return float((diagonal - 1).abs().max() + (k - 1) * gram.abs().max())
-
-
-def random_atoms_bound(n: int, d: int, k: int, failure: float = 0.05) -> float:
-    """What δ of n random unit vectors in d dimensions exceeds with probability at most `failure`; inf where vacuous.
-
-    With t = √(2 ln(4·C(n,k)/η)/d) and s = √(2 ln(4n/η)/d): max(((1 + √(k/d) + t)/(1 − 1/√d − s))² − 1,
-    1 − (max(0, 1 − √(k/d) − t)/(1 + s))²), of order √(k ln(en/k)/d).
-    """
-    _check_size("k", k, n)
-    supports = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-    t = math.sqrt(2 * (supports + math.log(4 / failure)) / d)
-    s = math.sqrt(2 * math.log(4 * n / failure) / d)
-    shortest = 1 - d**-0.5 - s
-    if shortest <= 0:
-        return math.inf
-    above = ((1 + math.sqrt(k / d) + t) / shortest) ** 2 - 1
-    below = 1 - (max(0.0, 1 - math.sqrt(k / d) - t) / (1 + s)) ** 2
-    return max(above, below)
-
-
 def adversarial_supports(
     atoms: Float[Tensor, "n d"], k: int, starts: int, generator: torch.Generator, *, steps: int = 10
 ) -> Int[Tensor, "starts k"]:
@@ -108,7 +81,7 @@ def adversarial_supports(
     Each step takes a vector's products with all atoms, keeps the k largest, and sums those atoms. Their δ_S are lower
     bounds on δ, and nothing says that they reach it.
     """
-    _check_size("k", k, len(atoms))
+    allowed(1 <= k <= len(atoms), f"k={k}", f"1 to {len(atoms)}, the number of atoms")
     u = atoms[torch.randint(len(atoms), (starts,), generator=generator, device=generator.device)]
     for _ in range(steps):
         dots = u @ atoms.T
@@ -154,11 +127,6 @@ def _rows_at_once(atoms: Tensor, supports: Tensor) -> int:
     return max(1, GATHER_BYTES // (8 * supports.shape[1] * atoms.shape[1]))
 
 
-def _gram(atoms: Tensor) -> Tensor:
-    atoms = atoms.detach().double()
-    return atoms @ atoms.T
-
-
 def _non_zero(values: Tensor) -> Tensor:
     return values > RANK_TOLERANCE * values.amax(1, keepdim=True)
 
@@ -166,30 +134,6 @@ def _non_zero(values: Tensor) -> Tensor:
 def _isometry(grams: Tensor) -> Tensor:
     values = torch.linalg.eigvalsh(grams)
     return torch.where(_non_zero(values), (values - 1).abs(), 0.0).amax(1)
-
-
-def _check_size(name: str, value: int, most: int) -> None:
-    if not 1 <= value <= most:
-        raise ValueError(f"{name}={value} cannot be chosen; allowed: 1 to {most}, the number of atoms")
-
-
-# -- dictionaries ------------------------------------------------------------------------------------------------------
-
-
-def clustered_atoms(
-    clusters: int, size: int, d: int, cosine: float, generator: torch.Generator, dtype: torch.dtype = torch.float64
-) -> Float[Tensor, "n d"]:
-    """Unit atoms in clusters: two of the same one have exactly this cosine, the clusters stand at random.
-
-    A support inside one cluster has δ_S = (|S| − 1)·cosine, far more than random atoms have. Raises `ValueError` unless
-    0 ≤ cosine < 1 and size < d.
-    """
-    if not (0 <= cosine < 1 and size < d):
-        raise ValueError(f"cosine={cosine}, size={size}; allowed: 0 ≤ cosine < 1 and size < d={d}")
-    how = {"generator": generator, "device": generator.device, "dtype": dtype}
-    frames = torch.linalg.qr(torch.randn(clusters, d, size + 1, **how)).Q.transpose(1, 2)
-    centre, own = frames[:, :1], frames[:, 1:]
-    return (math.sqrt(cosine) * centre + math.sqrt(1 - cosine) * own).flatten(0, 1)
 
 
 # -- linear maps: one neuron per atom (Theorem 3.6) --------------------------------------------------------------------
@@ -231,27 +175,14 @@ def gated_by(
 
     Raises `ValueError` for soft gates or a shared part, which an oracle for supports leaves open.
     """
-    if model.gate != "hard" or model.shared is not None:
-        raise ValueError(f"gate={model.gate!r}, shared={model.shared is not None}; allowed: 'hard' and no shared part")
+    given = f"gate={model.gate!r}, shared={model.shared is not None}"
+    allowed(model.gate == "hard" and model.shared is None, given, "'hard' and no shared part")
     inside = torch.arange(model.expert_rank, device=supports.device)
     neurons = (supports[:, :, None] * model.expert_rank + inside).flatten(1)
     with torch.no_grad():
         x = x if model.b_in is None else x - model.b_in
         values = ACTIVATIONS[model.activation](model.encoder.chosen(x, neurons))
         return model.decode(SparseCodes(neurons, values))
-
-
-def linear_bound(
-    atoms: Float[Tensor, "n d"], supports: Int[Tensor, "batch k"], x: Float[Tensor, "batch d"], norm: float = 1.0
-) -> Float[Tensor, " batch"]:
-    """Per sample, what the error of `linear_moe` with these gates may not exceed: ‖A‖ √(δ_S² ‖P_S x‖² + ‖x − P_S x‖²).
-
-    `norm` is ‖A‖, the largest singular value. It holds for ANY gates, right or wrong: an input outside span(S), or a
-    wrong S, costs its distance from span(S). Where x lies in span(S) it is Theorem 3.6's δ_S ‖A‖ ‖x‖.
-    """
-    inside = projection(atoms, supports, x)
-    outside = (x.double() - inside).norm(dim=1)
-    return norm * torch.hypot(isometry_of(atoms, supports) * inside.norm(dim=1), outside)
 
 
 # -- products of p linear forms as sums of p-th powers (Lemma C.10) ----------------------------------------------------
@@ -276,10 +207,7 @@ def polarisation(p: int) -> tuple[Float[Tensor, " terms"], Float[Tensor, "terms 
     return signs.prod(1) / (2 ** (p - 1) * math.factorial(p)), signs
 
 
-METHODS: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
-    "interpolation": interpolation,
-    "polarisation": polarisation,
-}
+METHODS = {"interpolation": interpolation, "polarisation": polarisation}
 """Ways to write a product as a sum of powers: the paper's, and the one with the fewest terms."""
 
 
@@ -291,8 +219,7 @@ def symmetric_decomposition(
     Sym averages over the orders of the p inputs and leaves x ↦ T[x, …, x] as it is. There are (p + 1)^p or 2^(p−1)
     powers for each term, in the order of the terms.
     """
-    if how not in METHODS:
-        raise ValueError(f"how={how!r} is unknown; allowed: {', '.join(map(repr, METHODS))}")
+    one_of("how", how, METHODS)
     weights, nodes = (part.to(factors) for part in METHODS[how](factors.shape[1]))
     powers = torch.einsum("tp,lpd->ltd", nodes, factors).flatten(0, 1)
     return torch.einsum("t,lm->ltm", weights, outputs).flatten(0, 1), powers
@@ -314,10 +241,9 @@ class Polynomial:
     factors: Float[Tensor, "_ p d"]  # as many terms: checked below, by name
 
     def __post_init__(self):
-        if len(self.outputs) != len(self.factors):
-            raise ValueError(f"outputs has {len(self.outputs)} terms; allowed: {len(self.factors)}, as many as factors")
-        if self.degree not in POWERS:
-            raise ValueError(f"degree={self.degree} has no activation; allowed: {', '.join(map(str, POWERS))}")
+        terms = len(self.factors)
+        allowed(len(self.outputs) == terms, f"outputs has {len(self.outputs)} terms", f"{terms}, as many as factors")
+        one_of("degree", self.degree, POWERS)
 
     @property
     def degree(self) -> int:
@@ -325,16 +251,6 @@ class Polynomial:
 
     def __call__(self, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch m"]:
         return torch.einsum("lpd,bd->blp", self.factors, x).prod(2) @ self.outputs
-
-    def tensor(self, symmetric: bool = False) -> Float[np.ndarray, "m ..."]:
-        """T, or Sym(T), as an array of shape [m, d, …, d]; for small d."""
-        letters = "abc"[: self.degree]
-        parts = [self.factors[:, i].numpy() for i in range(self.degree)]
-        orders = list(permutations(range(self.degree))) if symmetric else [tuple(range(self.degree))]
-        terms = ",".join(["lm", *("l" + letter for letter in letters)])
-        return sum(
-            np.einsum(f"{terms}->m{letters}", self.outputs.numpy(), *[parts[i] for i in order]) for order in orders
-        ) / len(orders)
 
     def interactions(self, atoms: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n r m"], Float[Tensor, "n r q d"]]:
         """T a_j for each atom (T contracted with a_j at its last index) as a sum of r terms, q = p − 1 factors each.
@@ -366,8 +282,8 @@ def local_polynomial(
     u_l and first factors v_l1 are orthonormal and the other factors unit vectors, so ‖T‖ = 1 (max over unit vectors of
     T[u, x_1, …, x_p]). Raises `ValueError` unless block divides d and rank ≤ block.
     """
-    if d % block or not 1 <= rank <= block:
-        raise ValueError(f"block={block}, rank={rank}; allowed: a divisor of d={d}, and rank from 1 to block")
+    good = d % block == 0 and 1 <= rank <= block
+    allowed(good, f"block={block}, rank={rank}", f"a divisor of d={d}, and rank from 1 to block")
     blocks, how = d // block, {"generator": generator, "device": generator.device, "dtype": dtype}
     first = torch.linalg.qr(torch.randn(blocks, block, rank, **how)).Q.transpose(1, 2)[:, :, None]
     rest = torch.nn.functional.normalize(torch.randn(blocks, rank, p - 1, block, **how), dim=3)
@@ -401,24 +317,82 @@ def polynomial_moe(
     )
 
 
-def active_neurons(model: RankOneDictionary) -> int:
-    """Neurons that compute for one input."""
-    return model.k * model.expert_rank
+# -- pure mixtures that equal a student with a shared part, or try to --------------------------------------------------
+
+
+def _shared_part(student: RankOneDictionary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The shared MLP as S neurons: rows they read [S, d_in], biases [S], rows they write [S, d_out], output bias."""
+    single = student.shared is not None and student.k and student.activation == "gelu" and student.expert_rank == 1
+    allowed(single, f"student={student.knobs}", "single GELU neurons beside a shared MLP")
+    biases = [student.b_in, student.b_out, student.selection_bias]
+    allowed(all(each is None for each in biases), "the student has b_in, b_out or a selection bias", "none of them")
+    first, _, second = student.shared
+    return tuple(part.detach() for part in (first.weight, first.bias, second.weight.T, second.bias))
+
+
+def always_chosen(student: RankOneDictionary, inputs: Float[Tensor, "n d_in"]) -> RankOneDictionary:
+    """A pure mixture with as many active neurons: the shared neurons are experts that win on all of `inputs`.
+
+    Their scores are one constant above all others, by a bias that the router is given. With hard gates this is the
+    student. With a softmax it is not: a routed gate is exp(s_j) / (S·exp(c) + Z), Z the sum of exp over the chosen
+    scores, where the student has exp(s_j) / Z. We subtract from all s_j the affine function of x that is nearest to
+    ln Z on `inputs`, which a softmax over the k does not notice, and size the decoder for Z = 1. What is left of ln Z
+    is the error.
+
+    Raises:
+        ValueError: for a student that is not one of single GELU neurons beside a shared MLP.
+    """
+    (read, read_bias, write, b_out), router = _shared_part(student), student.router
+    x, count = inputs.to(read.dtype), len(read)
+    rows = (router.weight if router.down is None else router.weight @ router.down).detach()
+    bias = rows.new_zeros(len(rows)) if router.bias is None else router.bias.detach()
+    if soft := student.gate == "softmax":
+        log_z = (x @ rows.T + bias).topk(student.k).values.logsumexp(1)
+        wide = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        nearest = torch.linalg.lstsq(wide, log_z[:, None], driver="gelsd").solution[:, 0]
+        rows, bias = rows - nearest[:-1], bias - nearest[-1]
+    top = float((x @ rows.T + bias).max()) + 1
+    for_shared, for_routed = (count + math.exp(-top), count * math.exp(top) + 1) if soft else (1.0, 1.0)
+    return RankOneDictionary(
+        Rows(torch.cat([read, student.encoder.weight]), torch.cat([read_bias, student.encoder.bias])),
+        Rows(torch.cat([for_shared * write, for_routed * student.decoder.weight])),
+        k=count + student.k,
+        router=Rows(torch.cat([torch.zeros_like(read), rows]), torch.cat([torch.full_like(read_bias, top), bias])),
+        gate=student.gate,
+        activation=student.activation,
+        b_out=b_out,
+    )
+
+
+def with_copies(student: RankOneDictionary) -> RankOneDictionary:
+    """The pure softmax mixture that equals the student: every expert brings a copy of all S shared neurons.
+
+    Router rows repeat S + 1 times, so a chosen expert's block ties with itself and comes whole. The gates of a shared
+    neuron's copies add up to 1/(S + 1), whatever was chosen. k·(S + 1) neurons are active, of E·(S + 1).
+
+    Raises:
+        ValueError: for other gates than a softmax, or as `always_chosen`.
+    """
+    (read, read_bias, write, b_out), router = _shared_part(student), student.router
+    allowed(student.gate == "softmax", f"gate={student.gate!r} needs no copies", "'softmax'")
+    block = len(read) + 1
+
+    def blocks(shared: Tensor, own: Tensor) -> Tensor:
+        return torch.cat([shared.expand(student.n_features, *shared.shape), own[:, None]], 1).flatten(0, 1)
+
+    bias = None if router.bias is None else router.bias.detach().repeat_interleave(block)
+    return RankOneDictionary(
+        Rows(blocks(read, student.encoder.weight), blocks(read_bias, student.encoder.bias)),
+        Rows(block * blocks(write, student.decoder.weight)),
+        k=student.k * block,
+        router=Rows(router.weight.detach().repeat_interleave(block, 0), bias, router.down),
+        gate="softmax",
+        activation=student.activation,
+        b_out=b_out,
+    )
 
 
 # -- what a dense network needs ----------------------------------------------------------------------------------------
-
-
-def least_fvu(x: Float[Tensor, "rows d"]) -> Float[Tensor, " widths"]:
-    """FVU below which no network with w hidden neurons reconstructs THESE rows, for w = 0 … d.
-
-    Its outputs lie in an affine space of dimension w, whatever its activation and its parameters, so the best it can do
-    is the projection on the w principal axes: the variances along the others, over all variance (Eckart and Young).
-    """
-    x = x.detach().double()
-    values = torch.linalg.svdvals(x - x.mean(0)).square()
-    values = torch.cat([values, values.new_zeros(x.shape[1] - len(values))])
-    return 1 - torch.cat([values.new_zeros(1), values.cumsum(0)]) / values.sum()
 
 
 def flattening_rank(polynomial: Polynomial, tolerance: float = 1e-6) -> int:
@@ -431,7 +405,9 @@ def flattening_rank(polynomial: Polynomial, tolerance: float = 1e-6) -> int:
     """
     written, read = symmetric_decomposition(polynomial.outputs.double(), polynomial.factors.double())
     p, outer, inner = polynomial.degree, written @ written.T, read @ read.T
-    return max(_joint_rank(outer * inner**a, inner ** (p - a), tolerance) for a in range(p))
+    products = (_root(outer * inner**a) @ _root(inner ** (p - a)) for a in range(p))
+    spectra = (torch.linalg.svdvals(product) for product in products)
+    return max(int((values > tolerance * values[0]).sum()) for values in spectra)
 
 
 def generic_width(d: int, m: int, p: int) -> int:
@@ -441,11 +417,6 @@ def generic_width(d: int, m: int, p: int) -> int:
     scale of a neuron's input can be moved to its output.
     """
     return -(-m * math.comb(d + p - 1, p) // (m + d - 1))
-
-
-def _joint_rank(left: Tensor, right: Tensor, tolerance: float) -> int:
-    values = torch.linalg.svdvals(_root(left) @ _root(right))
-    return int((values > tolerance * values[0]).sum())
 
 
 def _root(gram: Tensor) -> Tensor:

@@ -1,30 +1,32 @@
 """Distil a language model's MLP into students, dense and sparse, on its inputs and on inputs with less structure.
 
-A `Task` is a teacher's MLP with inputs for training, validation and test; `distil` trains one kind of student on it,
-chooses the learning rate on validation rows and reports test rows. What is done to the inputs is a `Change`.
+A `Task` is a teacher's MLP with rows for training, validation and test: a problem for `study`. A `Spec` is a kind of
+student, `distil` trains it at the learning rate that is best on validation rows, and `gain` compares dense and sparse
+students at equal cost. What is done to the inputs is a `Change`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from helpers import settings
+from helpers import kept, settings
 from helpers.dictionary import RankOneDictionary, dense_mlp, secret_moe
 from helpers.models.activations import ActivationStore, Moments
 from helpers.models.teachers import Teacher
-from helpers.study.scores import Comparison, Evaluation, by_group, compared, crossed_interval, evaluate
-from helpers.training import Fit, Shuffled, fit
+from helpers.settings import CacheDir, allowed, one_of
+from helpers.study import study
+from helpers.study.scores import Comparison, Sums, Totals, by_group, evaluate
+from helpers.study.study import Arm, Judged, Outcome
+from helpers.training import Shuffled
 from helpers.training.remedies import Balance
 
 ROWS = 8192
@@ -86,16 +88,14 @@ def recoloured(moments: Moments, seed: int = 0) -> Change:
 
 def without_top(moments: Moments, count: int) -> Change:
     """The `count` principal directions of largest variance removed: along them every row is at the mean."""
-    if not 0 <= count < len(moments.mean):
-        raise ValueError(f"count={count} directions cannot go; allowed: 0 to {len(moments.mean) - 1}")
+    allowed(0 <= count < len(moments.mean), f"count={count} directions", f"0 to {len(moments.mean) - 1}")
     top = _spectrum(moments)[1][:, len(moments.mean) - count :]
     return Change(f"without_top({count})", lambda rows, generator: rows - (rows - moments.mean.float()) @ top @ top.T)
 
 
 def with_padding(row: Float[Tensor, " d"], share: float) -> Change:
     """A share of the rows, chosen at random, replaced by one padding row."""
-    if not 0 <= share < 1:
-        raise ValueError(f"share={share} is not a share of padding; allowed: 0 up to below 1")
+    allowed(0 <= share < 1, f"share={share} of padding", "0 up to below 1")
 
     def apply(rows: Tensor, generator: torch.Generator) -> Tensor:
         lost = torch.randperm(len(rows), generator=generator)[: round(share * len(rows))]
@@ -112,6 +112,13 @@ def _spectrum(moments: Moments) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d
 
 # -- the task ----------------------------------------------------------------------------------------------------------
 
+COSTS = {
+    "neurons": lambda student: student.active_neurons,
+    "multiply_adds": lambda student: student.multiply_adds,
+    "parameters": lambda student: student.n_parameters,
+}
+"""What two students may have equal when their errors are compared."""
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -124,7 +131,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Task:
-    """What a student learns and is judged by. `fingerprint` names all that determines the training rows.
+    """What students learn and are judged by: a problem for `study`.
 
     Outputs are the MLP's divided by `scale`: FVU does not depend on it, but where training starts does.
     """
@@ -133,12 +140,34 @@ class Task:
     train: Pairs
     validation: Pairs
     test: Pairs
-    fingerprint: str
+    steps: int
+    batch_size: int
     scale: float = 1.0
 
     @property
     def widths(self) -> tuple[int, int]:
         return self.train.inputs.shape[1], self.train.outputs.shape[1]
+
+    @cached_property
+    def asked(self) -> list:
+        """All that determines results: for keys."""
+        splits = (self.train, self.validation, self.test)
+        rows = kept.digest(*(part for each in splits for part in (each.inputs, each.outputs, each.group)))
+        return [rows, self.steps, self.batch_size]
+
+    def stream(self, seed: int, device: torch.device) -> Shuffled:
+        """A seed is an order of the batches, the same for every kind of student."""
+        about = {"batch_size": self.batch_size, "seed": seed, "device": device, "fingerprint": self.asked[0]}
+        return Shuffled(self.train.inputs, self.train.outputs, **about)
+
+    def judge(self, student: RankOneDictionary, seed: int) -> Judged:
+        """FVU on validation rows, sums over the rows of each test article, and what the student costs."""
+        validation, test = (evaluate(student, each.inputs, each.outputs) for each in (self.validation, self.test))
+        parts = {"errors": test.squared_error, "norms": test.squared_norm}
+        sums = {column: by_group(values, self.test.group) for column, values in parts.items()}
+        about = {name: cost(student) for name, cost in COSTS.items()}
+        about |= {name: getattr(test, name) if student.k else None for name in ("dead", "largest_rate")}
+        return Judged(sums, {"fvu": validation.fvu}, about)
 
 
 def task(
@@ -147,9 +176,11 @@ def task(
     stores: Mapping[str, ActivationStore],
     change: Change = REAL,
     *,
+    steps: int,
+    batch_size: int,
     judged_on: Change | None = None,
     scaled: bool = True,
-    cache_dir: str | Path | None = None,
+    cache_dir: CacheDir = None,
 ) -> Task:
     """The MLP's inputs, changed, with what the MLP itself returns for them: computed once, for every student.
 
@@ -162,37 +193,20 @@ def task(
         scaled: divide outputs by the standard deviation of the training ones (one number, the root of their mean
             variance over dimensions), so that a student with PyTorch's usual start begins with outputs of their size.
     """
-    if missing := {"train", "validation", "test"} - set(stores):
-        raise ValueError(f"stores has no {', '.join(sorted(missing))}; allowed: train, validation and test")
-    folder, splits = settings.cache_dir(cache_dir) / "targets", {}
+    missing = {"train", "validation", "test"} - set(stores)
+    allowed(not missing, f"stores has no {', '.join(sorted(missing))}", "train, validation and test")
+    splits = {}
     for number, split in enumerate(("train", "validation", "test")):
         how = change if split == "train" or judged_on is None else judged_on
-        store, seed = stores[split], 1000 + number
-        inputs = how.apply(store.tensor("mlp_in"), settings.generator(seed))
-        name = hashlib.sha256(f"{store.key} {how.name} {seed}".encode()).hexdigest()[:24]
-        outputs = _kept(folder / f"{name}.npy", partial(outputs_of, teacher.mlp(layer), inputs), inputs)
+        inputs = how.apply(stores[split].tensor("mlp_in"), settings.generator(1000 + number))
+        make = partial(outputs_of, teacher.mlp(layer), inputs)
+        outputs = kept.keep("targets", [stores[split].key, inputs], make, cache_dir=cache_dir)
         if split == "train":
             scale = float(outputs.var(0).mean()) ** 0.5 if scaled else 1.0
-        splits[split] = Pairs(inputs, outputs.div_(scale), torch.from_numpy(np.array(store.article, np.int64)))
+        articles = torch.from_numpy(np.array(stores[split].article, np.int64))
+        splits[split] = Pairs(inputs, outputs.div_(scale), articles)
     name = change.name if scaled else f"{change.name}, unscaled"
-    return Task(name, **splits, fingerprint=f"{name} of {stores['train'].key}", scale=scale)
-
-
-def _kept(path: Path, make: Callable[[], Tensor], inputs: Tensor) -> Float[Tensor, "n d_out"]:
-    """The rows of a file that is made when it is not there, or when it belongs to other inputs."""
-    mark = hashlib.sha256(inputs[:: max(1, len(inputs) // 64)].contiguous().numpy().tobytes()).hexdigest()
-    about = path.with_suffix(".txt")
-    if not (path.is_file() and about.is_file() and about.read_text() == mark):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}.npy")
-        try:
-            np.save(aside, make().numpy())
-            about.unlink(missing_ok=True)
-            os.replace(aside, path)
-            about.write_text(mark)
-        finally:
-            aside.unlink(missing_ok=True)
-    return torch.from_numpy(np.load(path))
+    return Task(name, **splits, steps=steps, batch_size=batch_size, scale=scale)
 
 
 @torch.no_grad()
@@ -224,13 +238,10 @@ class Spec:
     balance: Balance = field(default_factory=Balance)
 
     def __post_init__(self):
-        if self.active < 1 or self.experts < 0:
-            raise ValueError(f"active={self.active}, experts={self.experts}; allowed: at least 1 and at least 0")
-        if self.experts and not 1 <= self.k <= self.experts:
-            raise ValueError(
-                f"shared={self.shared} of active={self.active} leaves k={self.k} of experts={self.experts} to choose; "
-                f"allowed: 1 to {self.experts}"
-            )
+        given = f"active={self.active}, experts={self.experts}"
+        allowed(self.active >= 1 and self.experts >= 0, given, "at least 1 and at least 0")
+        fits = not self.experts or 1 <= self.k <= self.experts
+        allowed(fits, f"{given}, shared={self.shared} leave k={self.k} to choose", f"1 to {self.experts}")
 
     @property
     def k(self) -> int:
@@ -248,247 +259,186 @@ class Spec:
     def build(self, d_in: int, d_out: int, generator: torch.Generator) -> RankOneDictionary:
         if not self.experts:
             return dense_mlp(d_in, d_out, self.active, generator=generator)
-        return secret_moe(
-            d_in,
-            d_out,
-            self.experts,
-            self.k,
-            generator=generator,
-            router_rank=self.router_rank,
-            shared_neurons=self.active - self.k,
-            selection_bias=self.balance.needs_bias,
-        )
+        options = {"router_rank": self.router_rank, "selection_bias": self.balance.needs_bias}
+        shared = self.active - self.k
+        return secret_moe(d_in, d_out, self.experts, self.k, generator=generator, shared_neurons=shared, **options)
 
-
-@dataclass(frozen=True)
-class Distilled:
-    """One trained student. `errors` and `norms` are sums over the test rows of each article (`by_group`)."""
-
-    spec: Spec
-    seed: int
-    lr: float
-    fit: Fit
-    test: Evaluation
-    errors: Float[np.ndarray, " articles"]
-    norms: Float[np.ndarray, " articles"]
-
-    @property
-    def fvu(self) -> float:
-        return self.test.fvu
+    def __call__(self, problem: Task, seed: int) -> RankOneDictionary:
+        """The untrained student, as an arm of a study builds it."""
+        return self.build(*problem.widths, settings.generator(seed))
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Students of one kind on one task: one for each seed. For every learning rate that was tried with the first seed,
-    its FVU on validation rows, its FVU on test rows (which choose nothing) and its curve (steps, training loss)."""
+    """Students of one kind on one task: `outcomes`, one for each seed, at the best of the learning rates that were
+    `tried` with the first seed. Of those the validation rows chose; their FVU on test rows is there to be shown."""
 
     task: str
     spec: Spec
-    students: list[Distilled]
-    validation: dict[float, float]
-    on_test: dict[float, float]
-    curves: dict[float, tuple[list[int], list[float]]]
+    tried: dict[float, Outcome]
+    outcomes: list[Outcome]
 
     @property
-    def lr(self) -> float:
-        return min(self.validation, key=self.validation.get)
-
-    @property
-    def fvu(self) -> float:
-        """Mean over seeds of the test FVU."""
-        return float(np.mean([student.fvu for student in self.students]))
-
-    def interval(self, **bootstrap) -> tuple[float, float]:
-        """95 % interval of `fvu`, resampling seeds and articles."""
-        both = np.stack([self.errors, np.broadcast_to(self.norms, self.errors.shape)], axis=-1)
-        return crossed_interval(both, lambda sums: sums[..., 0].sum() / sums[..., 1].sum(), **bootstrap)
-
-    @property
-    def errors(self) -> Float[np.ndarray, "seeds articles"]:
-        return np.stack([student.errors for student in self.students])
-
-    @property
-    def norms(self) -> Float[np.ndarray, " articles"]:
-        return self.students[0].norms
+    def fvu(self) -> Comparison:
+        """On test rows: mean over seeds, with an interval that resamples seeds and articles."""
+        return errors_of(self).fvu(0)
 
     def row(self) -> dict[str, object]:
         """The point as a reader's table and a results file have it: settings, FVU of every seed, costs."""
-        student = self.students[0].fit.student
-        tests = [s.test for s in self.students]
+        spec, first, fvu = self.spec, self.outcomes[0], self.fvu
         return {
             "inputs": self.task,
-            "student": self.spec.label,
-            "active": self.spec.active,
-            "experts": self.spec.experts,
-            "k": self.spec.k,
-            "router_rank": self.spec.router_rank if self.spec.experts else None,
-            "balance": type(self.spec.balance).__name__,
-            "lr": self.lr,
-            "validation": {f"{lr:g}": value for lr, value in self.validation.items()},
-            "on_test": {f"{lr:g}": value for lr, value in self.on_test.items()},
-            "seeds": [s.seed for s in self.students],
-            "fvu": [test.fvu for test in tests],
-            "ci": self.interval(),
-            "dead": [test.dead if self.spec.experts else None for test in tests],
-            "largest_rate": [test.largest_rate if self.spec.experts else None for test in tests],
-            "multiply_adds": student.multiply_adds,
-            "parameters": student.n_parameters,
-            "steps": self.students[0].fit.steps[-1] + 1,
-            "seconds": [round(s.fit.seconds, 1) for s in self.students],
+            "student": spec.label,
+            "active": spec.active,
+            "experts": spec.experts,
+            "k": spec.k,
+            "router_rank": spec.router_rank if spec.experts else None,
+            "balance": type(spec.balance).__name__,
+            "lr": first.arm.lr,
+            "validation": {f"{lr:g}": each.validation["fvu"] for lr, each in self.tried.items()},
+            "on_test": {f"{lr:g}": each.fvu for lr, each in self.tried.items()},
+            "seeds": [each.seed for each in self.outcomes],
+            "fvu": fvu.by_seed,
+            "ci": fvu.ci,
+            "dead": [each.about["dead"] for each in self.outcomes],
+            "largest_rate": [each.about["largest_rate"] for each in self.outcomes],
+            "multiply_adds": first.about["multiply_adds"],
+            "parameters": first.about["parameters"],
+            "steps": first.curve[0][-1] + 1,
+            "seconds": [round(each.seconds, 1) for each in self.outcomes],
         }
 
 
 def distil(
-    given: Task,
-    spec: Spec,
-    *,
-    lrs: Sequence[float],
-    seeds: Sequence[int],
-    steps: int,
-    batch_size: int = 1024,
-    device: str | torch.device = "cpu",
-    cache_dir: str | Path | None | Literal[False] = None,
-    **recipe,
+    given: Task, spec: Spec, *, lrs: Sequence[float], seeds: Sequence[int], recipe: Mapping | None = None, **options
 ) -> Distillation:
-    """Train students of one kind: every learning rate with the first seed, then the one that is best on the
-    validation rows with the other seeds. The test rows are looked at only after that.
-
-    The first seed's students train over one stream of batches; a seed is a start and an order of the batches, the
-    same order for every kind of student. Finished runs are loaded (see `training.fit`), so a grid that was
-    interrupted goes on.
+    """Students of one kind: every learning rate with the first seed, then the one that is best on the validation rows
+    with the other seeds. Finished runs are loaded, so a grid that was interrupted goes on.
 
     Args:
         recipe: further arguments of `training.fit`, such as `schedule`, `warmup` or `autocast`.
+        options: of `study.run`: `device`, `cache_dir`.
     """
-    if not lrs or not seeds:
-        raise ValueError(f"lrs={list(lrs)}, seeds={list(seeds)}; allowed: at least one of each")
-    run = partial(train, given, spec, steps=steps, batch_size=batch_size, device=device, cache_dir=cache_dir, **recipe)
-    first = run(lrs, seeds[0])
-    validation = {lr: judge(given, "validation", fit.student).fvu for lr, fit in first.items()}
-    best = min(validation, key=validation.get)
-    fits = {seeds[0]: first[best]} | {seed: run([best], seed)[best] for seed in seeds[1:]}
-    students = [judged(given, spec, seed, best, trained) for seed, trained in fits.items()]
-    on_test = {lr: judge(given, "test", fit.student).fvu for lr, fit in first.items()}
-    curves = {lr: (each.steps, each.loss) for lr, each in first.items()}
-    return Distillation(given.name, spec, students, validation, on_test, curves)
-
-
-def train(
-    given: Task, spec: Spec, lrs: Sequence[float], seed: int, *, steps, batch_size, device, cache_dir, **recipe
-) -> dict[float, Fit]:
-    """One student for each learning rate, from one start, over one stream of batches."""
-    students = {
-        f"{lr:g}": spec.build(*given.widths, settings.generator(seed)).to(device) for lr in lrs
-    }  # each lr starts alike
-    # matrix products in bfloat16 where there are units for them, float32 parameters and sums everywhere
-    recipe.setdefault("autocast", torch.bfloat16 if torch.device(device).type == "cuda" else None)
-    pairs = given.train
-    stream = Shuffled(
-        pairs.inputs, pairs.outputs, batch_size=batch_size, seed=seed, device=device, fingerprint=given.fingerprint
-    )
-    fits = fit(
-        students, stream, steps=steps, lr={f"{lr:g}": lr for lr in lrs}, balance=spec.balance, cache_dir=cache_dir,
-        label=f"{given.name}: {spec.label}, seed {seed}", **recipe,
-    )  # fmt: skip
-    return {lr: fits[f"{lr:g}"] for lr in lrs}
-
-
-def judged(given: Task, spec: Spec, seed: int, lr: float, trained: Fit) -> Distilled:
-    """A trained student with its errors on the test rows."""
-    test, groups = judge(given, "test", trained.student), given.test.group
-    sums = (by_group(part, groups) for part in (test.squared_error, test.squared_norm))
-    return Distilled(spec, seed, lr, trained, test, *sums)
-
-
-def judge(given: Task, split: str, student: RankOneDictionary) -> Evaluation:
-    """A student on the rows of `split`."""
-    pairs = getattr(given, split)
-    return evaluate(student, pairs.inputs, pairs.outputs)
+    allowed(bool(lrs) and bool(seeds), f"lrs={list(lrs)}, seeds={list(seeds)}", "at least one of each")
+    arm = Arm(f"{given.name}: {spec.label}", spec, spec.balance, recipe=recipe or {})
+    options |= {"workers": 1}  # in this process, which holds the rows
+    tried = study.tune(given, [arm], lrs, seeds[0], together=len(lrs), **options)[arm.name]
+    best = replace(arm, lr=study.choose(tried))
+    others = study.study(given, [best], seeds[1:], **options)[arm.name] if seeds[1:] else []
+    return Distillation(given.name, spec, tried, [tried[best.lr], *others])
 
 
 # -- what sparsity gains -----------------------------------------------------------------------------------------------
 
-COSTS = {
-    "neurons": lambda student: student.active_neurons,
-    "multiply_adds": lambda student: student.multiply_adds,
-    "parameters": lambda student: student.n_parameters,
-}
-"""What two students may have equal when their errors are compared."""
+
+def errors_of(*students: Distillation) -> Sums:
+    """Test errors by seed and article, a cell for each place among `students`. Where inputs are Gaussian, an "article"
+    is the rows that stand in for its own."""
+    return study.sums({place: each.outcomes for place, each in enumerate(students)})
 
 
-@dataclass(frozen=True)
-class Gain(Comparison):
-    """FVU of a dense student over FVU of a sparse one of the same cost; `width` is the dense student's."""
+def ratio(over: Distillation, under: Distillation) -> Comparison:
+    """FVU of the first students over FVU of the second, in pairs. Raises `ValueError` where tasks differ."""
+    allowed(over.task == under.task, f"students are of tasks {over.task!r} and {under.task!r}", "one task")
+    return errors_of(over, under).ratio(0, 1)
 
-    width: float
+
+def dense_alike(
+    dense: Sequence[Distillation], sparse: Distillation, equal: str = "neurons"
+) -> list[tuple[Distillation, float]]:
+    """The dense student that costs what the sparse one does, with share 1, or the next below and above, with shares by
+    which logarithms are read between them.
+
+    Raises `ValueError` where the sparse student costs less or more than every dense one, or tasks differ.
+    """
+    one_of("equal", equal, COSTS)
+    other = [each.task for each in dense if each.task != sparse.task]
+    allowed(not other, f"dense students are of task {other}", f"{sparse.task!r}, as the sparse ones")
+    dense = sorted(dense, key=lambda each: each.outcomes[0].about[equal])
+    costs = [each.outcomes[0].about[equal] for each in dense]
+    wanted = sparse.outcomes[0].about[equal]
+    given = f"{sparse.spec.label} has {wanted:,} {equal}"
+    allowed(costs[0] <= wanted <= costs[-1], given, f"{costs[0]:,} to {costs[-1]:,}, as dense")
+    place = float(np.interp(np.log(wanted), np.log(costs), range(len(dense))))
+    below, share = int(place), place % 1
+    return [(dense[below], 1 - share), *([(dense[below + 1], share)] if share else [])]
 
 
-def gain(dense: Sequence[Distillation], sparse: Distillation, equal: str = "neurons", **bootstrap) -> Gain:
+def dense_width(dense: Sequence[Distillation], sparse: Distillation, equal: str = "neurons") -> float:
+    """Neurons of the dense student that `gain` compares with."""
+    return math.prod(each.spec.active**share for each, share in dense_alike(dense, sparse, equal))
+
+
+def gain(dense: Sequence[Distillation], sparse: Distillation, equal: str = "neurons") -> Comparison:
     """How many times the sparse student's error a dense student of equal cost makes.
 
-    The dense student's error at that cost is that of the dense student that has it, or else interpolated, linearly in
-    logarithms, between the next below and above. The seeds are those that these were all trained with.
-
-    Raises:
-        ValueError: when the sparse student costs less or more than every dense one, or tasks differ.
+    Where no dense student costs exactly as much, its error is read between two that do not, linearly in logarithms.
+    Seeds are those that these were all trained with. Raises `ValueError` as `dense_alike` does.
     """
-    errors, ratio, width, _ = _compared(dense, sparse, equal)
-    return _gain(errors, ratio, width, bootstrap)
+    return contrast([dense], [sparse], equal)
 
 
 def contrast(
-    dense: Sequence[Sequence[Distillation]], sparse: Sequence[Distillation], equal: str = "neurons", **bootstrap
-) -> Gain:
+    dense: Sequence[Sequence[Distillation]], sparse: Sequence[Distillation], equal: str = "neurons"
+) -> Comparison:
     """The gain on the first task over the gain on the second, as `dense` and `sparse` are given: two tasks in turn.
 
-    Seeds (those that all have) and articles are resampled together for both; a Gaussian's "articles" are the rows that
-    stand in their places.
+    Seeds (those that all have) and articles are resampled together for both.
     """
-    parts = [_compared(d, s, equal) for d, s in zip(dense, sparse, strict=True)]
-    (one, first, width, here), (two, second, _, there) = parts
-    cut, both_have = one.shape[-1], sorted({*here} & {*there})
-    both = np.concatenate([one[[here.index(i) for i in both_have]], two[[there.index(i) for i in both_have]]], axis=-1)
-    return _gain(both, lambda errors: first(errors[..., :cut]) / second(errors[..., cut:]), width, bootstrap)
+    sides = [(dense_alike(d, s, equal), s) for d, s in zip(dense, sparse, strict=True)]
+    powers = []
+    for (alike, ours), sign in zip(sides, (1, -1), strict=False):
+        powers += [(each, sign * share) for each, share in alike] + [(ours, -sign)]
+    students, exponents = zip(*powers, strict=True)
+
+    def product(*cells: Totals) -> float:
+        return math.prod(cell.fvu**power for cell, power in zip(cells, exponents, strict=True))
+
+    return errors_of(*students).compare(product)
 
 
-def _common(students: Sequence[Distillation]) -> list[int]:
-    """The seeds that all of them were trained with."""
-    common = set.intersection(*({student.seed for student in each.students} for each in students))
-    if not common:
-        raise ValueError(f"no seed is common to {[each.spec.label for each in students]}; allowed: at least one")
-    return sorted(common)
+def settled(outcomes: Sequence[Outcome], share: float = 0.1) -> Comparison:
+    """Training loss in the middle of a run over that at its end, for runs of one length with several seeds.
+
+    Each is the mean over a window of `share` of the run, the middle one centred on half. The interval resamples runs
+    and logged batches. Rows of a training batch are not held out: the loss is FVU on rows of which some are known.
+    """
+    total = len(outcomes[0].curve[1])
+    width = round(share * total)
+    given = f"share={share} of {total} logged steps is {width}"
+    allowed(width >= 2 and 0 < share <= 0.5, given, "at least 2, and at most half")
+    starts = {"middle": (total - width) // 2, "end": total - width}
+    cells = {
+        name: {each.seed: {"loss": np.array(each.curve[1][start : start + width])} for each in outcomes}
+        for name, start in starts.items()
+    }
+    found = Sums(cells).compare(lambda middle, end: middle.total("loss") / end.total("loss"), *cells)
+    return replace(found, n=width)
 
 
-def _gain(errors: np.ndarray, ratio: Callable[[np.ndarray], float], width: float, bootstrap: dict) -> Gain:
-    return Gain(**vars(compared(errors, ratio, **bootstrap)), width=width)
+# -- what an expert responds to ----------------------------------------------------------------------------------------
 
 
-def _compared(dense: Sequence[Distillation], sparse: Distillation, equal: str):
-    """Errors [seeds, articles, dense students and the sparse one], their ratio at equal cost, the dense width there,
-    and the seeds."""
-    if equal not in COSTS:
-        raise ValueError(f"equal={equal!r} is unknown; allowed: {', '.join(map(repr, COSTS))}")
-    dense = sorted(dense, key=lambda each: each.spec.active)
-    if any(each.task != sparse.task for each in dense):
-        raise ValueError(f"dense students are of task {dense[0].task!r}; allowed: {sparse.task!r}, as the sparse ones")
-    cost = COSTS[equal]
-    costs = [cost(each.students[0].fit.student) for each in dense]
-    wanted = cost(sparse.students[0].fit.student)
-    if not costs[0] <= wanted <= costs[-1]:
-        raise ValueError(
-            f"{sparse.spec.label} has {wanted:,} {equal}; allowed: {costs[0]:,} to {costs[-1]:,}, as dense"
-        )
-    below, above = max(c for c in costs if c <= wanted), min(c for c in costs if c >= wanted)
-    dense, costs = zip(*((each, c) for each, c in zip(dense, costs, strict=True) if c in (below, above)), strict=True)
-    seeds = _common([*dense, sparse])
-    errors = np.stack(
-        [[next(s.errors for s in each.students if s.seed == seed) for seed in seeds] for each in (*dense, sparse)],
-        axis=-1,
-    )  # [seeds, articles, students]
+@torch.no_grad()
+def strongest(
+    model: RankOneDictionary, inputs: Float[Tensor, "n d_in"], count: int, *, batch_size: int = 4096
+) -> list[Int[np.ndarray, " rows"]]:
+    """For each atom the rows of `inputs` on which its value is largest in size, the strongest first; at most `count`,
+    fewer where it fires on fewer."""
+    allowed(count >= 1, f"count={count}", "at least 1")
+    where, rows, atoms, sizes = next(model.parameters()), [], [], []
+    for start in range(0, len(inputs), batch_size):
+        codes = model.encode(inputs[start : start + batch_size].to(where.device, where.dtype))
+        row, place = codes.fires.nonzero(as_tuple=True)
+        rows.append((row + start).cpu())
+        atoms.append(codes.indices[row, place].cpu())
+        sizes.append(codes.values[row, place].abs().cpu())
+    row, atom, size = (torch.cat(parts).numpy() for parts in (rows, atoms, sizes))
+    order = np.lexsort((-size, atom))
+    starts = np.searchsorted(atom[order], np.arange(model.n_atoms + 1))
+    return [row[order[a : min(b, a + count)]] for a, b in itertools.pairwise(starts)]
 
-    def ratio(some: np.ndarray) -> float:
-        *wide, ours = some.sum((0, 1))
-        return float(np.exp(np.interp(np.log(wanted), np.log(costs), np.log(wide))) / ours)
 
-    widths = np.log([each.spec.active for each in dense])
-    return errors, ratio, float(np.exp(np.interp(np.log(wanted), np.log(costs), widths))), seeds
+def concentration(rows: Sequence[Int[np.ndarray, " _"]], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " a"]:
+    """For each list of rows, the share of its commonest label (token, article)."""
+    return np.array([np.unique(labels[some], return_counts=True)[1].max() / len(some) for some in rows])

@@ -6,22 +6,17 @@ The Switch loss (`remedies.Switch`) acts on a dictionary through one matrix, its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from helpers import settings
-from helpers.parts import known_truth
-from helpers.parts.known_truth import Outcome, Problem, Setting
 from helpers.parts.worlds import random_atoms
-from helpers.study.scores import evaluate, recovery
+from helpers.settings import allowed, one_of
 from helpers.training.remedies import Balance, Moment, load_shares
 
 PLACES = ("scores", "encoder", "rows", "bias", "b_dec")
@@ -56,15 +51,24 @@ class Pinned(Balance):
         load: whose load is balanced. "permuted": the batch's loads in a new random order at every step. "random": the
             loads that a fixed random dictionary of the same n and k has on the same batch.
         seed: of the permutations and of the random dictionary.
+
+    Raises `ValueError` for alpha or temperature not above 0, and for acts_on, half or load that is not one of those.
     """
 
     alpha: float = 0.1
     temperature: float = 1.0
-    acts_on: Literal["scores", "encoder", "rows", "bias", "b_dec"] = "scores"
-    half: Literal["both", "lift", "push"] = "both"
-    load: Literal["own", "permuted", "random"] = "own"
+    acts_on: str = "scores"
+    half: str = "both"
+    load: str = "own"
     seed: int = 0
     needs_scores: ClassVar[bool] = True
+
+    def __post_init__(self):
+        allowed(self.alpha > 0, f"alpha={self.alpha} cannot act", "above 0")
+        allowed(self.temperature > 0, f"temperature={self.temperature} cannot act", "above 0")
+        one_of("acts_on", self.acts_on, PLACES)
+        one_of("half", self.half, HALVES)
+        one_of("load", self.load, LOADS)
 
     def loss(self, now: Moment) -> Tensor:
         force = pull(now.trace.scores.detach(), self.balanced(now), self.alpha, self.temperature)
@@ -103,59 +107,3 @@ class Pinned(Balance):
 @lru_cache(maxsize=16)
 def _random_rows(n: int, d: int, seed: int) -> Float[Tensor, "n d"]:
     return random_atoms(n, d, settings.generator(seed))
-
-
-def pinned(
-    alpha: float = 0.1,
-    temperature: float = 1.0,
-    *,
-    acts_on: str = "scores",
-    half: str = "both",
-    load: str = "own",
-    seed: int = 0,
-) -> Pinned:
-    """The Switch loss with part of its gradient held back, or with other loads; see `Pinned`.
-
-    Raises `ValueError` for alpha or temperature not above 0, and for acts_on, half or load that is not one of those.
-    """
-    for name, value in {"alpha": alpha, "temperature": temperature}.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value} cannot act; allowed: above 0")
-    for name, value, allowed in (("acts_on", acts_on, PLACES), ("half", half, HALVES), ("load", load, LOADS)):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is unknown; allowed: {', '.join(map(repr, allowed))}")
-    return Pinned(alpha, temperature, acts_on, half, load, seed)
-
-
-# -- what a run looked like --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A trained student: its `Outcome`, and what the outcome averages over.
-
-    `rates` are the features' firing rates on the test rows; `true_rates` the rates at which the world's features fire
-    and `cosines` each one's best cosine over the live learned features, both in the world's order.
-    """
-
-    outcome: Outcome
-    rates: Float[np.ndarray, " n_features"]
-    true_rates: Float[np.ndarray, " n_true"]
-    cosines: Float[np.ndarray, " n_true"]
-
-
-def watch(
-    problem: Problem,
-    seed: int,
-    given: Mapping[str, Setting],
-    cache_dir: str | Path | None | Literal[False] = None,
-    **recipe,
-) -> dict[str, Seen]:
-    """`known_truth.trial` with a closer look: the same worlds, streams, students and outcomes."""
-    done, found = known_truth.train(problem, seed, given, cache_dir, **recipe), {}
-    for name, each in done.fits.items():
-        rates = evaluate(each.student, done.test).rates
-        match = recovery(each.student.decoder.weight.detach()[rates > 0], done.source.atoms)
-        told = (rates, done.source.rates, match.of_truth)
-        found[name] = Seen(done.judge(name), *(numbers.numpy() for numbers in told))
-    return found

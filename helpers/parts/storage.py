@@ -1,21 +1,18 @@
 """How much of a language model's loss a dictionary keeps for each number it stores, and what earns that.
 
-An `Arm` is a `language_model.Bench` whose dictionary has a shape of its own: packed atoms on a mask, dense atoms in
-fewer columns, atoms that were dense and then pruned. `trial` trains one and measures on held-out articles what the
-model loses with its reconstructions, by the encoder and by matching pursuit on the same decoder. `compare` turns
-several trials into one number with an interval over seeds and articles.
+`Shape` builds a dictionary: packed atoms on a mask, dense atoms in fewer columns, atoms pruned from dense ones.
+`Spliced` is the `study.Problem`: it measures on held-out articles what the model loses with a dictionary's
+reconstructions, by the encoder and by matching pursuit on the same decoder.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -25,46 +22,39 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import kept, settings
+from helpers import settings
 from helpers.dictionary import Packed, RankOneDictionary, Rows, expander_sae, save_packed, topk_sae
-from helpers.dictionary.pursuit import least_squares, omp
-from helpers.models import activations, teachers
-from helpers.models.teachers import Splice
-from helpers.parts import language_model
-from helpers.parts.distilling import Distillation, Spec
-from helpers.parts.known_truth import Setting
-from helpers.parts.language_model import Bench
+from helpers.parts.distilling import Spec
+from helpers.parts.language_model import SiteRows
 from helpers.parts.masks import clustered, informed, left_regular
-from helpers.study.scores import Comparison, by_group, ce_recovered, compared, evaluate
-from helpers.study.sweep import sweep
-from helpers.training import Fit
+from helpers.parts.splicing import WAYS, Passage, reconstructions
+from helpers.settings import allowed, one_of
+from helpers.study.scores import Sums, by_group
+from helpers.study.study import Arm, Judged, Outcome
 from helpers.training.remedies import AuxK, Balance, Resample
 
-FORMAT = 1
-"""Version of what `trial` keeps: raise it when the same cell gives other numbers."""
 CLIP = 1.0
 """Largest norm of a step's gradient, as in paper B's training."""
 SAMPLES = 8192
 """Training rows that an informed mask and an adaptive degree look at."""
 WIDEST = 4
 """An adaptive atom gets at most this many times the mean degree."""
-
 FEWEST_ARTICLES = 5
 """A loss on fewer articles than these gets no interval that a verdict could rest on."""
 
-WAYS = ("encoder", "solved", "pursuit")
-"""How codes are found: the encoder's; its atoms with least-squares coefficients; matching pursuit's atoms."""
-SPLICED = ("encoder", "pursuit")
-"""Ways whose reconstructions are put into the model; the other one is judged by its error alone."""
+NATS = {"encoder": "nats", "pursuit": "pursuit_nats"}
+"""Ways whose reconstructions are put into the model, and the columns of its loss; others are judged by error alone."""
 
 
 # -- the dictionaries --------------------------------------------------------------------------------------------------
 
-MASKS: dict[str, Callable[[Arm, torch.Generator], Tensor]] = {
-    "expander": lambda arm, random: left_regular(arm.n_features, arm.width, arm.degree, random),
-    "clustered": lambda arm, random: clustered(arm.n_features, arm.width, arm.degree, random),
-    "released": lambda arm, random: clustered(arm.n_features, arm.width, arm.degree, random, every_row=False),
-    "informed": lambda arm, random: informed(arm.some(random), arm.n_features, arm.degree, random),
+MASKS: dict[str, Callable[[Shape, SiteRows, torch.Generator], Tensor]] = {
+    "expander": lambda own, problem, random: left_regular(own.n_features, problem.d_model, own.degree, random),
+    "clustered": lambda own, problem, random: clustered(own.n_features, problem.d_model, own.degree, random),
+    "released": lambda own, problem, random: clustered(
+        own.n_features, problem.d_model, own.degree, random, every_row=False
+    ),
+    "informed": lambda own, problem, random: informed(samples(problem, random), own.n_features, own.degree, random),
 }
 """Masks by name: uniform; blocks that reach all rows; blocks as released, which do not; rows large together in data."""
 
@@ -75,8 +65,9 @@ SHAPES = ("dense", "untied", "low-rank", "packed encoder", *MASKS, *PHASES)
 
 
 @dataclass(frozen=True)
-class Arm(Bench):
-    """Rows of a site, and a dictionary of some shape that learns them.
+class Shape:
+    """Builds the dictionary of an `Arm` before its (last) phase of training, with b_dec at the mean: a seed starts all
+    of a kind from the same atoms.
 
     Args:
         shape: in `SHAPES`. "dense" is tied; "low-rank" and "packed encoder" have a dense decoder and an encoder of its
@@ -84,68 +75,68 @@ class Arm(Bench):
         degree: numbers of an atom; None for dense and untied ones.
     """
 
+    n_features: int
+    k: int
     shape: str = "dense"
     degree: int | None = None
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape={self.shape!r} is unknown; allowed: {', '.join(map(repr, SHAPES))}")
-        if (self.degree is None) != (self.shape in ("dense", "untied")):
-            raise ValueError(f"degree={self.degree} with shape={self.shape!r}; allowed: a number unless it is dense")
+        one_of("shape", self.shape, SHAPES)
+        dense = self.shape in ("dense", "untied")
+        allowed(
+            (self.degree is None) == dense,
+            f"degree={self.degree} with shape={self.shape!r}",
+            "a number unless it is dense",
+        )
 
-    @property
-    def width(self) -> int:
-        """Length m of the rows and atoms."""
-        return len(self.mean)
-
-    @property
-    def first_steps(self) -> int:
-        """Steps that train what this dictionary is made from."""
-        return round(PHASES.get(self.shape, 0) * self.steps)
-
-    def some(self, random: torch.Generator) -> Float[Tensor, "rows m"]:
-        """Some training rows, divided."""
-        pick = torch.randperm(len(self.store("train")), generator=random)[:SAMPLES].sort().values.numpy()
-        return self.store("train").tensor(self.site, pick) / self.scale
-
-    def student(
-        self,
-        setting: Setting,
-        seed: int,
-        device: str | torch.device = "cpu",
-        cache_dir: str | Path | None | Literal[False] = None,
-    ) -> RankOneDictionary:
-        """The dictionary before its (last) phase of training; a seed starts all of a kind from the same atoms."""
+    def __call__(self, problem: SiteRows, seed: int, begun: RankOneDictionary | None = None) -> RankOneDictionary:
+        """`begun`: what a shape of two phases is made from, trained (see `first`)."""
         random = settings.generator(seed)
-        about = {"generator": random, "b_dec": self.mean if setting.centred else None, "activation": "identity"}
-        about["selection_bias"] = setting.balance.needs_bias
-        if self.shape in ("dense", "untied"):
-            sae = topk_sae(self.width, self.n_features, self.k, tied=self.shape == "dense", **about)
-        elif self.shape in MASKS:
-            rows = MASKS[self.shape](self, random)
-            sae = expander_sae(rows, self.width, self.k, **about)
-        elif self.shape in PHASES:
-            begun = train(self.first, setting, seed, device=device, cache_dir=cache_dir).student.cpu()
-            sae = pruned(begun, self.degree) if self.shape == "pruned" else adapted(begun, self.some(random), random)
-        else:
-            sae = _with_encoder(self, topk_sae(self.width, self.n_features, self.k, tied=False, **about), random)
-        return sae.to(device)
+        options = {"generator": random, "b_dec": problem.mean, "activation": "identity"}
+        if self.shape == "pruned":
+            return pruned(begun, self.degree)
+        if self.shape == "adaptive":
+            return adapted(begun, samples(problem, random), random)
+        if self.shape in MASKS:
+            return expander_sae(MASKS[self.shape](self, problem, random), problem.d_model, self.k, **options)
+        sae = topk_sae(problem.d_model, self.n_features, self.k, tied=self.shape == "dense", **options)
+        return sae if self.shape in ("dense", "untied") else self._with_encoder(sae, random)
 
     @property
-    def first(self) -> Arm:
+    def first(self) -> Shape:
         """What a dictionary of two phases is made from."""
         shape, degree = ("dense", None) if self.shape == "pruned" else ("expander", self.degree)
-        return replace(self, shape=shape, degree=degree, steps=self.first_steps)
+        return replace(self, shape=shape, degree=degree)
+
+    def _with_encoder(self, sae: RankOneDictionary, random: torch.Generator) -> RankOneDictionary:
+        """The untied SAE with a smaller encoder that starts as near to the decoder as it can."""
+        atoms, bias = sae.decoder.weight.detach(), sae.encoder.bias.detach()
+        n, width = atoms.shape
+        if self.shape == "packed encoder":
+            rows = left_regular(n, width, self.degree, random)
+            encoder = Packed(atoms.gather(1, rows), rows, width, bias)
+        else:
+            rank = self.degree * n // (n + width)
+            left, sizes, right = torch.linalg.svd(atoms, full_matrices=False)
+            roots = sizes[:rank].sqrt()
+            encoder = Rows(left[:, :rank] * roots, bias, down=roots[:, None] * right[:rank])
+        options = {"activation": sae.activation, "unit_norm": True}
+        return RankOneDictionary(encoder, Rows(atoms), k=self.k, b_in=sae.b_out, b_out=sae.b_out, **options)
 
 
-def equal_values(arm: Arm, shape: str = "dense") -> Arm:
-    """Dense atoms, as many as have together the numbers of `arm`'s: ⌊degree·n/m⌋, or half as many if untied, whose
-    encoder counts. Raises `ValueError` where that leaves fewer than k."""
-    n = arm.degree * arm.n_features // (arm.width * (2 if shape == "untied" else 1))
-    if n < arm.k:
-        raise ValueError(f"degree={arm.degree} leaves n={n} atoms of full length; allowed: at least k={arm.k}")
-    return replace(arm, shape=shape, degree=None, n_features=n)
+def samples(problem: SiteRows, random: torch.Generator) -> Float[Tensor, "rows d_model"]:
+    """Some training rows, divided."""
+    store = problem.store("train")
+    pick = torch.randperm(len(store), generator=random)[:SAMPLES].sort().values.numpy()
+    return store.tensor(problem.site, pick) / problem.scale
+
+
+def equal_values(build: Shape, d_model: int, shape: str = "dense") -> Shape:
+    """Dense atoms, as many as have together the numbers of `build`'s: ⌊degree·n/d_model⌋, or half as many if untied,
+    whose encoder counts. Raises `ValueError` where that leaves fewer than k."""
+    n = build.degree * build.n_features // (d_model * (2 if shape == "untied" else 1))
+    allowed(n >= build.k, f"degree={build.degree} leaves n={n} atoms of full length", f"at least k={build.k}")
+    return Shape(n, build.k, shape)
 
 
 def pruned(dense: RankOneDictionary, degree: int) -> RankOneDictionary:
@@ -200,7 +191,7 @@ def _packed_as(like: RankOneDictionary, values: Tensor, rows: Tensor, degrees: T
     """An expander SAE with these numbers and the biases of `like`."""
     sae = expander_sae(
         rows, like.d_in, like.k, generator=settings.generator(0), b_dec=like.b_out.detach(),
-        activation=like.activation, degrees=degrees, selection_bias=like.selection_bias is not None,
+        activation=like.activation, degrees=degrees,
     )  # fmt: skip
     sae.encoder.weight.copy_(values if degrees is None else values.masked_fill(sae.encoder._unused(), 0.0))
     sae.encoder.bias.copy_(like.encoder.bias)
@@ -208,291 +199,79 @@ def _packed_as(like: RankOneDictionary, values: Tensor, rows: Tensor, degrees: T
     return sae
 
 
-def _with_encoder(arm: Arm, sae: RankOneDictionary, random: torch.Generator) -> RankOneDictionary:
-    """The untied SAE with a smaller encoder that starts as near to the decoder as it can."""
-    atoms, bias = sae.decoder.weight.detach(), sae.encoder.bias.detach()
-    if arm.shape == "packed encoder":
-        rows = left_regular(arm.n_features, arm.width, arm.degree, random)
-        encoder = Packed(atoms.gather(1, rows), rows, arm.width, bias)
-    else:
-        rank = arm.degree * arm.n_features // (arm.n_features + arm.width)
-        left, sizes, right = torch.linalg.svd(atoms, full_matrices=False)
-        roots = sizes[:rank].sqrt()
-        encoder = Rows(left[:, :rank] * roots, bias, down=roots[:, None] * right[:rank])
-    options = {"activation": sae.activation, "unit_norm": True, "selection_bias": sae.selection_bias is not None}
-    return RankOneDictionary(encoder, Rows(atoms), k=arm.k, b_in=sae.b_out, b_out=sae.b_out, **options)
-
-
-def recipe(arm: Arm, times: int = 5) -> Balance:
+def recipe(build: Shape, steps: int, times: int = 5) -> Balance:
     """Paper B's resampling, `times` intervals in the run as in its 5000 steps, toward a residual ∝ squared error.
 
     A low-rank encoder has no row to resample, so both small encoders get AuxK in its place.
     """
-    if arm.shape in ("low-rank", "packed encoder"):
-        return AuxK(silent_for=max(1, arm.steps // 10))
-    return Resample(max(2, arm.steps // times), toward="residual", power=1.0)
+    if build.shape in ("low-rank", "packed encoder"):
+        return AuxK(silent_for=max(1, steps // 10))
+    return Resample(max(2, steps // times), toward="residual", power=1.0)
 
 
-def train(
-    arm: Arm,
-    setting: Setting,
-    seed: int,
-    *,
-    device: str | torch.device = "cpu",
-    cache_dir: str | Path | None | Literal[False] = None,
-) -> Fit:
-    """Train one arm, both phases where there are two, or load it from the cache where that was done before."""
-    second = arm.first_steps > 0
-    degree = "" if arm.degree is None else f" {arm.degree}"
-    done = language_model.train(
-        arm, setting, settings.mix(seed, 1) if second else seed, student=arm.student(setting, seed, device, cache_dir),
-        steps=arm.steps - arm.first_steps, clip=CLIP, log_every=max(1, arm.steps // 50), device=device,
-        cache_dir=cache_dir, label=f"{arm.shape}{degree}, n = {arm.n_features}, seed {seed}",
-    )  # fmt: skip
-    if second:
-        done.seconds += train(arm.first, setting, seed, device=device, cache_dir=cache_dir).seconds
-    return done
-
-
-# -- the model with a reconstruction in it -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Passage:
-    """Held-out text, and the place in the model where its rows are replaced. Names only: it travels to a worker."""
-
-    teacher: str
-    corpus: str
-    layer: int
-    site: str
-    n_tokens: int
-    split: str = "test"
-    device: str = "cpu"
-    cache_dir: str | None = field(default=None, compare=False)
-
-    @property
-    def scene(self) -> Scene:
-        """The model and its rows on this text: made once in a process."""
-        return _scene(self)
-
-
-@cache
-def _scene(passage: Passage) -> Scene:
-    return Scene(passage, teachers.load(passage.teacher, device=passage.device, cache_dir=passage.cache_dir))
-
-
-class Scene:
-    """A model on a passage: its rows at the site, in the order in which it meets them, and its loss with others there.
-
-    `rows` [rows, m] in the model's own units, `articles` [rows]; `clean` [articles] are the sums of its loss in nats.
-    """
-
-    def __init__(self, passage: Passage, teacher: teachers.Teacher, batch_size: int = 8):
-        self.passage, self.teacher, self.batch_size = passage, teacher, batch_size
-        self._pieces = activations.texts(teacher, passage.corpus, n_tokens=passage.n_tokens, split=passage.split)
-        parts: list[Tensor] = []
-
-        def look(rows: Tensor) -> Tensor:
-            parts.append(rows.float().cpu())
-            return rows
-
-        self.clean = self._nats(look)
-        self.rows, self._sizes = torch.cat(parts), [len(part) for part in parts]
-        pieces = self._pieces
-        order = [i for batch in pieces.batches(batch_size) for i in batch]
-        self.articles = torch.from_numpy(
-            np.concatenate([np.full(len(pieces.tokens[i]) - pieces.bos, pieces.articles[i]) for i in order])
-        )
-
-    def nats(self, rows: Float[Tensor, "rows m"]) -> Float[np.ndarray, " articles"]:
-        """The model's loss by article, with these in the place of `rows`."""
-        if rows.shape != self.rows.shape:
-            raise ValueError(f"rows has shape {tuple(rows.shape)}; allowed: {tuple(self.rows.shape)}, as the passage's")
-        parts = iter(rows.split(self._sizes))
-        return self._nats(lambda given: next(parts).to(given))
-
-    def ablated(self, row: Float[Tensor, " m"]) -> Float[np.ndarray, " articles"]:
-        """The loss with one row everywhere: zeros, or the mean of the training rows."""
-        return self.nats(row.to(self.rows).expand_as(self.rows))
-
-    def _nats(self, function: Callable[[Tensor], Tensor]) -> np.ndarray:
-        splice = Splice(self.passage.layer, self.passage.site, function)
-        frame = activations.losses(self.teacher, self._pieces, splice, batch_size=self.batch_size)
-        return frame.groupby("article").nats.sum().to_numpy()
+def arm(build: Shape, remedy: Balance, lr: float, steps: int) -> Arm:
+    """How a shape is trained: at once, or in two phases of `steps` together, the second over batches of its own."""
+    name = build.shape if build.degree is None else f"{build.shape} {build.degree}"
+    begin = round(PHASES.get(build.shape, 0) * steps)
+    if not begin:
+        return Arm(name, build, remedy, lr, {"clip": CLIP})
+    first = Arm(f"before {name}", build.first, remedy, lr, {"clip": CLIP, "steps": begin})
+    return Arm(name, build, remedy, lr, {"clip": CLIP, "steps": steps - begin}, batches=1, first=first)
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What one trained dictionary does on held-out rows.
+class Spliced(SiteRows):
+    """Rows of a site, and a passage on which the model's loss is measured with a student's reconstructions in it.
 
-    `errors`, `norms` (‖x − x̄‖²), `relative` (‖x − x̂‖/‖x‖) and `rows` are sums over each article's test rows; `rates`
-    is how often each latent fires there. On the passage: `nats` [ways, articles] the model's loss by `SPLICED`,
-    `way_errors` the squared errors, and `spectrum` the share of the variance left along each principal direction.
+    `ways` are those of `splicing.WAYS` in which codes are found there.
     """
 
-    arm: Arm
-    setting: Setting
-    seed: int
-    ways: tuple[str, ...]
-    validation_fvu: float
-    errors: Float[np.ndarray, " articles"]
-    norms: Float[np.ndarray, " articles"]
-    relative: Float[np.ndarray, " articles"]
-    rows: Float[np.ndarray, " articles"]
-    rates: Float[np.ndarray, " n"]
-    spectrum: Float[np.ndarray, " m"]
-    nats: Float[np.ndarray, "spliced places"]
-    way_errors: Float[np.ndarray, "codings places"]
-    way_norms: Float[np.ndarray, " places"]
-    values: int
-    parameters: int
-    file_bytes: int
-    training_bytes: int
-    seconds: float
+    passage: Passage | None = None
+    ways: tuple[str, ...] = ("encoder",)
 
-    @property
-    def fvu(self) -> float:
-        return float(self.errors.sum() / self.norms.sum())
+    def __post_init__(self):
+        super().__post_init__()
+        good = "encoder" in self.ways and set(self.ways) <= set(WAYS)
+        allowed(good, f"ways={self.ways}", f"'encoder', and beside it {', '.join(WAYS[1:])}")
+        allowed(self.passage is not None, "passage=None", "a Passage")
 
-    @property
-    def relative_error(self) -> float:
-        """Mean of ‖x − x̂‖/‖x‖, the paper's `rel_err`."""
-        return float(self.relative.sum() / self.rows.sum())
-
-    @property
-    def dead(self) -> float:
-        """Share of latents that fire on none of the held-out rows."""
-        return float((self.rates == 0).mean())
-
-    def way_fvu(self, way: str) -> float:
-        """FVU on the passage's rows."""
-        return float(self.way_errors[self.ways.index(way)].sum() / self.way_norms.sum())
-
-    def nats_of(self, way: str) -> Float[np.ndarray, " places"]:
-        """The model's loss by article with these reconstructions."""
-        return self.nats[[each for each in self.ways if each in SPLICED].index(way)]
-
-    def row(self) -> dict[str, object]:
-        """The trial as a results file has it."""
-        return {
-            "shape": self.arm.shape,
-            "degree": self.arm.degree,
-            "n_features": self.arm.n_features,
-            "k": self.arm.k,
-            "lr": self.setting.lr,
-            "balance": repr(self.setting.balance),
-            "seed": self.seed,
-            "steps": self.arm.steps,
-            "values": self.values,
-            "parameters": self.parameters,
-            "file_bytes": self.file_bytes,
-            "training_bytes": self.training_bytes,
-            "fvu": self.fvu,
-            "relative_error": self.relative_error,
-            "dead": self.dead,
-            "n_rows": int(self.rows.sum()),
-            "way_fvu": {way: self.way_fvu(way) for way in self.ways},
-            "validation_fvu": self.validation_fvu,
-            "seconds": round(self.seconds, 1),
-        }
+    @torch.no_grad()
+    def judge(self, student: RankOneDictionary, seed: int) -> Judged:
+        """As for `SiteRows`, and on the passage by article: the model's loss (`NATS`), `passage_norms`, and each way's
+        squared errors. `spectrum`: the share of the variance left along principal directions, by the encoder.
+        """
+        judged, scene = super().judge(student, seed), self.passage.scene
+        rows = scene.rows / self.scale
+        guesses = {way: reconstructions(student, rows, way) for way in self.ways}
+        sums = {"passage_norms": by_group((rows - rows.mean(0)).double().square().sum(1), scene.articles)}
+        for way, guess in guesses.items():
+            sums[f"{way}_errors"] = by_group((rows - guess).double().square().sum(1), scene.articles)
+            if way in NATS:
+                sums[NATS[way]] = scene.nats(guess * self.scale)
+        own = {column: values for column, values in judged.sums.items() if column != "counts"}
+        stored = bytes_of(student)
+        about = {"values": decoder_values(student), "parameters": student.n_parameters}
+        about |= {f"{name}_bytes": stored[name] for name in ("file", "training")}
+        about["spectrum"] = binned(spectrum(self, rows, guesses["encoder"]))
+        return Judged(own | sums, judged.validation, judged.about | about)
 
 
-def validation_error(arm: Arm, setting: Setting, seed: int, device: str = "cpu", cache_dir=None) -> float:
-    """Train one arm and return its mean ‖x − x̂‖/‖x‖ on validation rows: a task for `sweep`.
-
-    Learning rates are chosen by it and not by FVU, because a handful of outlier rows can make most of an FVU.
-    """
-    sae, rows = train(arm, setting, seed, device=device, cache_dir=cache_dir).student, arm.rows("validation")
-    return float((evaluate(sae, rows).squared_error.sqrt() / rows.double().norm(dim=1)).mean())
-
-
-def trial(
-    arm: Arm,
-    setting: Setting,
-    seed: int,
-    passage: Passage,
-    ways: Sequence[str] = ("encoder",),
-    device: str = "cpu",
-    cache_dir: str | Path | None | Literal[False] = None,
-) -> Trial:
-    """Train one arm and measure it by the `ways` to find codes: a task for `sweep`. Both are kept in the cache folder,
-    unless that is False."""
-    if unknown := set(ways) - set(WAYS):
-        raise ValueError(f"ways names {', '.join(sorted(unknown))}; allowed: {', '.join(WAYS)}")
-    if "encoder" not in ways:
-        raise ValueError(f"ways={tuple(ways)} leaves out 'encoder'; allowed: it, and others beside it")
-    ways = tuple(ways)
-    where = replace(passage, device=torch.device(passage.device).type)
-    found = kept.keep(
-        "trials", [arm.nameless, setting, seed, where, ways, torch.device(device).type],
-        lambda: language_model._columns(_trial(arm, setting, seed, passage, ways, device, cache_dir), 4),
-        cache_dir=cache_dir,
-    )  # fmt: skip
-    return Trial(arm, setting, seed, ways, **found)
-
-
-@torch.no_grad()
-def _trial(arm: Arm, setting: Setting, seed: int, passage: Passage, ways: tuple[str, ...], device, cache_dir) -> Trial:
-    with torch.enable_grad():
-        done = train(arm, setting, seed, device=device, cache_dir=cache_dir)
-    sae, test = done.student, arm.rows("test")
-    article = torch.from_numpy(arm.store("test").article.astype(np.int64))
-    after = evaluate(sae, test)
-    scene = passage.scene
-    rows = scene.rows / arm.scale
-    guesses = {way: reconstructions(sae, rows, way) for way in ways}
-    spliced = [scene.nats(guess * arm.scale) for way, guess in guesses.items() if way in SPLICED]
-    stored = bytes_of(sae)
-    return Trial(
-        arm=arm,
-        setting=setting,
-        seed=seed,
-        ways=ways,
-        validation_fvu=evaluate(sae, arm.rows("validation")).fvu,
-        errors=by_group(after.squared_error, article),
-        norms=by_group(after.squared_norm, article),
-        relative=by_group(after.squared_error.sqrt() / test.double().norm(dim=1), article),
-        rows=by_group(torch.ones(len(test)), article),
-        rates=after.rates.numpy(),
-        spectrum=spectrum(arm, rows, guesses[ways[0]]),
-        nats=np.stack(spliced),
-        way_errors=np.stack(
-            [by_group((rows - guess).double().square().sum(1), scene.articles) for guess in guesses.values()]
-        ),
-        way_norms=by_group((rows - rows.mean(0)).double().square().sum(1), scene.articles),
-        values=decoder_values(sae),
-        parameters=sae.n_parameters,
-        file_bytes=stored["file"],
-        training_bytes=stored["training"],
-        seconds=done.seconds,
-    )
-
-
-def reconstructions(
-    sae: RankOneDictionary, rows: Float[Tensor, "rows m"], way: str = "encoder", *, batch_size: int = 4096
-) -> Float[Tensor, "rows m"]:
-    """b_dec + Σ values · d_j with codes found in a way of `WAYS`; matching pursuit chooses by SIGNED correlation, as
-    paper B does, and solves for coefficients of either sign."""
-    where, parts = next(sae.parameters()), []
-    for part in rows.split(batch_size):
-        x = part.to(where.device, where.dtype)
-        codes = None if way == "pursuit" else sae.encode(x)
-        if way == "pursuit":
-            codes = omp(x - sae.b_out, sae.decoder, sae.k, select="signed")
-        elif way == "solved":
-            codes = replace(codes, values=least_squares(x - sae.b_out, sae.decoder, codes.indices))
-        parts.append(sae.decode(codes).cpu())
-    return torch.cat(parts).to(rows)
-
-
-def spectrum(arm: Arm, rows: Float[Tensor, "rows m"], guess: Float[Tensor, "rows m"]) -> Float[np.ndarray, " m"]:
+def spectrum(
+    problem: SiteRows, rows: Float[Tensor, "rows d_model"], guess: Float[Tensor, "rows d_model"]
+) -> Float[np.ndarray, " d_model"]:
     """Share of the rows' variance that is left in the error, along each principal direction of the training rows."""
-    axes = torch.linalg.eigh(arm.store("train").moments(arm.site).cov).eigenvectors.flip(1)
+    axes = torch.linalg.eigh(problem.store("train").moments(problem.site).cov).eigenvectors.flip(1)
     error, spread = (rows - guess).double() @ axes, (rows - rows.mean(0)).double() @ axes
     return (error.square().mean(0) / spread.square().mean(0)).numpy()
+
+
+def binned(spectrum: Float[np.ndarray, " d_model"]) -> list[list[float]]:
+    """Means within 40 bins of rank that widen: pairs of rank and share."""
+    edges = sorted({*np.round(np.geomspace(1, len(spectrum) + 1, 41)).astype(int).tolist()})
+    return [[math.sqrt(a * (b - 1)), float(spectrum[a - 1 : b - 1].mean())] for a, b in pairwise(edges)]
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------------
@@ -520,168 +299,34 @@ def bytes_of(sae: RankOneDictionary) -> dict[str, int]:
         return {"file": path.stat().st_size, "memory": numbers + extra, "training": 4 * numbers + extra}
 
 
-# -- grids, and numbers made of them -----------------------------------------------------------------------------------
-
-Name = tuple[str, int | None]
-"""A cell of the chapter: what is special about it, and the degree that it is about (None: dense)."""
+# -- numbers made of them ----------------------------------------------------------------------------------------------
 
 
-def tuned(
-    cells: Mapping[Name, tuple[Arm, Setting]],
-    lrs: Sequence[float],
-    seed: int,
-    *,
-    further: int = 0,
-    device: str,
-    cache_dir,
-    workers: int | None,
-) -> dict[Name, dict[float, float]]:
-    """Validation error of every cell at every learning rate in place of its own, with one seed.
-
-    Where a cell's best rate is the first or the last of its grid, the grid is continued there by the factor between
-    its last two rates, `further` times at most. Raises `ValueError` for rates that do not rise.
-    """
-    if not lrs or list(lrs) != sorted(set(lrs)) or lrs[0] <= 0:
-        raise ValueError(f"lrs={list(lrs)}; allowed: positive rates that rise")
-    found: dict[Name, dict[float, float]] = {name: {} for name in cells}
-    wanted = [(name, lr) for name in cells for lr in lrs]
-    for extension in range(further + 1):
-        arguments = [
-            {"arm": cells[name][0], "setting": replace(cells[name][1], lr=lr), "seed": seed} for name, lr in wanted
-        ]
-        arguments = [each | {"device": device, "cache_dir": cache_dir} for each in arguments]
-        label = "learning rates" if not extension else f"further learning rates ({extension})"
-        errors = sweep(validation_error, arguments, label=label, workers=workers) if wanted else []
-        for (name, lr), error in zip(wanted, errors, strict=True):
-            found[name][lr] = error
-        wanted = [(name, lr) for name, errors in found.items() if (lr := _beyond(errors)) is not None]
-    return {name: dict(sorted(errors.items())) for name, errors in found.items()}
-
-
-def _beyond(errors: Mapping[float, float]) -> float | None:
-    """The next rate on the side where the best one is an end of the grid; None where it is inside."""
-    rates, best = sorted(errors), min(errors, key=errors.get)
-    if len(rates) < 2 or best not in (rates[0], rates[-1]):
-        return None
-    end, before = (rates[0], rates[1]) if best == rates[0] else (rates[-1], rates[-2])
-    return float(f"{end * end / before:.2g}")
-
-
-def trials(
-    cells: Mapping[Name, tuple[Arm, Setting]],
-    seeds: Sequence[int],
-    passage: Passage,
-    *,
-    ways: Mapping[str, Sequence[str]],
-    label: str,
-    device: str,
-    cache_dir,
-    workers: int | None,
-) -> dict[Name, list[Trial]]:
-    """Every cell with every seed, seeds outside so that a run that is stopped has whole seeds first. `ways` by the
-    name's first part; the encoder alone where it says nothing."""
-    options = {"passage": passage, "device": device, "cache_dir": cache_dir}
-    order = [(name, seed) for seed in seeds for name in cells]
-    arguments = [
-        {"arm": cells[name][0], "setting": cells[name][1], "seed": seed, "ways": tuple(ways.get(name[0], ("encoder",)))}
-        | options
-        for name, seed in order
-    ]
-    found: dict[Name, list[Trial]] = {name: [] for name in cells}
-    for (name, _), each in zip(order, sweep(trial, arguments, label=label, workers=workers), strict=True):
-        found[name].append(each)
-    return found
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """The model's loss by article on a passage: untouched, with zeros at the site, with the training rows' mean."""
-
-    clean: Float[np.ndarray, " articles"]
-    zero: Float[np.ndarray, " articles"]
-    mean: Float[np.ndarray, " articles"]
-
-    @classmethod
-    def of(cls, scene: Scene, mean: Float[Tensor, " m"]) -> Yardstick:
-        """`mean` in the model's own units."""
-        return cls(scene.clean, scene.ablated(torch.zeros_like(mean)), scene.ablated(mean))
-
-    def compare(
-        self,
-        series: Mapping[Hashable, Mapping[int, Float[np.ndarray, " articles"]]],
-        statistic: Callable[[dict[Hashable, float]], float],
-        ablation: str = "zero",
-        **bootstrap,
-    ) -> Comparison:
-        """A statistic of CE recovered, one number for each name: losses are averaged over seeds, summed over articles.
-
-        `series` holds, by name and seed, the model's loss by article. Seeds (those that all have) and articles are
-        resampled together for all names.
-
-        Raises `ValueError` for another ablation, or when the names have no seed in common.
-        """
-        if ablation not in ("zero", "mean"):
-            raise ValueError(f"ablation={ablation!r} is unknown; allowed: 'zero', 'mean'")
-        names, ablated = list(series), getattr(self, ablation)
-        seeds = sorted(set.intersection(*(set(each) for each in series.values())))
-        if not seeds:
-            raise ValueError(f"no seed is common to {', '.join(map(str, names))}; allowed: at least one")
-        columns = [[*(series[name][seed] for name in names), ablated, self.clean] for seed in seeds]
-        data = np.stack([np.stack(each, axis=1) for each in columns])  # [seeds, articles, names + 2]
-
-        def of(some: np.ndarray) -> float:
-            *spliced, worst, intact = some.sum((0, 1))
-            return statistic({name: ce_recovered(worst, x, intact) for name, x in zip(names, spliced, strict=True)})
-
-        return compared(data, of, **bootstrap)
-
-    def recovered(self, runs: Sequence[Trial], way: str = "encoder", ablation: str = "zero", **bootstrap) -> Comparison:
-        """CE recovered by one cell."""
-        return self.compare({"": by_seed(runs, way)}, lambda found: found[""], ablation, **bootstrap)
-
-
-def by_seed(runs: Sequence[Trial], way: str = "encoder") -> dict[int, Float[np.ndarray, " articles"]]:
-    """The model's loss by article, by seed, as `Yardstick.compare` takes it."""
-    return {each.seed: each.nats_of(way) for each in runs}
-
-
-def slope(recovered: Mapping[int, float]) -> float:
-    """Least-squares slope of CE recovered against log10 of the degree: per factor of ten in stored values."""
-    degrees, values = zip(*recovered.items(), strict=True)
-    return float(np.polyfit(np.log10(degrees), values, 1)[0])
-
-
-def falls(values: Sequence[float]) -> int:
-    """How many of the steps from one value to the next go down."""
-    return sum(after < before for before, after in pairwise(values))
-
-
-BY_SEED = ("fvu", "relative_error", "dead", "seconds")
-
-
-def points(found: Mapping[Name, Sequence[Trial]], yardstick: Yardstick, **bootstrap) -> list[dict[str, object]]:
-    """Every cell as a results file has it: CE recovered by way and ablation with intervals, and what all seeds say."""
-    rows = []
-    for (cell, degree), runs in found.items():
-        row = runs[0].row() | {"cell": cell, "degree": degree, "seeds": [each.seed for each in runs]}
-        row |= {f"{name}_by_seed": [getattr(each, name) for each in runs] for name in BY_SEED}
-        for ablation in ("zero", "mean"):
-            for way in set(runs[0].ways) & set(SPLICED):
-                told = yardstick.recovered(runs, way, ablation, **bootstrap)
-                row[f"{way}_{ablation}"] = [told.value, *told.ci]
-                row[f"{way}_{ablation}_by_seed"] = told.by_seed
-        row["way_fvu"] = {way: float(np.mean([each.way_fvu(way) for each in runs])) for way in runs[0].ways}
-        rows.append(row | _curves(runs[0]))
-    return rows
-
-
-def _curves(one: Trial) -> dict[str, list]:
-    """The first seed's spectrum (averaged within bins of rank) and firing rates (at ranks), 40 points each."""
-    m, rates = len(one.spectrum), np.sort(one.rates)[::-1]
-    edges = sorted({*np.round(np.geomspace(1, m + 1, 41)).astype(int).tolist()})
-    bins = [[math.sqrt(a * (b - 1)), float(one.spectrum[a - 1 : b - 1].mean())] for a, b in pairwise(edges)]
-    ranks = sorted({*np.round(np.geomspace(1, len(rates), 40)).astype(int).tolist()})
-    return {"spectrum": bins, "curve": [[rank, float(rates[rank - 1])] for rank in ranks]}
+def reported_cell(cell: tuple[str, int | None], runs: Sequence[Outcome], table: Sums, steps: int) -> dict[str, object]:
+    """A cell (what is special about it, and the degree that it is about) as a results file has it: the first seed, what
+    all seeds say, and CE recovered by way and ablation with intervals."""
+    one, build = runs[0], runs[0].arm.build
+    totals = [{column: float(each.sums[column].sum()) for column in ("relative", "rows")} for each in runs]
+    by_seed = {
+        "fvu": [each.fvu for each in runs],
+        "relative_error": [each["relative"] / each["rows"] for each in totals],  # mean ‖x − x̂‖/‖x‖: the paper's rel_err
+        "dead": [each.about["dead"] for each in runs],
+        "seconds": [round(each.seconds, 1) for each in runs],
+    }
+    row = {"cell": cell[0], "degree": cell[1], "shape": build.shape, "n_features": build.n_features, "k": build.k}
+    row |= {"lr": one.arm.lr, "balance": repr(one.arm.remedy), "steps": steps, "n_rows": int(totals[0]["rows"])}
+    row |= {"seed": one.seed, "seeds": [each.seed for each in runs], "validation_fvu": one.validation["fvu"]}
+    row |= {name: values[0] for name, values in by_seed.items()} | one.about
+    row |= {f"{name}_by_seed": values for name, values in by_seed.items()}
+    ways = [way for way in WAYS if f"{way}_errors" in one.sums]
+    norms = [each.sums["passage_norms"].sum() for each in runs]
+    errors = {way: [each.sums[f"{way}_errors"].sum() for each in runs] for way in ways}
+    row["way_fvu"] = {way: float(np.mean(np.divide(errors[way], norms))) for way in ways}
+    for ablation in ("zero", "mean"):
+        for way in (way for way in ways if way in NATS):
+            ce = table.compare(lambda it, way=way, ablation=ablation: it.ce_recovered(ablation, NATS[way]), cell)
+            row |= {f"{way}_{ablation}": [ce.value, *ce.ci], f"{way}_{ablation}_by_seed": ce.by_seed}
+    return row
 
 
 # -- what a page shows of them -----------------------------------------------------------------------------------------
@@ -719,21 +364,6 @@ def table(points: Sequence[Mapping[str, object]], columns: Sequence[str]) -> pd.
     return pd.DataFrame(rows, index=index).round(3)
 
 
-def outcomes(differences: Sequence[Mapping[str, object]]) -> dict[str, list[str]]:
-    """Controls that the expander beats, ties with, loses to: the difference's `ci` is above, about or below 0."""
-    found: dict[str, list[str]] = {"beats": [], "ties with": [], "loses to": []}
-    for point in differences:
-        low, high = point["ci"]
-        found["beats" if low > 0 else "loses to" if high < 0 else "ties with"].append(named(point))
-    return found
-
-
-def best(points: Sequence[Mapping[str, object]], budget: float) -> Mapping[str, object] | None:
-    """The cell that recovers most CE (zero ablation, encoder) in at most `budget` bytes of file; None if none fits."""
-    fits = [point for point in points if point["file_bytes"] <= budget]
-    return max(fits, key=lambda point: point["encoder_zero"][0], default=None)
-
-
 # -- packed experts ----------------------------------------------------------------------------------------------------
 
 
@@ -768,20 +398,6 @@ def expert_values(student: RankOneDictionary) -> int:
     """Stored numbers of the experts, in and out, without biases, router and shared part."""
     parts = (student.encoder, student.decoder)
     return sum(part.n_values if isinstance(part, Packed) else part.weight.numel() for part in parts)
-
-
-def expert_row(name: str, found: Distillation) -> dict[str, object]:
-    """A kind of experts as a results file has it."""
-    one = found.students[0]
-    return {
-        "experts": name,
-        "count": found.spec.experts,
-        "fvu": found.fvu,
-        "lr": found.lr,
-        "expert values": expert_values(one.fit.student),
-        "parameters": one.fit.student.n_parameters,
-        "dead": one.test.dead,
-    }
 
 
 def packed_experts(spec: Spec, degree: int, d_in: int, d_out: int) -> PackedSpec:

@@ -3,18 +3,18 @@ own, and the Gaussian with the same covariance."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from helpers import settings
 from helpers.dictionary import SparseCodes, weighted_sum
 from helpers.models.activations import Moments
+from helpers.settings import allowed, one_of
 
 
 def random_atoms(
@@ -31,8 +31,21 @@ COEFFICIENTS = {
 """Laws of a coefficient, each with mean 0 and variance 1."""
 
 
+class Source:
+    """What is drawn as codes first and as rows then, with `noise` (its standard deviation per dimension) on top."""
+
+    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+        """n samples without their codes: what `training.Fresh` draws."""
+        return self.rows(self.codes(n, generator), generator)
+
+    def with_noise(self, x: Float[Tensor, "n d"], generator: torch.Generator) -> Float[Tensor, "n d"]:
+        if not self.noise:
+            return x
+        return x + self.noise * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
 @dataclass(frozen=True)
-class SparseSource:
+class SparseSource(Source):
     """x = (E/k)^½ · Σ_{j ∈ S} c_j a_j + noise: S a uniform k-subset of the atoms, c_j independent with variance 1.
 
     Args:
@@ -52,12 +65,11 @@ class SparseSource:
     noise: float = 0.0
 
     def __post_init__(self):
-        if not 1 <= self.k <= len(self.atoms):
-            raise ValueError(f"k={self.k} cannot be drawn; allowed: 1 to {len(self.atoms)}, the number of atoms")
-        if self.coefficients not in COEFFICIENTS:
-            raise ValueError(f"coefficients={self.coefficients!r} is unknown; allowed: {', '.join(COEFFICIENTS)}")
-        if not (self.energy > 0 and self.noise >= 0):
-            raise ValueError(f"energy={self.energy}, noise={self.noise}; allowed: energy above 0, noise at least 0")
+        n = len(self.atoms)
+        allowed(1 <= self.k <= n, f"k={self.k} cannot be drawn", f"1 to {n}, the number of atoms")
+        one_of("coefficients", self.coefficients, COEFFICIENTS)
+        good = self.energy > 0 and self.noise >= 0
+        allowed(good, f"energy={self.energy}, noise={self.noise}", "energy above 0, noise at least 0")
 
     def codes(self, n: int, generator: torch.Generator) -> SparseCodes:
         """Supports and coefficients of n samples, on the generator's device."""
@@ -68,24 +80,15 @@ class SparseSource:
 
     def rows(self, codes: SparseCodes, generator: torch.Generator) -> Float[Tensor, "batch d"]:
         """The samples with these codes, noise added."""
-        x = weighted_sum(codes.values, codes.indices, self.atoms.to(codes.values.device))
-        if not self.noise:
-            return x
-        noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
-        return x + self.noise * noise
-
-    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-        """n samples without their codes: what `training.Fresh` draws."""
-        return self.rows(self.codes(n, generator), generator)
+        return self.with_noise(weighted_sum(codes.values, codes.indices, self.atoms.to(codes.values.device)), generator)
 
     @property
     def moments(self) -> Moments:
         """Mean 0 and covariance E/n · Σ_j a_j a_jᵀ + noise² I, exact: `moments.sample` draws the matched Gaussian."""
         atoms = self.atoms.detach().cpu().double()
         n, d = atoms.shape
-        return Moments(
-            n, torch.zeros(d, dtype=torch.float64), self.energy / n * atoms.T @ atoms + self.noise**2 * torch.eye(d)
-        )
+        cov = self.energy / n * atoms.T @ atoms + self.noise**2 * torch.eye(d)
+        return Moments(n, torch.zeros(d, dtype=torch.float64), cov)
 
     def whitened(self) -> SparseSource:
         """The same codes over atoms a_j C^{−½}, C the covariance without noise: without noise, the new one is I.
@@ -93,10 +96,8 @@ class SparseSource:
         The matched Gaussian is then N(0, I). Raises `ValueError` when the atoms do not span the space.
         """
         values, vectors = torch.linalg.eigh(replace(self, noise=0.0).moments.cov)
-        if values[0] <= 1e-10 * values[-1]:
-            raise ValueError(
-                f"{len(self.atoms)} atoms leave directions empty; allowed: atoms that span all {len(values)}"
-            )
+        good = values[0] > 1e-10 * values[-1]
+        allowed(good, f"{len(self.atoms)} atoms leave directions empty", f"atoms that span all {len(values)}")
         root = (vectors * values.rsqrt()) @ vectors.T
         return replace(self, atoms=(self.atoms.double() @ root.to(self.atoms.device)).to(self.atoms.dtype), noise=0.0)
 
@@ -119,8 +120,8 @@ def zipf_rates(n: int, active: float, exponent: float, cap: float = 0.5) -> Floa
 
     Raises `ValueError` where `active` is more than n features of rate `cap` can give.
     """
-    if not 0 < active <= cap * n:
-        raise ValueError(f"active={active} cannot be reached; allowed: above 0, at most {cap * n:g} = {cap:g}·n_true")
+    most = f"above 0, at most {cap * n:g} = {cap:g}·n_true"
+    allowed(0 < active <= cap * n, f"active={active} cannot be reached", most)
     law = torch.arange(1, n + 1, dtype=torch.float64) ** -exponent
     low, high = 0.0, active / float(law.min()) + 1.0
     for _ in range(200):
@@ -130,91 +131,15 @@ def zipf_rates(n: int, active: float, exponent: float, cap: float = 0.5) -> Floa
 
 
 @dataclass(frozen=True)
-class World:
-    """x = mean + Σ_j b_j m_j a_j + noise: more true features a_j than dimensions, each firing (b_j) at its own rate.
+class World(Source):
+    """x = constant + Σ_j b_j m_j a_j + noise: more true features a_j than dimensions, each firing (b_j) at a rate r_j.
 
     Features of one group fire together: b_j = [z_j < Φ⁻¹(r_j)] with standard normal z_j that have correlation
     `correlation` within a group. A feature with a parent fires only where the parent does. Both leave every marginal
-    rate exactly at `rates`. Made by `world`; magnitudes m_j are independent.
+    rate exactly at r_j (`rates` [n_true], which fall). Magnitudes m_j are independent.
 
     Args:
-        atoms: [n_true, d] unit features.
-        rates: [n_true] marginal firing rates, float64.
-        groups: [n_true] number of each feature's group.
-        parents: [n_true], −1 for a feature without a parent; a parent has none itself, is of another group and fires
-            more often.
-        mean: [d], added to every sample.
-    """
-
-    atoms: Float[Tensor, "n_true d"]
-    rates: Float[Tensor, " n_true"]
-    groups: Int[Tensor, " n_true"]
-    parents: Int[Tensor, " n_true"]
-    mean: Float[Tensor, " d"]
-    correlation: float = 0.0
-    magnitudes: str = "exponential"
-    noise: float = 0.0
-
-    @cached_property
-    def _thresholds(self) -> Float[Tensor, " n_true"]:
-        given = torch.where(self.parents >= 0, self.rates[self.parents.clamp(min=0)], torch.ones_like(self.rates))
-        return torch.special.ndtri((self.rates / given).clamp(1e-12, 1 - 1e-12)).to(self.atoms.dtype)
-
-    def codes(self, n: int, generator: torch.Generator) -> Float[Tensor, "n n_true"]:
-        """b_j m_j of n samples, as a matrix: a world is small."""
-        how = {"generator": generator, "device": generator.device, "dtype": self.atoms.dtype}
-        z = torch.randn(n, len(self.atoms), **how)
-        if self.correlation:
-            common = torch.randn(n, int(self.groups.max()) + 1, **how)[:, self.groups.to(generator.device)]
-            z = math.sqrt(self.correlation) * common + math.sqrt(1 - self.correlation) * z
-        fires = z < self._thresholds.to(generator.device)
-        child = (self.parents >= 0).to(generator.device)
-        above = self.parents.clamp(min=0).to(generator.device)
-        fires &= fires[:, above] | ~child
-        return fires * MAGNITUDES[self.magnitudes](z, generator)
-
-    def rows(self, codes: Float[Tensor, "n n_true"], generator: torch.Generator) -> Float[Tensor, "n d"]:
-        """The samples with these codes, mean and noise added."""
-        x = self.mean.to(codes.device) + codes @ self.atoms.to(codes.device)
-        if not self.noise:
-            return x
-        return x + self.noise * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-
-    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-        """n samples without their codes: what `training.Fresh` draws."""
-        return self.rows(self.codes(n, generator), generator)
-
-    @property
-    def expected(self) -> Float[Tensor, " d"]:
-        """E[x] = mean + Σ_j r_j a_j, exact, since magnitudes have mean 1."""
-        return self.mean + (self.rates.to(self.atoms.dtype) @ self.atoms)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Names everything that determines the samples."""
-        digest = hashlib.blake2b(digest_size=8)
-        for part in (self.atoms, self.rates, self.groups, self.parents, self.mean):
-            digest.update(part.contiguous().numpy().tobytes())
-        return f"world({digest.hexdigest()}, {self.correlation}, {self.magnitudes}, {self.noise})"
-
-
-def world(
-    n_true: int,
-    d: int,
-    *,
-    generator: torch.Generator,
-    active: float = 6.0,
-    zipf: float = 0.7,
-    group_size: int = 8,
-    correlation: float = 0.0,
-    hierarchy: float = 0.0,
-    magnitudes: str = "exponential",
-    noise: float = 0.0,
-    mean: float = 0.0,
-) -> World:
-    """A `World` with random unit features.
-
-    Args:
+        n_true, d: how many features there are, and in how many dimensions.
         active: how many features fire on average.
         zipf: exponent of the firing rates (`zipf_rates`); 0 makes all alike.
         group_size, correlation: groups are drawn at random and fire together with this latent correlation in [0, 1).
@@ -223,30 +148,71 @@ def world(
         magnitudes: a name in `MAGNITUDES`.
         noise: standard deviation per dimension.
         mean: length of the constant that is added to every sample, where a feature's mean contribution has length 1.
+        seed: of the features' unit directions `atoms` [n_true, d], of `groups` [n_true], of `parents` [n_true] (−1
+            where there is none; a parent has none itself) and of `constant` [d].
 
     Raises `ValueError` for any of them outside what is allowed.
     """
-    for name, value in {"n_true": n_true, "d": d, "group_size": group_size}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is no world; allowed: at least 1")
-    if not (0 <= correlation < 1 and 0 <= hierarchy < 1):
-        raise ValueError(f"correlation={correlation}, hierarchy={hierarchy}; allowed: from 0 to below 1")
-    if magnitudes not in MAGNITUDES:
-        raise ValueError(f"magnitudes={magnitudes!r} is unknown; allowed: {', '.join(MAGNITUDES)}")
-    if noise < 0 or mean < 0 or zipf < 0:
-        raise ValueError(f"noise={noise}, mean={mean}, zipf={zipf}; allowed: at least 0")
-    rates = zipf_rates(n_true, active, zipf)
-    order = torch.randperm(n_true, generator=generator, device=generator.device).cpu()
-    groups = torch.empty(n_true, dtype=torch.long)
-    groups[order] = torch.arange(n_true) // group_size
-    parents = torch.full((n_true,), -1)
-    shuffled = torch.randperm(n_true, generator=generator, device=generator.device).cpu().tolist()
-    children, roots = sorted(shuffled[: round(hierarchy * n_true)]), sorted(shuffled[round(hierarchy * n_true) :])
-    for child in children:
-        above = [root for root in roots if rates[root] > rates[child] and groups[root] != groups[child]]
-        if above:
-            drawn = torch.randint(len(above), (1,), generator=generator, device=generator.device)
-            parents[child] = above[int(drawn)]
-    atoms = random_atoms(n_true, d, generator).cpu()
-    constant = mean * random_atoms(1, d, generator).cpu()[0]
-    return World(atoms, rates, groups, parents, constant, correlation, magnitudes, noise)
+
+    n_true: int
+    d: int
+    active: float = 6.0
+    zipf: float = 0.7
+    group_size: int = 8
+    correlation: float = 0.0
+    hierarchy: float = 0.0
+    magnitudes: str = "exponential"
+    noise: float = 0.0
+    mean: float = 0.0
+    seed: int = 0
+    rates: Float[Tensor, " n_true"] = field(init=False, repr=False, compare=False)
+    groups: Int[Tensor, " n_true"] = field(init=False, repr=False, compare=False)
+    parents: Int[Tensor, " n_true"] = field(init=False, repr=False, compare=False)
+    atoms: Float[Tensor, "n_true d"] = field(init=False, repr=False, compare=False)
+    constant: Float[Tensor, " d"] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        for name in ("n_true", "d", "group_size"):
+            allowed(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1")
+        for name in ("correlation", "hierarchy"):
+            allowed(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}", "from 0 to below 1")
+        for name in ("noise", "mean", "zipf"):
+            allowed(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0")
+        one_of("magnitudes", self.magnitudes, MAGNITUDES)
+        vars(self)["rates"] = zipf_rates(self.n_true, self.active, self.zipf)
+        vars(self).update(self._drawn(settings.generator(self.seed)))
+
+    def _drawn(self, random: torch.Generator) -> dict[str, Tensor]:
+        groups, parents = torch.empty(self.n_true, dtype=torch.long), torch.full((self.n_true,), -1)
+        groups[torch.randperm(self.n_true, generator=random)] = torch.arange(self.n_true) // self.group_size
+        shuffled, n_children = torch.randperm(self.n_true, generator=random), round(self.hierarchy * self.n_true)
+        roots = shuffled[n_children:].sort().values
+        for child in shuffled[:n_children].sort().values:
+            above = roots[(self.rates[roots] > self.rates[child]) & (groups[roots] != groups[child])]
+            if len(above):
+                parents[child] = above[torch.randint(len(above), (1,), generator=random)]
+        atoms = random_atoms(self.n_true, self.d, random)
+        constant = self.mean * random_atoms(1, self.d, random)[0]
+        return {"groups": groups, "parents": parents, "atoms": atoms, "constant": constant}
+
+    def codes(self, n: int, generator: torch.Generator) -> Float[Tensor, "n n_true"]:
+        """b_j m_j of n samples, as a matrix: a world is small."""
+        how = {"generator": generator, "device": generator.device}
+        z = torch.randn(n, self.n_true, **how)
+        if self.correlation:
+            common = torch.randn(n, int(self.groups.max()) + 1, **how)[:, self.groups.to(generator.device)]
+            z = math.sqrt(self.correlation) * common + math.sqrt(1 - self.correlation) * z
+        child, above = self.parents >= 0, self.parents.clamp(min=0)
+        given = torch.where(child, self.rates[above], 1.0)  # the rate among the samples where a feature may fire
+        fires = z < torch.special.ndtri((self.rates / given).clamp(1e-12, 1 - 1e-12)).to(z)
+        fires &= fires[:, above.to(z.device)] | ~child.to(z.device)
+        return fires * MAGNITUDES[self.magnitudes](z, generator)
+
+    def rows(self, codes: Float[Tensor, "n n_true"], generator: torch.Generator) -> Float[Tensor, "n d"]:
+        """The samples with these codes, constant and noise added."""
+        return self.with_noise(self.constant.to(codes.device) + codes @ self.atoms.to(codes.device), generator)
+
+    @property
+    def expected(self) -> Float[Tensor, " d"]:
+        """E[x] = constant + Σ_j r_j a_j, exact, since magnitudes have mean 1."""
+        return self.constant + self.rates.to(self.atoms.dtype) @ self.atoms

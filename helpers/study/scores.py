@@ -6,7 +6,7 @@ Definitions follow the book's glossary: FVU is centred on the mean of the same r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -232,8 +232,10 @@ class Comparison:
     n: int
 
     @property
-    def resampled(self) -> Literal["articles", "seed × article"]:
-        return "articles" if len(self.by_seed) == 1 else "seed × article"
+    def resampled(self) -> Literal["articles", "seeds", "seed × article"]:
+        if len(self.by_seed) == 1:
+            return "articles"
+        return "seeds" if self.n == len(self.by_seed) else "seed × article"
 
 
 def compared(
@@ -249,21 +251,44 @@ def compared(
     return Comparison(value, (min(low, value), max(high, value)), by_seed, data.shape[0] * data.shape[1])
 
 
+def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.mean, **bootstrap) -> Comparison:
+    """`statistic(*columns)` of numbers that have one value a seed; seeds are resampled, the same in all columns."""
+    values = [np.asarray(column, float) for column in columns]
+
+    def of(seeds: np.ndarray) -> float:
+        return float(statistic(*(column[seeds] for column in values)))
+
+    every = np.arange(len(values[0]))
+    value, (low, high) = of(every), bootstrap_interval(every, of, **bootstrap)
+    by_seed = [of(every[i : i + 1]) for i in every]
+    return Comparison(value, (min(low, value), max(high, value)), by_seed, len(every))
+
+
 # -- one table of sums -------------------------------------------------------------------------------------------------
 
 
 class Totals:
-    """One cell's sums over units: `totals["errors"]` is [seeds] (or [seeds, width] where a column has a width)."""
+    """One cell's sums over units: `totals["errors"]` is [seeds] (or [seeds, width] where a column has a width).
 
-    def __init__(self, sums: Mapping[str, Float[np.ndarray, "seeds ..."]]):
-        self.sums = sums
+    Args:
+        columns: [seeds, units] or [seeds, units, width], by name.
+        seeds: numbers of the seeds that count, as often as they are drawn; `weights`: how often each unit counts.
+    """
+
+    def __init__(self, columns: Mapping[str, np.ndarray], seeds: np.ndarray, weights: Float[np.ndarray, " units"]):
+        self.columns, self.seeds, self.weights = columns, seeds, weights
 
     def __getitem__(self, column: str) -> Float[np.ndarray, "seeds ..."]:
-        return self.sums[column]
+        values = self.columns[column]
+        if values.shape[1] != len(self.weights):
+            raise ValueError(
+                f"column {column!r} has {values.shape[1]} units; allowed: {len(self.weights)}, as the others"
+            )
+        return np.tensordot(values[self.seeds], self.weights, ([1], [0]))
 
     def total(self, column: str) -> float:
         """A column over all seeds."""
-        return float(self.sums[column].sum())
+        return float(self[column].sum())
 
     @property
     def fvu(self) -> float:
@@ -280,9 +305,9 @@ class Totals:
         """Nats per token that a splice adds to the model's loss."""
         return (self.total("nats") - self.total("clean")) / self.total("tokens")
 
-    def ce_recovered(self, ablation: str = "zero") -> float:
-        """CE recovered against the loss in the column of that name (`zero` or `mean` ablation)."""
-        return ce_recovered(self.total(ablation), self.total("nats"), self.total("clean"))
+    def ce_recovered(self, ablation: str = "zero", spliced: str = "nats") -> float:
+        """CE recovered by the loss in the column `spliced`, against that in `ablation` (`zero` or `mean`)."""
+        return ce_recovered(self.total(ablation), self.total(spliced), self.total("clean"))
 
 
 @dataclass(frozen=True)
@@ -292,10 +317,11 @@ class Sums:
 
     Args:
         cells: by name and seed, columns [units] or [units, width]; all of one number of units.
-        shared: columns that are the same for every cell and seed, such as the clean model's loss.
+        shared: columns that are the same for every cell and seed, such as the clean model's loss. Their units are
+            those that are resampled, and columns over other units stay aside.
     """
 
-    cells: Mapping[Hashable, Mapping[int, Mapping[str, Float[np.ndarray, "units ..."]]]]
+    cells: Mapping[Hashable, Mapping[int, Mapping[str, np.ndarray]]]
     shared: Mapping[str, Float[np.ndarray, " units"]] = field(default_factory=dict)
 
     def seeds(self, *names: Hashable) -> list[int]:
@@ -317,14 +343,14 @@ class Sums:
         names = names or tuple(self.cells)
         seeds = self.seeds(*names)
         data = [self._stacked(name, seeds) for name in names]
-        sizes = {array.shape[1] for columns in data for array in columns.values()}
+        sizes = {data[0][column].shape[1] for column in self.shared}
+        sizes = sizes or {array.shape[1] for columns in data for array in columns.values()}
         if len(sizes) != 1 or min(sizes) < 2:
             raise ValueError(f"cells have {sorted(sizes)} units; allowed: the same for all, at least 2 to resample")
 
         def of(at: np.ndarray, units: np.ndarray) -> float:
-            weight = np.bincount(units, minlength=min(sizes)).astype(float)
-            parts = ({c: np.tensordot(a[at], weight, ([1], [0])) for c, a in each.items()} for each in data)
-            return float(statistic(*map(Totals, parts)))
+            weights = np.bincount(units, minlength=min(sizes)).astype(float)
+            return float(statistic(*(Totals(columns, at, weights) for columns in data)))
 
         every, all_units = np.arange(len(seeds)), np.arange(min(sizes))
         value, by_seed = of(every, all_units), [of(every[i : i + 1], all_units) for i in every]

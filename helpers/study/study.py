@@ -60,9 +60,10 @@ class Arm:
     Args:
         name: for tables; it is no part of a key.
         build: `build(problem, seed)` gives the untrained student, on the CPU. A function of a module, a `partial` of
-            one or a dataclass with `__call__`, since arms travel. A student of two phases calls `trained` in it.
+            one or a dataclass with `__call__`, since arms travel. What the remedy needs (a selection bias) is added.
         recipe: further arguments of `training.fit`, such as `schedule`, `clip` or `steps`.
         batches: which order of the batches, if not the seed's own: `mix(seed, batches)`.
+        first: an arm that is trained before; its student is the third argument of `build`. Time is that of both.
     """
 
     name: str = field(compare=False)
@@ -71,6 +72,7 @@ class Arm:
     lr: float = 1e-3
     recipe: Mapping[str, Any] = field(default_factory=dict)
     batches: int = 0
+    first: Arm | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,14 @@ def fits(
 ) -> list[Fit]:
     """The arms trained with this seed, side by side over one stream; finished ones are loaded."""
     where, found = torch.device(device), {}
+    options = {"device": device, "cache_dir": cache_dir}
+    begun = {str(i): trained(problem, arm.first, seed, **options) for i, arm in enumerate(arms) if arm.first}
     for batches in dict.fromkeys(arm.batches for arm in arms):
         some = {str(i): arm for i, arm in enumerate(arms) if arm.batches == batches}
         stream = problem.stream(settings.mix(seed, batches) if batches else seed, where)
         for recipe in _distinct([arm.recipe for arm in some.values()]):
             named = {i: arm for i, arm in some.items() if arm.recipe == recipe}
-            students = {i: arm.build(problem, seed).to(where) for i, arm in named.items()}
+            students = {i: _start(problem, arm, seed, begun.get(i)).to(where) for i, arm in named.items()}
             # matrix products in bfloat16 where there are units for them, float32 parameters and sums everywhere
             options = {"steps": problem.steps, "autocast": torch.bfloat16 if where.type == "cuda" else None} | recipe
             options = {"log_every": max(1, options["steps"] // 50)} | options
@@ -107,7 +111,16 @@ def fits(
                 students, stream, lr={i: arm.lr for i, arm in named.items()}, label=label, cache_dir=cache_dir,
                 balance={i: arm.remedy for i, arm in named.items()}, **options,
             )  # fmt: skip
+    for i, each in begun.items():
+        found[i].seconds += each.seconds
     return [found[str(i)] for i in range(len(arms))]
+
+
+def _start(problem: Problem, arm: Arm, seed: int, begun: Fit | None) -> nn.Module:
+    student = arm.build(problem, seed) if begun is None else arm.build(problem, seed, begun.student.cpu())
+    if arm.remedy.needs_bias and student.selection_bias is None:
+        student.selection_bias = torch.zeros(student.n_features, dtype=student.encoder.weight.dtype)
+    return student
 
 
 def trained(problem: Problem, arm: Arm, seed: int, **options) -> Fit:

@@ -1,4 +1,5 @@
-"""Changes of the inputs keep what they say, targets are the teacher's own, and gains are the stated ratios."""
+"""Changes of the inputs keep what they say, targets are the teacher's own, gains are the stated ratios, and experts'
+rows are the strongest."""
 
 import dataclasses
 
@@ -6,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.dictionary import secret_moe
 from helpers.models import activations, teachers
 from helpers.models.activations import Moments
 from helpers.parts import distilling
-from helpers.parts.distilling import Spec
+from helpers.parts.distilling import Distillation, Spec
 from helpers.settings import generator
+from helpers.study import study
+from helpers.study.study import Arm, Outcome
 from helpers.training import remedies
 from tests import tiny
 
@@ -94,7 +98,10 @@ def test_bad_parameters_are_named(moments, call, named):
         call(moments)
 
 
-# -- a task and its students -----------------------------------------------------------------------------------------
+# -- a task and its students -------------------------------------------------------------------------------------------
+
+LENGTH = {"steps": 60, "batch_size": 64}
+SPEC = Spec(8, 30, router_rank=4)
 
 
 @pytest.fixture(scope="module")
@@ -102,101 +109,97 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distil")
     teacher = teachers.load(tiny.save(folder / "teacher", "llama"), device="cpu")
     (folder / "text.txt").write_text(tiny.text(400))
+    options = {"layer": 1, "sites": ["mlp_in"], "cache_dir": folder}
     stores = {
-        split: activations.harvest(
-            teacher,
-            str(folder / "text.txt"),
-            layer=1,
-            sites=["mlp_in"],
-            n_tokens=n,
-            split=split,
-            cache_dir=folder,
-        )
+        split: activations.harvest(teacher, str(folder / "text.txt"), n_tokens=n, split=split, **options)
         for split, n in {"train": 2000, "validation": 200, "test": 300}.items()
     }
     return teacher, stores, folder
 
 
-def test_targets_are_the_mlps_own_and_computed_once(setting, monkeypatch):
+@pytest.fixture(scope="module")
+def real(setting):
     teacher, stores, folder = setting
+    return distilling.task(teacher, 1, stores, cache_dir=folder, **LENGTH)
+
+
+def test_targets_are_the_mlps_own_and_computed_once(setting):
+    teacher, stores, folder = setting
+    how = {"cache_dir": folder, **LENGTH}
     noise = distilling.gaussian(stores["train"].moments("mlp_in"))
-    given = distilling.task(teacher, 1, stores, noise, cache_dir=folder)
+    given = distilling.task(teacher, 1, stores, noise, **how)
     torch.testing.assert_close(given.test.outputs * given.scale, teacher.mlp(1)(given.test.inputs))
     assert float(given.train.outputs.var(0).mean()) == pytest.approx(1, rel=1e-4)
-    raw = distilling.task(teacher, 1, stores, noise, scaled=False, cache_dir=folder)
+    raw = distilling.task(teacher, 1, stores, noise, scaled=False, **how)
     torch.testing.assert_close(raw.test.outputs, given.test.outputs * given.scale)
-    assert raw.fingerprint != given.fingerprint
+    assert raw.asked != given.asked
     assert not torch.equal(given.validation.inputs[:100], given.test.inputs[:100])
-    monkeypatch.setattr(distilling, "outputs_of", lambda *_: pytest.fail("computed twice"))
-    again = distilling.task(teacher, 1, stores, noise, cache_dir=folder)
-    assert torch.equal(again.train.outputs, given.train.outputs)
+    hook = teacher.mlp(1).register_forward_hook(lambda *_: pytest.fail("computed twice"))
+    again = distilling.task(teacher, 1, stores, noise, **how)
+    hook.remove()
+    assert torch.equal(again.train.outputs, given.train.outputs) and again.asked == given.asked
 
 
 def test_students_with_padding_are_judged_on_text(setting):
     teacher, stores, folder = setting
     change = distilling.with_padding(torch.ones(16), 0.4)
-    given = distilling.task(teacher, 1, stores, change, judged_on=distilling.REAL, cache_dir=folder)
+    given = distilling.task(teacher, 1, stores, change, judged_on=distilling.REAL, cache_dir=folder, **LENGTH)
     torch.testing.assert_close(given.test.inputs, stores["test"].tensor("mlp_in"))
     assert 0.35 < float((given.train.inputs == 1).all(1).float().mean()) < 0.45
 
 
-def test_the_learning_rate_is_chosen_on_validation_and_test_sums_are_by_article(setting):
-    teacher, stores, folder = setting
-    given = distilling.task(teacher, 1, stores, cache_dir=folder)
-    how = dict(lrs=[1e-4, 1e-2], seeds=[0, 1], steps=60, batch_size=64, cache_dir=folder)
-    found = distilling.distil(given, Spec(8, 30, router_rank=4), **how)
-    assert set(found.validation) == {1e-4, 1e-2} and found.lr == min(found.validation, key=found.validation.get)
-    assert [s.lr for s in found.students] == [found.lr] * 2
-    student = found.students[1].fit.student
-    expected, y = student(given.test.inputs), given.test.outputs
-    slow = float((expected - y).square().sum() / (y - y.mean(0)).square().sum())
-    assert found.students[1].fvu == pytest.approx(slow, rel=1e-5)
-    assert found.errors.sum(1) / found.norms.sum() == pytest.approx([s.fvu for s in found.students])
-    assert found.on_test[found.lr] == found.students[0].fvu
-    low, high = found.interval()
-    assert low < found.fvu < high
-    assert found.errors.shape == (2, len(set(given.test.group.tolist())))
+def test_the_learning_rate_is_chosen_on_validation_and_test_sums_are_by_article(setting, real):
+    how = {"lrs": [1e-4, 1e-2], "seeds": [0, 1], "cache_dir": setting[2]}
+    found = distilling.distil(real, SPEC, **how)
+    validation = {lr: each.validation["fvu"] for lr, each in found.tried.items()}
+    assert set(validation) == {1e-4, 1e-2} and validation[1e-4] > validation[1e-2]
+    assert [each.arm.lr for each in found.outcomes] == [1e-2] * 2 and [each.seed for each in found.outcomes] == [0, 1]
+    trained = study.trained(real, found.outcomes[1].arm, 1, cache_dir=setting[2])
+    assert trained.from_cache
+    output, y = trained.student(real.test.inputs), real.test.outputs
+    slow = float((output - y).square().sum() / (y - y.mean(0)).square().sum())
+    assert found.outcomes[1].fvu == pytest.approx(slow, rel=1e-5)
+    assert len(found.outcomes[0].sums["errors"]) == len(set(real.test.group.tolist()))
+    assert found.tried[1e-2].fvu == found.outcomes[0].fvu
+    low, high = found.fvu.ci
+    assert low < found.fvu.value < high
     row = found.row()
-    assert row["multiply_adds"] == student.multiply_adds and row["steps"] == 60 and len(row["fvu"]) == 2
-    again = distilling.distil(given, Spec(8, 30, router_rank=4), **how)
-    assert all(s.fit.from_cache for s in again.students)
-    assert [s.fvu for s in again.students] == [s.fvu for s in found.students]
+    assert row["multiply_adds"] == trained.student.multiply_adds and row["steps"] == 60
+    assert row["fvu"] == pytest.approx([each.fvu for each in found.outcomes]) and row["ci"] == (low, high)
+    again = distilling.distil(real, SPEC, **how)
+    assert [each.fvu for each in again.outcomes] == [each.fvu for each in found.outcomes]
+    with pytest.raises(ValueError, match="lrs="):
+        distilling.distil(real, SPEC, **how | {"lrs": []})
 
 
-def test_mixed_precision_learns_the_same(setting):
-    teacher, stores, folder = setting
-    given = distilling.task(teacher, 1, stores, cache_dir=folder)
-    how = dict(lrs=[1e-2], seeds=[0], steps=60, batch_size=64, cache_dir=False)
+def test_mixed_precision_learns_the_same(real):
+    arm = Arm("", SPEC, lr=1e-2)
     full, mixed = (
-        distilling.distil(given, Spec(8, 30, router_rank=4), autocast=dtype, **how) for dtype in (None, torch.bfloat16)
+        study.run(real, [dataclasses.replace(arm, recipe={"autocast": dtype})], 0, cache_dir=False)[0]
+        for dtype in (None, torch.bfloat16)
     )
     assert mixed.fvu == pytest.approx(full.fvu, rel=0.1) and mixed.fvu != full.fvu
-    assert all(p.dtype == torch.float32 for p in mixed.students[0].fit.student.parameters())
+    student = study.trained(real, mixed.arm, 0, cache_dir=False).student
+    assert all(p.dtype == torch.float32 for p in student.parameters())
 
 
-def test_a_bias_is_there_where_the_balance_needs_one(setting):
-    teacher, stores, folder = setting
-    given = distilling.task(teacher, 1, stores, cache_dir=folder)
-    how = dict(lrs=[1e-3], seeds=[0], steps=5, batch_size=64, cache_dir=False)
+def test_a_bias_is_there_where_the_balance_needs_one(real):
     spec = Spec(8, 30, router_rank=None, balance=remedies.LossFree(0.1))
-    found = distilling.distil(given, spec, **how)
-    assert found.students[0].fit.student.selection_bias.abs().max() > 0
+    found = distilling.distil(real, spec, lrs=[1e-3], seeds=[0], recipe={"steps": 5}, cache_dir=False)
+    student = study.trained(real, found.outcomes[0].arm, 0, cache_dir=False).student
+    assert student.selection_bias.abs().max() > 0 and found.row()["steps"] == 5
 
 
 # -- gains -------------------------------------------------------------------------------------------------------------
 
 
 def made_up(active, errors, experts=0, task="real"):
-    """A distillation with given test errors [seeds, articles] and an untrained student, for its costs."""
+    """A distillation with given test errors [seeds, articles], and an untrained student's costs."""
     spec = Spec(active, experts, router_rank=2)
-    student = spec.build(6, 6, generator(0))
-    fit = distilling.Fit(student)
-    evaluation = distilling.Evaluation(torch.ones(1), torch.ones(1), torch.zeros(0), 0.0)
-    students = [
-        distilling.Distilled(spec, seed, 1e-3, fit, evaluation, np.asarray(e, float), np.ones(len(e)))
-        for seed, e in enumerate(errors)
-    ]
-    return distilling.Distillation(task, spec, students, {1e-3: 0.1}, {1e-3: 0.1}, {1e-3: ([0], [1.0])})
+    about = {name: cost(spec.build(6, 6, generator(0))) for name, cost in distilling.COSTS.items()}
+    sums = [{"errors": np.asarray(e, float), "norms": np.ones(len(e))} for e in errors]
+    outcomes = [Outcome(each, {"fvu": 0.1}, about, Arm("", spec), seed) for seed, each in enumerate(sums)]
+    return Distillation(task, spec, {1e-3: outcomes[0]}, outcomes)
 
 
 def test_gain_at_equal_neurons_is_the_ratio_of_errors():
@@ -204,15 +207,17 @@ def test_gain_at_equal_neurons_is_the_ratio_of_errors():
     sparse = made_up(4, [[2.0, 1.0], [1.0, 0.5]], experts=8)
     found = distilling.gain(dense, sparse)
     assert found.value == pytest.approx(12 / 4.5) and found.by_seed == pytest.approx([2.0, 4.0])
-    assert found.ci[0] == pytest.approx(2.0) and found.ci[1] == pytest.approx(4.0) and found.width == pytest.approx(4)
+    assert found.ci == pytest.approx((2.0, 4.0))
+    assert distilling.dense_width(dense, sparse) == pytest.approx(4)
 
 
 def test_gain_at_equal_multiply_adds_reads_between_the_widths():
     dense = [made_up(4, [[4.0, 2.0]]), made_up(16, [[1.0, 0.5]])]
     sparse = made_up(4, [[2.0, 1.0]], experts=8)  # 2·6 + 8·2 + 2·12 + 2·12 = 76 multiply-adds: 6⅓ dense neurons
     found = distilling.gain(dense, sparse, "multiply_adds")
-    assert found.width == pytest.approx(76 / 12)
-    between = np.log(found.width / 4) / np.log(4)
+    width = distilling.dense_width(dense, sparse, "multiply_adds")
+    assert width == pytest.approx(76 / 12)
+    between = np.log(width / 4) / np.log(4)
     assert found.value == pytest.approx(6.0 ** (1 - between) * 1.5**between / 3.0)
 
 
@@ -223,7 +228,9 @@ def test_gain_is_over_the_seeds_that_all_have():
     wider = made_up(16, [[1.0, 1.0]])  # its one seed does not matter where another width is exactly as large
     both = made_up(4, [[2.0, 1.0], [3.0, 3.0]], experts=8)
     assert distilling.gain([*dense, wider], both).by_seed == pytest.approx([2.0, 3.0])
-    assert distilling.contrast([dense, dense], [both, made_up(4, [[1.0, 1.0]], experts=8)]).by_seed == [2 / 3]
+    assert distilling.contrast([dense, dense], [both, made_up(4, [[1.0, 1.0]], experts=8)]).by_seed == pytest.approx(
+        [2 / 3]
+    )
 
 
 def test_contrast_is_the_ratio_of_two_gains():
@@ -237,7 +244,58 @@ def test_gain_refuses_what_cannot_be_compared():
     dense, sparse = [made_up(4, [[4.0, 2.0]]), made_up(5, [[1.0, 1.0]])], made_up(4, [[2.0, 1.0]], experts=8)
     with pytest.raises(ValueError, match="76 multiply_adds; allowed: 48 to 60"):
         distilling.gain(dense, sparse, "multiply_adds")
-    with pytest.raises(ValueError, match="of task 'real'; allowed: 'gaussian'"):
+    with pytest.raises(ValueError, match="of task .*'real'.*; allowed: 'gaussian'"):
         distilling.gain(dense, dataclasses.replace(sparse, task="gaussian"))
     with pytest.raises(ValueError, match="equal='time'"):
         distilling.gain(dense, sparse, "time")
+
+
+def test_a_ratio_is_of_sums_and_its_interval_is_paired():
+    """Articles differ a hundredfold, seeds tenfold, and the ratio is 2 for each of them: so is every draw's."""
+    under = np.outer([1.0, 10.0], [1.0, 100.0, 3.0])
+    over, under = made_up(4, 2 * under), made_up(5, under)
+    found = distilling.ratio(over, under)
+    assert found.value == pytest.approx(2) and found.ci == pytest.approx((2, 2)) and found.by_seed == [2, 2]
+    assert found.n == 6 and found.resampled == "seed × article"
+    over, under = made_up(4, [[3.0, 100.0]]), made_up(5, [[1.0, 100.0]])
+    uneven = distilling.ratio(over, under)
+    assert uneven.value == pytest.approx(103 / 101) and uneven.ci == pytest.approx((1, 3))
+    assert uneven.resampled == "articles"
+    with pytest.raises(ValueError, match="'real' and 'gaussian'; allowed: one task"):
+        distilling.ratio(over, made_up(5, [[1.0, 100.0]], task="gaussian"))
+
+
+def test_settled_compares_the_middle_with_the_end():
+    loss = [9.0] * 45 + [3.0] * 10 + [7.0] * 35 + [2.0] * 10
+    curves = (loss, [2 * each for each in loss])
+    outcomes = [Outcome({}, {}, seed=i, curve=(list(range(100)), each)) for i, each in enumerate(curves)]
+    found = distilling.settled(outcomes)
+    assert found.value == pytest.approx(1.5) and found.ci == pytest.approx((1.5, 1.5)) and found.n == 10
+    with pytest.raises(ValueError, match="share=0.01"):
+        distilling.settled(outcomes, 0.01)
+
+
+# -- what an expert responds to ----------------------------------------------------------------------------------------
+
+
+def test_strongest_rows_are_those_of_the_dense_code_matrix():
+    random = {"generator": generator(0), "dtype": torch.float64}
+    ours = secret_moe(12, 10, 9, 2, router_rank=4, shared_neurons=3, **random)
+    x = torch.randn(200, 12, generator=generator(1), dtype=torch.float64)
+    with torch.no_grad():
+        dense = ours.encode(x).to_dense(9).abs()
+    found = distilling.strongest(ours, x, 5, batch_size=64)
+    for atom, rows in enumerate(found):
+        slow = sorted((r for r in range(200) if dense[r, atom] > 0), key=lambda r: -float(dense[r, atom]))[:5]
+        assert rows.tolist() == slow
+    with pytest.raises(ValueError, match="count=0"):
+        distilling.strongest(ours, x, 0)
+
+
+def test_concentration_is_the_share_of_the_commonest_label():
+    labels = np.array([5, 5, 7, 8, 5])
+    assert distilling.concentration([np.array([0, 1, 2, 3]), np.array([2]), np.arange(5)], labels).tolist() == [
+        0.5,
+        1.0,
+        0.6,
+    ]

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from helpers.dictionary import topk_sae
-from helpers.parts import interventions, known_truth
-from helpers.parts.interventions import pinned, pull
-from helpers.parts.known_truth import Problem, Setting
-from helpers.parts.worlds import random_atoms
+from helpers.parts.interventions import Pinned, pull
+from helpers.parts.known_truth import KnownTruth, StartingSae, measured
+from helpers.parts.worlds import World, random_atoms
 from helpers.settings import generator
+from helpers.study.study import Arm, run
 from helpers.training import remedies
 from helpers.training.remedies import Moment
 
@@ -81,40 +81,40 @@ def test_the_pull_sums_to_zero_and_lifts_whatever_bears_no_load():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_unrestricted_it_is_the_switch_loss_for_every_parameter(temperature):
-    whole, ours = (gradients(make(0.3, temperature)) for make in (remedies.Switch, pinned))
+    whole, ours = (gradients(make(0.3, temperature)) for make in (remedies.Switch, Pinned))
     assert {name for name, g in whole.items() if g.any()} == {"encoder.weight", "encoder.bias", "b_in"}
     for name, expected in whole.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-10, atol=1e-15, msg=name)
 
 
 def test_the_places_add_up_and_each_reaches_its_own_parameter_only():
-    whole = gradients(pinned(0.3))
+    whole = gradients(Pinned(0.3))
     reached = {"rows": {"encoder.weight"}, "bias": {"encoder.bias"}, "b_dec": {"b_in"}}
     reached["encoder"] = reached["rows"] | reached["bias"]
     for place, names in reached.items():
-        for name, got in gradients(pinned(0.3, acts_on=place)).items():
+        for name, got in gradients(Pinned(0.3, acts_on=place)).items():
             expected = whole[name] if name in names else torch.zeros_like(got)
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-15, msg=f"{place}: {name}")
 
 
 def test_the_halves_add_up_and_each_has_one_sign():
-    whole, lift, push = (gradients(pinned(0.3, half=half))["encoder.bias"] for half in ("both", "lift", "push"))
+    whole, lift, push = (gradients(Pinned(0.3, half=half))["encoder.bias"] for half in ("both", "lift", "push"))
     torch.testing.assert_close(lift + push, whole)
     assert (lift <= 0).all() and (push >= 0).all() and lift.any() and push.any()
 
 
 def test_permuted_loads_are_the_same_numbers_in_an_order_that_changes_with_the_step():
-    own = pinned().balanced(moment(sae(), pinned()))
-    permuted = pinned(load="permuted")
+    own = Pinned().balanced(moment(sae(), Pinned()))
+    permuted = Pinned(load="permuted")
     first, again, next_step = (permuted.balanced(moment(sae(), permuted, step=s)) for s in (3, 3, 4))
     torch.testing.assert_close(first.sort().values, own.sort().values)
     assert torch.equal(first, again) and not torch.equal(first, own) and not torch.equal(first, next_step)
-    other_seed = pinned(load="permuted", seed=1)
+    other_seed = Pinned(load="permuted", seed=1)
     assert not torch.equal(first, other_seed.balanced(moment(sae(), other_seed)))
 
 
 def test_random_loads_are_those_of_a_dictionary_that_stays_and_that_the_student_does_not_change():
-    remedy = pinned(load="random", seed=5)
+    remedy = Pinned(load="random", seed=5)
     model = sae()
     now = moment(model, remedy)
     rows = random_atoms(12, 5, generator(5)).to(DOUBLE)
@@ -130,28 +130,16 @@ def test_random_loads_are_those_of_a_dictionary_that_stays_and_that_the_student_
 def test_what_cannot_act_is_refused():
     for wrong in ({"alpha": 0}, {"temperature": -1.0}, {"acts_on": "decoder"}, {"half": "none"}, {"load": "mine"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            pinned(**wrong)
+            Pinned(**wrong)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
-SMALL = Problem(n_features=24, k=2, steps=60, n_true=24, d=8, batch_size=32, n_rows=400, world={"active": 2.0})
-
 
 def test_pinned_without_a_restriction_trains_as_switch_does():
-    given = {"switch": Setting(remedies.Switch(0.1)), "pinned": Setting(pinned(0.1)), "none": Setting()}
-    seen = interventions.watch(SMALL, 0, given, cache_dir=False)
-    assert seen["pinned"].outcome.fvu == pytest.approx(seen["switch"].outcome.fvu, rel=1e-3)
-    assert seen["pinned"].outcome.fvu != pytest.approx(seen["none"].outcome.fvu, rel=1e-3)
-
-
-def test_watching_judges_as_a_trial_does_and_shows_what_it_averages():
-    given = {"none": Setting(), "switch": Setting(remedies.Switch(0.1), centred=True)}
-    seen = interventions.watch(SMALL, 3, given, cache_dir=False)
-    tried = known_truth.trial(SMALL, 3, given, cache_dir=False)
-    for name, each in seen.items():
-        for field in ("validation_fvu", "fvu", "dead", "found", "matched", "mcc", "largest_rate"):
-            assert getattr(each.outcome, field) == getattr(tried[name], field), field
-        assert (each.rates == 0).mean() == each.outcome.dead
-        assert (each.cosines > 0.9).mean() == pytest.approx(each.outcome.found)
-        assert each.true_rates.sum() == pytest.approx(2.0)
+    problem = KnownTruth(World(24, 8, active=2.0), n_features=24, k=2, steps=60, batch_size=32, n_rows=400)
+    tried = (remedies.Switch(0.1), Pinned(0.1), remedies.Balance())
+    arms = [Arm("", StartingSae(), remedy, 1e-2) for remedy in tried]
+    switch, pinned, none = (measured(each)["fvu"] for each in run(problem, arms, 0, cache_dir=False))
+    assert pinned == pytest.approx(switch, rel=1e-3)
+    assert pinned != pytest.approx(none, rel=1e-3)

@@ -1,7 +1,5 @@
-"""Trials of remedies: settings do not see each other, starts are as they are called, outcomes are the student's own."""
+"""Remedies on trial: arms do not see each other, starts are as they are called, outcomes are the student's own."""
 
-import dataclasses
-import inspect
 import json
 from dataclasses import replace
 
@@ -11,59 +9,59 @@ import pytest
 import torch
 
 from helpers.parts import known_truth
-from helpers.parts.known_truth import Outcome, Problem, Setting, student, trial
+from helpers.parts.known_truth import Candidate, KnownTruth, StartingSae, measured
+from helpers.parts.worlds import World
+from helpers.study.study import Arm, Outcome, fits, run, study
 from helpers.training import remedies
 from tests.reference import dictionary_numpy
 from tests.reference.metrics_numpy import slow_recovery
 
-PROBLEM = Problem(
-    n_features=24, k=3, steps=40, n_true=16, d=8, batch_size=32, n_rows=300, world={"active": 3.0, "mean": 2.0}
-)
-GIVEN = {
-    "none": Setting(),
-    "switch": Setting(remedies.Switch(0.1)),
-    "auxk": Setting(remedies.AuxK(silent_for=4), lr=3e-3, centred=True),
-    "resample": Setting(remedies.Resample(every=10), start="untied"),
-    "loss_free": Setting(remedies.LossFree(0.01), start="small"),
-    "anneal": Setting(remedies.Anneal(4), start="large"),
+PROBLEM = KnownTruth(World(16, 8, active=3.0, mean=2.0), n_features=24, k=3, steps=40, batch_size=32, n_rows=300)
+ARMS = {
+    "none": Arm("none", StartingSae(), lr=1e-2),
+    "switch": Arm("switch", StartingSae(), remedies.Switch(0.1), 1e-2),
+    "auxk": Arm("auxk", StartingSae(centred=True), remedies.AuxK(silent_for=4), 3e-3),
+    "resample": Arm("resample", StartingSae(start="untied"), remedies.Resample(every=10), 1e-2),
+    "loss_free": Arm("loss_free", StartingSae(start="small"), remedies.LossFree(0.01), 1e-2),
+    "anneal": Arm("anneal", StartingSae(start="large"), remedies.Anneal(4), 1e-2),
 }
 
 
 def numbers(outcome: Outcome) -> dict[str, float]:
-    return {name: value for name, value in dataclasses.asdict(outcome).items() if name != "seconds"}
+    return {name: value for name, value in measured(outcome).items() if name != "seconds"}
 
 
 @pytest.fixture(scope="module")
 def company():
-    """All settings trained together, with what `judge` was given for each."""
-    given, judge = [], known_truth.judge
-
-    def watched(*arguments):
-        given.append(arguments)
-        return judge(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remedies, "judge", watched)
-        outcomes = trial(PROBLEM, 1, GIVEN, cache_dir=False)
-    return outcomes, dict(zip(outcomes, given, strict=True))
+    """All arms trained together: their outcomes."""
+    return dict(zip(ARMS, run(PROBLEM, list(ARMS.values()), 1, cache_dir=False), strict=True))
 
 
-@pytest.mark.parametrize("name", GIVEN)
-def test_a_setting_ends_the_same_alone_and_in_company(company, name):
-    alone = trial(PROBLEM, 1, {name: GIVEN[name]}, cache_dir=False)[name]
-    np.testing.assert_array_equal(*(list(numbers(each).values()) for each in (alone, company[0][name])))
+@pytest.fixture(scope="module")
+def students():
+    return dict(
+        zip(ARMS, (each.student for each in fits(PROBLEM, list(ARMS.values()), 1, cache_dir=False)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_ends_the_same_alone_and_in_company(company, name):
+    (alone,) = run(PROBLEM, [ARMS[name]], 1, cache_dir=False)
+    assert numbers(alone) == numbers(company[name])
+    for column in ("rates", "cosines"):
+        np.testing.assert_array_equal(alone.about[column], company[name].about[column])
     assert alone.seconds > 0
 
 
-def test_settings_and_seeds_end_differently(company):
-    ends = [tuple(numbers(outcome).values()) for outcome in company[0].values()]
-    ends.append(tuple(numbers(trial(PROBLEM, 2, {"none": Setting()}, cache_dir=False)["none"]).values()))
-    assert len(set(ends)) == len(GIVEN) + 1
+def test_arms_and_seeds_end_differently(company):
+    ends = [tuple(numbers(outcome).values()) for outcome in company.values()]
+    ends += [tuple(numbers(each).values()) for each in run(PROBLEM, [ARMS["none"]], 2, cache_dir=False)]
+    assert len(set(ends)) == len(ARMS) + 1
 
 
 @pytest.mark.parametrize("name", ["none", "auxk", "loss_free"])
-def test_outcomes_are_those_of_a_slow_recomputation(company, name):
-    outcome, (sae, validation, test, truth, _) = company[0][name], company[1][name]
+def test_outcomes_are_those_of_a_slow_recomputation(company, students, name):
+    sae, (world, _, validation, test) = students[name], known_truth._drawn(PROBLEM, 1)
 
     def slow(rows):
         x = rows.double().numpy()
@@ -82,7 +80,8 @@ def test_outcomes_are_those_of_a_slow_recomputation(company, name):
     fvu, rates = slow(test)
     validation_fvu, validation_rates = slow(validation)
     live = sae.decoder.weight.detach().double().numpy()[rates > 0]
-    expected = slow_recovery(live, truth.double().numpy(), 0.9) | {
+    truth = world.atoms.double().numpy()
+    expected = slow_recovery(live, truth, 0.9) | {
         "validation_fvu": validation_fvu,
         "validation_dead": (validation_rates == 0).mean(),
         "fvu": fvu,
@@ -90,42 +89,52 @@ def test_outcomes_are_those_of_a_slow_recomputation(company, name):
         "dense": (rates > 0.1).mean(),
         "largest_rate": rates.max(),
     }
-    assert numbers(outcome) == pytest.approx(expected, rel=1e-4)
+    assert numbers(company[name]) == pytest.approx(expected, rel=1e-4)
+    about = company[name].about
+    np.testing.assert_allclose(about["rates"], rates)
+    cosines = (truth @ (live / np.linalg.norm(live, axis=1, keepdims=True)).T).max(1)
+    np.testing.assert_allclose(about["cosines"], cosines, rtol=1e-4)
 
 
-def test_rows_for_choosing_and_judging_are_those_of_the_seeds_world_and_differ(company):
-    (_, validation, test, truth, _) = company[1]["none"]
-    source = PROBLEM.draw(1)
-    assert torch.equal(truth, source.atoms)
+def test_rows_for_choosing_and_judging_are_those_of_the_seeds_world_and_differ(students, monkeypatch):
+    seen, evaluate, recovery = [], known_truth.evaluate, known_truth.recovery
+    monkeypatch.setattr(known_truth, "evaluate", lambda sae, rows: seen.append(rows) or evaluate(sae, rows))
+    monkeypatch.setattr(known_truth, "recovery", lambda live, truth: seen.append(truth) or recovery(live, truth))
+    PROBLEM.judge(students["none"], 1)
+    validation, test, truth = seen
+    world = replace(PROBLEM.world, seed=10)
+    assert torch.equal(truth, world.atoms)
     assert len(validation) == len(test) == PROBLEM.n_rows
-    filled = [rows[(rows != source.mean).any(1)] for rows in (validation, test)]  # where nothing fires, x = mean
+    filled = [rows[(rows != world.constant).any(1)] for rows in (validation, test)]  # where nothing fires
     assert torch.cdist(*filled).min() > 0
     for rows in (validation, test):
-        spread = (rows - source.expected).std(0) / PROBLEM.n_rows**0.5
-        assert ((rows.mean(0) - source.expected).abs() < 5 * spread).all()
-    assert all(torch.equal(each[2], test) and torch.equal(each[1], validation) for each in company[1].values())
+        spread = (rows - world.expected).std(0) / PROBLEM.n_rows**0.5
+        assert ((rows.mean(0) - world.expected).abs() < 5 * spread).all()
 
 
-def test_centring_starts_b_dec_at_the_mean():
-    mean = torch.arange(8.0)
-    centred, plain = (student(PROBLEM, Setting(centred=flag), 1, mean) for flag in (True, False))
-    assert centred.b_in is centred.b_out
-    assert torch.equal(centred.b_out.detach(), mean) and not plain.b_out.any()
+def test_a_seed_draws_a_world_and_its_batches():
+    stream, again, other = (PROBLEM.stream(seed, torch.device("cpu")) for seed in (1, 1, 2))
+    assert torch.equal(stream(0)[0], again(0)[0]) and not torch.equal(stream(0)[0], other(0)[0])
+    assert stream.fingerprint == again.fingerprint != other.fingerprint
+    expected = replace(PROBLEM.world, seed=10).expected
+    rows = torch.cat([stream(step)[0] for step in range(40)])
+    assert ((rows.mean(0) - expected).abs() < 5 * (rows - expected).std(0) / len(rows) ** 0.5).all()
+
+
+def test_centring_starts_b_dec_at_the_mean_of_the_data():
+    problem = replace(PROBLEM, n_rows=4000)
+    centred, plain = (StartingSae(centred=flag)(problem, 1) for flag in (True, False))
+    assert centred.b_in is centred.b_out and not plain.b_out.any()
+    expected = replace(problem.world, seed=10).expected
+    torch.testing.assert_close(centred.b_out.detach(), expected, atol=0.15, rtol=0)
+    assert expected.norm() > 1
     with torch.no_grad():
-        centred.b_out.add_(1)
-    assert mean.tolist() == list(range(8))  # training one student does not move the mean of the next
-
-
-def test_the_mean_that_centres_is_the_datas(monkeypatch):
-    asked = []
-    monkeypatch.setattr(remedies, "student", lambda *given: asked.append(given[3]) or student(*given))
-    trial(dataclasses.replace(PROBLEM, steps=1, n_rows=4000), 1, {"none": Setting(centred=True)}, cache_dir=False)
-    torch.testing.assert_close(asked[0], PROBLEM.draw(1).expected, atol=0.15, rtol=0)
-    assert PROBLEM.draw(1).expected.norm() > 1
+        centred.b_out.add_(1)  # training one student does not move the mean of the next
+    torch.testing.assert_close(StartingSae(centred=True)(problem, 1).b_out.detach(), centred.b_out.detach() - 1)
 
 
 def test_starts_are_what_they_are_called():
-    saes = {start: student(PROBLEM, Setting(start=start), 1, torch.zeros(8)) for start in known_truth.STARTS}
+    saes = {start: StartingSae(start=start)(PROBLEM, 1) for start in known_truth.STARTS}
     atoms = saes["tied"].decoder.weight
     rows = {start: sae.encoder.weight for start, sae in saes.items()}
     assert all(torch.equal(sae.decoder.weight, atoms) for sae in saes.values())
@@ -134,25 +143,20 @@ def test_starts_are_what_they_are_called():
     torch.testing.assert_close(rows["large"], atoms * 4)
     torch.testing.assert_close(rows["untied"].norm(dim=1), torch.ones(24))
     assert (rows["untied"] * atoms).sum(1).abs().mean() < 0.6
-    again = student(PROBLEM, Setting(start="untied"), 1, torch.zeros(8))
-    assert torch.equal(again.encoder.weight, rows["untied"])
-    assert not torch.equal(student(PROBLEM, Setting(), 2, torch.zeros(8)).decoder.weight, atoms)
+    assert torch.equal(StartingSae(start="untied")(PROBLEM, 1).encoder.weight, rows["untied"])
+    assert not torch.equal(StartingSae()(PROBLEM, 2).decoder.weight, atoms)
 
 
 def test_only_a_remedy_that_needs_it_gets_a_selection_bias():
-    for balance, wanted in [(remedies.LossFree(), True), (remedies.Together(remedies.LossFree()), True), (None, False)]:
-        setting = Setting() if balance is None else Setting(balance)
-        assert (student(PROBLEM, setting, 0, torch.zeros(8)).selection_bias is not None) == wanted
+    tried = [remedies.Balance(), remedies.LossFree(), remedies.Together(remedies.LossFree())]
+    arms = [Arm("", StartingSae(), remedy) for remedy in tried]
+    trained = fits(replace(PROBLEM, steps=1), arms, 0, cache_dir=False)
+    assert [each.student.selection_bias is not None for each in trained] == [False, True, True]
 
 
 def test_an_unknown_start_is_named():
-    def build():
-        setting = object.__new__(Setting)
-        object.__setattr__(setting, "start", "cold")
-        inspect.unwrap(Setting.__post_init__)(setting)
-
     with pytest.raises(ValueError, match="start='cold' is unknown; allowed: 'tied', 'untied', 'small', 'large'"):
-        build()
+        StartingSae(start="cold")
 
 
 # -- the contest -------------------------------------------------------------------------------------------------------
@@ -187,14 +191,16 @@ def name(candidate):
 
 
 def test_the_rule_takes_the_fewest_dead_among_errors_within_one_percent():
-    assert name(known_truth.choose(CONTEST[CONTEST.method == "auxk"])) == ("auxk", 2.0)
-    assert name(known_truth.choose(CONTEST[CONTEST.method == "auxk"], tolerance=0.0)) == ("auxk", 1.0)
+    assert name(known_truth.chosen(CONTEST[CONTEST.method == "auxk"])) == ("auxk", 2.0)
+    switches = table(of={("switch", 0.1): (0.1609, 0.0), ("switch", 0.2): (0.160, 0.0), ("switch", 0.3): (0.158, 0.5)})
+    assert name(known_truth.chosen(switches)) == ("switch", 0.3)  # the others are more than 1 % away
+    assert name(known_truth.chosen(switches[switches.strength < 0.3])) == ("switch", 0.2)  # no more dead, less error
 
 
 def test_the_front_is_what_no_candidate_beats_in_both():
     others = CONTEST[~CONTEST.method.str.contains("switch")]
-    assert [name(c) for c in known_truth.front(others)] == [("auxk", 1.0), ("auxk", 2.0), ("ghost", 1.0)]
-    assert [name(c) for c in known_truth.front(CONTEST)] == [("switch+auxk", (0.1, 1.0))]
+    assert [name(c) for c in known_truth.pareto_front(others)] == [("auxk", 1.0), ("auxk", 2.0), ("ghost", 1.0)]
+    assert [name(c) for c in known_truth.pareto_front(CONTEST)] == [("switch+auxk", (0.1, 1.0))]
 
 
 def test_matched_asks_for_no_larger_error_and_says_when_nobody_reaches_it():
@@ -216,75 +222,87 @@ def test_finalists_are_chosen_apart_and_combinations_are_no_rivals():
     assert found == {"none": ("none", 0.0), "switch": ("switch", 0.1), "other": ("auxk", 2.0), "both": both}
 
 
-def test_a_count_of_zero_is_taken_as_one_and_said():
-    rival, mine = (known_truth.of(CONTEST, c) for c in (("auxk", 2.0, 0.1, True), ("switch", 0.1, 0.1, True)))
+def test_a_count_of_zero_is_taken_as_one():
+    rival, mine = (known_truth.lines_of(CONTEST, c) for c in (("auxk", 2.0, 0.1, True), ("switch", 0.1, 0.1, True)))
     found = known_truth.times_fewer(rival, mine, 100)  # 5 dead of each seed against none at all
-    assert (found.value, found.bound, found.n) == (10.0, True, 2)
-    back = known_truth.times_fewer(mine, rival, 100)
-    assert (back.value, back.bound) == (pytest.approx(0.1), False)
+    assert (found.value, found.n, found.resampled) == (pytest.approx(10.0), 2, "seeds")
+    assert known_truth.times_fewer(mine, rival, 100).value == pytest.approx(0.1)
 
 
 def test_paired_resamples_seeds_together():
-    rival, mine = (known_truth.of(CONTEST, c) for c in (("none", 0.0, 0.1, True), ("switch", 0.1, 0.1, True)))
+    rival, mine = (known_truth.lines_of(CONTEST, c) for c in (("none", 0.0, 0.1, True), ("switch", 0.1, 0.1, True)))
     found = known_truth.paired(rival, mine, "fvu")
     assert found.value == pytest.approx(0.2 / 0.16)
     assert found.ci == pytest.approx((0.199 / 0.159, 0.201 / 0.161)[::-1])
-    assert known_truth.paired(rival, mine, "dead", "difference").ci == pytest.approx((0.3, 0.3))
+    assert known_truth.paired(rival, mine, "dead", known_truth.difference_of_means).ci == pytest.approx((0.3, 0.3))
 
 
 def test_every_method_has_as_many_candidates():
     rows = pd.DataFrame(known_truth.candidates([1e-2, 2e-2], [1e-3, 3e-3]))
     counts = rows.groupby(["method", "centred"]).size()
-    assert set(counts) == {4} and len(counts) == 2 * len(known_truth.METHODS)
+    assert set(counts) == {4} and len(counts) == 2 * len(known_truth.REMEDIES)
     with pytest.raises(ValueError, match="extra_lrs has 1 values; allowed: 2"):
         known_truth.candidates([1e-2, 2e-2], [1e-3])
 
 
-def test_packing_keeps_a_contest():
-    again = known_truth.unpacked(json.loads(json.dumps(known_truth.packed(CONTEST))))
-    pd.testing.assert_frame_equal(again[CONTEST.columns], CONTEST)
+def test_points_keep_a_contest():
+    again = known_truth.from_points(json.loads(json.dumps(known_truth.as_points(CONTEST))))
+    pd.testing.assert_frame_equal(again[CONTEST.columns], CONTEST, check_dtype=False)
+    by_seed = [{"axis": "k", "value": 2, "seed": 0, "fvu": 0.1}, {"axis": "k", "value": 2, "seed": 1, "fvu": 0.2}]
+    pd.testing.assert_frame_equal(known_truth.from_points(by_seed), pd.DataFrame(by_seed))
+    assert known_truth.as_points(pd.DataFrame(by_seed)) == [
+        {"axis": "k", "value": 2, "seed": [0, 1], "fvu": [0.1, 0.2]}
+    ]
+
+
+SMALL = KnownTruth(World(20, 6, active=2.0, mean=1.0), n_features=24, k=2, steps=8, batch_size=16, n_rows=200)
 
 
 def test_a_contest_gives_every_candidate_its_own_outcome():
-    problem = Problem(24, 2, 8, 20, 6, 16, 200, {"active": 2.0})
     rows = known_truth.candidates([1e-2], [3e-2], [True])
-    frame = known_truth.contest(problem, rows, ks=[2, 3], seeds=[0, 1], cache_dir=False, workers=1)
-    assert len(frame) == 2 * 2 * len(rows)
+    frame = known_truth.contest(SMALL, {2: rows, 3: rows[:2]}, [0, 1], cache_dir=False, workers=1)
+    assert len(frame) == 2 * (len(rows) + 2)
     for row in (rows[0], rows[-1]):
-        alone = known_truth.trial(problem, 1, {"x": known_truth.setting(row, problem.steps)}, cache_dir=False)["x"]
-        (line,) = known_truth.of(frame[(frame.k == 2) & (frame.seed == 1)], tuple(row.values())).to_dict("records")
-        assert (line["fvu"], line["dead"]) == pytest.approx((alone.fvu, alone.dead), rel=1e-6)  # other threads
+        (alone,) = run(SMALL, [row.arm(SMALL.steps)], 1, cache_dir=False)
+        (line,) = known_truth.lines_of(frame[(frame.k == 2) & (frame.seed == 1)], row).to_dict("records")
+        found = measured(alone)
+        assert (line["fvu"], line["dead"]) == pytest.approx((found["fvu"], found["dead"]), rel=1e-6)  # other threads
+    (line,) = known_truth.lines_of(frame[(frame.k == 3) & (frame.seed == 0)], rows[1]).to_dict("records")
+    (alone,) = run(replace(SMALL, k=3), [rows[1].arm(SMALL.steps)], 0, cache_dir=False)
+    assert line["fvu"] == pytest.approx(alone.fvu, rel=1e-6)
 
 
 def test_two_remedies_at_once_are_both_there():
-    row = {"method": "switch+auxk", "strength": (0.1, 1.0), "lr": 0.1, "centred": False}
-    made = known_truth.setting(row, 100)
-    assert made.balance == remedies.Together(remedies.Switch(0.1), remedies.AuxK(1.0, silent_for=5))
-    assert (made.lr, made.centred) == (0.1, False)
+    made = Candidate("switch+auxk", (0.1, 1.0), 0.1, False).arm(100)
+    assert made.remedy == remedies.Together(remedies.Switch(0.1), remedies.AuxK(1.0, silent_for=5))
+    assert (made.lr, made.build.centred) == (0.1, False)
 
 
-def test_regimes_are_the_trials_under_changed_conditions():
-    problem, given = Problem(24, 2, 8, 20, 6, 16, 200, {"active": 2.0}), Setting(lr=1e-2)
-    frame = known_truth.regimes(
-        {"k": {2: (problem, given), 3: (replace(problem, k=3), given)}}, [0], cache_dir=False, workers=1
-    )
-    alone = known_truth.trial(replace(problem, k=3), 0, {"x": given}, cache_dir=False)["x"]
-    assert frame.value.tolist() == [2, 3]
+def test_a_study_under_changed_conditions_becomes_a_table():
+    arm, problems = ARMS["none"], {("k", 2): SMALL, ("k", 3): replace(SMALL, k=3)}
+    found = study(problems, dict.fromkeys(problems, arm), [0], cache_dir=False, workers=1)
+    frame = known_truth.as_table(found, "axis", "value")
+    (alone,) = run(problems["k", 3], [arm], 0, cache_dir=False)
+    assert frame.value.tolist() == [2, 3] and frame.seed.tolist() == [0, 0]
     assert frame.fvu[1] == pytest.approx(alone.fvu, rel=1e-4)
 
 
-def test_outcomes_are_kept_until_the_cell_changes(tmp_path):
-    problem = Problem(24, 2, 8, 20, 6, 16, 200, {"active": 2.0, "mean": 1.0})
-    first = trial(problem, 0, {"x": Setting()}, tmp_path)
-    (kept,) = (tmp_path / "trials").glob("*.kept")
+def test_outcomes_are_kept_until_what_is_asked_changes(tmp_path):
+    arm = ARMS["none"]
+    (first,) = run(SMALL, [arm], 0, cache_dir=tmp_path)
+    (kept,) = (tmp_path / "runs").glob("*.kept")
     for path in (tmp_path / "fits").glob("*.kept"):
         path.unlink()
-    turned = replace(problem, world={"mean": 1.0, "active": 2.0})  # the order of a mapping means nothing
-    assert trial(turned, 0, {"x": Setting()}, tmp_path) == first
+    (again,) = run(SMALL, [replace(arm, name="another word for it")], 0, cache_dir=tmp_path)
+    assert measured(again) == measured(first)
     assert not list((tmp_path / "fits").glob("*.kept"))
-    for changed in ((replace(problem, n_rows=201), 0), (problem, 1)):
-        trial(*changed, {"x": Setting()}, tmp_path)
-    assert len(list((tmp_path / "trials").glob("*.kept"))) == 3
+    for changed in (
+        (replace(SMALL, n_rows=201), 0),
+        (replace(SMALL, world=replace(SMALL.world, zipf=0.6)), 0),
+        (SMALL, 1),
+    ):
+        run(changed[0], [arm], changed[1], cache_dir=tmp_path)
+    assert len(list((tmp_path / "runs").glob("*.kept"))) == 4
     kept.write_bytes(kept.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{kept.name} is damaged.*delete it"):
-        trial(problem, 0, {"x": Setting()}, tmp_path)
+        run(SMALL, [arm], 0, cache_dir=tmp_path)

@@ -133,3 +133,17 @@ def test_a_comparison_has_its_seeds_and_an_interval_that_holds_it():
     low = scores.crossed_interval(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50)[0]
     assert low > -40  # a resample has fewer different articles …
     assert scores.compared(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50).ci[0] == -40
+
+
+def test_over_seeds_resamples_columns_together():
+    first, second = [0.3, 0.5, 0.4], [0.1, 0.2, 0.2]
+    found = scores.over_seeds(first, second, statistic=lambda a, b: a.sum() / b.sum())
+    pairs = np.c_[first, second]
+    interval = scores.bootstrap_interval(pairs, lambda rows: rows[:, 0].sum() / rows[:, 1].sum())
+    assert found.value == pytest.approx(1.2 / 0.5) and found.ci == pytest.approx(interval)
+    assert found.by_seed == pytest.approx([3.0, 2.5, 2.0])
+    assert (found.n, found.resampled) == (3, "seeds")
+    mean = scores.over_seeds(first)
+    assert mean.value == pytest.approx(0.4) and mean.ci == pytest.approx(scores.bootstrap_interval(np.array(first)))
+    equal = scores.over_seeds([0.1] * 7)
+    assert equal.ci[0] <= equal.value <= equal.ci[1]

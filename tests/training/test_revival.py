@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from helpers.dictionary import topk_sae
-from helpers.parts.known_truth import Problem, Setting, trial
-from helpers.parts.worlds import world
+from helpers.parts.known_truth import KnownTruth, StartingSae, measured
+from helpers.parts.worlds import World
 from helpers.settings import generator
 from helpers.study.scores import evaluate, recovery
+from helpers.study.study import Arm, run
 from helpers.training import Fresh, fit, remedies
 
 N, D, K, STEPS = 32, 32, 3, 300
@@ -55,7 +56,7 @@ def judged(sae, source):
 
 
 def source(seed, **more):
-    return world(N, D, generator=generator(seed), active=3.0, zipf=0.0, magnitudes="constant", **more)
+    return World(N, D, seed=seed, active=3.0, zipf=0.0, magnitudes="constant", **more)
 
 
 @cache
@@ -106,11 +107,12 @@ def test_b_dec_at_the_mean_prevents_dead_features_where_the_mean_is_large():
 
 def test_ghosts_and_resampling_revive_and_find_truths_over_five_seeds():
     """Where one feature is active and many die on the way: fewer dead, and more truths found, in the mean of seeds."""
-    problem = Problem(64, 1, 400, 64, 12, 64, 4000, {"active": 3.0, "mean": 1.0})
+    problem = KnownTruth(World(64, 12, active=3.0, mean=1.0), 64, 1, 400, batch_size=64, n_rows=4000)
     tried = {"none": remedies.Balance(), "ghost": remedies.Ghost(0.1, 20), "resample": remedies.Resample(50, 1.0, 0.7)}
-    given = {name: Setting(remedy, 2e-2) for name, remedy in tried.items()}
-    seen = [trial(problem, seed, given, cache_dir=False) for seed in range(5)]
-    dead, found = ({name: sum(getattr(s[name], what) for s in seen) for name in given} for what in ("dead", "found"))
+    arms = [Arm(name, StartingSae(), remedy, 2e-2) for name, remedy in tried.items()]
+    seen = [run(problem, arms, seed, cache_dir=False) for seed in range(5)]
+    by_name = {name: [measured(each[i]) for each in seen] for i, name in enumerate(tried)}
+    dead, found = ({n: sum(each[what] for each in by_name[n]) for n in tried} for what in ("dead", "found"))
     assert dead["none"] > 5 * 0.2
     assert dead["ghost"] < 0.75 * dead["none"]
     assert dead["resample"] < 0.7 * dead["none"]
