@@ -95,6 +95,11 @@ class Teacher:
         return f"Teacher({self.name!r}, {self.n_layers} layers, d_model={self.d_model}, {self.dtype}, {self.device})"
 
     @property
+    def asked(self) -> str:
+        """What a key says of it."""
+        return self.fingerprint
+
+    @property
     def n_layers(self) -> int:
         return len(self.blocks)
 

@@ -220,6 +220,10 @@ def crossed_interval(
     return float(lo), float(hi)
 
 
+FEWEST = 5
+"""A bootstrap over fewer articles is no interval."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A number made of sums over articles, or other units, and over seeds: its 95 % interval, over units alone where
@@ -227,7 +231,7 @@ class Comparison:
     """
 
     value: float
-    ci: tuple[float, float]
+    ci: tuple[float, float] | None
     by_seed: list[float]
     n: int
 
@@ -334,18 +338,26 @@ class Sums:
         return sorted(common)
 
     def compare(
-        self, statistic: Callable[..., float], *names: Hashable, seed: int = 0, n_resamples: int = 2000
+        self,
+        statistic: Callable[..., float],
+        *names: Hashable,
+        seed: int = 0,
+        n_resamples: int = 2000,
+        level: float = 0.95,
+        fewest: int = 2,
     ) -> Comparison:
         """`statistic(*totals)`, one `Totals` for each name, with its interval: seeds that all have, and units, are
-        resampled as wholes, the same for all cells. Raises `ValueError` for fewer than two units, or cells that differ
-        in their units.
+        resampled as wholes, the same for all cells. Over fewer than `fewest` units, or where `n_resamples` is 0, there
+        is no interval. Raises `ValueError` for fewer than two units (unless `fewest` is more), or cells that differ in
+        their units.
         """
         names = names or tuple(self.cells)
         seeds = self.seeds(*names)
         data = [self._stacked(name, seeds) for name in names]
         sizes = {data[0][column].shape[1] for column in self.shared}
         sizes = sizes or {array.shape[1] for columns in data for array in columns.values()}
-        if len(sizes) != 1 or min(sizes) < 2:
+        few = min(sizes) < fewest or not n_resamples
+        if len(sizes) != 1 or (min(sizes) < 2 and fewest <= 2):
             raise ValueError(f"cells have {sorted(sizes)} units; allowed: the same for all, at least 2 to resample")
 
         def of(at: np.ndarray, units: np.ndarray) -> float:
@@ -354,8 +366,10 @@ class Sums:
 
         every, all_units = np.arange(len(seeds)), np.arange(min(sizes))
         value, by_seed = of(every, all_units), [of(every[i : i + 1], all_units) for i in every]
+        if few:
+            return Comparison(value, None, by_seed, len(seeds) * min(sizes))
         values = [of(*draw) for draw in resampled(len(seeds), min(sizes), n_resamples, seed)]
-        low, high = np.quantile(values, [0.025, 0.975])
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
         interval = (float(min(low, value)), float(max(high, value)))  # see `compared`
         return Comparison(value, interval, by_seed, len(seeds) * min(sizes))
 

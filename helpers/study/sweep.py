@@ -40,16 +40,19 @@ def sweep(
 
     Args:
         task: a function of an importable module; its arguments and result travel between processes.
-        workers: processes on this machine; one a core if None, and 1 runs the cells here, one after another.
+        workers: processes on this machine; one a core if None, 1 runs the cells here, one after another, and 0 runs
+            them here with all threads, as suits tasks that hold a large model.
         address: of a Dask scheduler, whose workers must have this repository installed and see the same cache folder;
             `RANK1_SCHEDULER` if None. It wins over `workers`.
 
     Raises:
-        ValueError: for workers below 1.
+        ValueError: for workers below 0.
         RuntimeError: naming the cell that failed, from its error; cells that have not begun are given up.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers} does nothing; allowed: at least 1, or None for one a core")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers={workers} does nothing; allowed: at least 0, or None for one a core")
+    if workers == 0:
+        return [_named(task, cell) for cell in settings.progress(cells, label, delay=2)]
     address = address or os.environ.get(ADDRESS)
     workers = min(workers or cores(), max(1, len(cells)))
     if address is None and workers == 1:

@@ -7,7 +7,7 @@ reads like the sentence. What it may look at and change is a `Moment`: one step 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -37,7 +37,8 @@ class Moment:
     """One training step of one student, as a remedy sees it.
 
     `loss` is the reconstruction loss of this batch; `silent` counts, for each atom, the steps since it last fired,
-    this one included (since the start, if it never did). `optimiser` is there for what resets its state.
+    this one included (since the start, if it never did). `optimiser` is there for what resets its state, `stream` for
+    what more than rows there is to a batch.
     """
 
     dictionary: RankOneDictionary
@@ -49,6 +50,7 @@ class Moment:
     step: int
     steps: int
     optimiser: torch.optim.Optimizer | None = None
+    stream: Any = None
 
     @property
     def residual(self) -> Float[Tensor, "batch d_out"]:

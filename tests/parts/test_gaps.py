@@ -1,7 +1,11 @@
 """The three gaps: students against slow versions, the model's own loss against the model itself, walks by hand."""
 
 import itertools
+import json
 import math
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +16,13 @@ from hypothesis import settings as quickly
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from helpers import settings
 from helpers.dictionary import RankOneDictionary, Rows
-from helpers.models import teachers
+from helpers.models import activations, teachers
 from helpers.parts import gaps
 from helpers.settings import generator
+from helpers.study import study
+from helpers.study.study import Arm, Outcome
 from helpers.training.remedies import Moment
 from tests import tiny
 
@@ -30,7 +37,18 @@ def on(tmp_path_factory):
     corpus.write_text(tiny.text(1300), encoding="utf-8")
     teacher = teachers.load(tiny.save(folder / "llama", "llama"), device="cpu")
     sizes = {"train": 600, "validation": 120, "test": 500}
-    return gaps.bench(teacher, str(corpus), layer=LAYER, sizes=sizes, max_length=16, cache_dir=folder / "cache")
+    options = {"layer": LAYER, "sizes": sizes, "max_length": 16, "cache_dir": folder / "cache"}
+    return gaps.FrozenLayer.harvested(teacher, str(corpus), **options)
+
+
+def place(on, objective="predict", steps=4, batch_size=8):
+    return gaps.StandIn(on, objective, steps, batch_size)
+
+
+def trained(problem, arm, seed=0):
+    """A student, and what is said of it."""
+    student = study.trained(problem, arm, seed, cache_dir=False).student
+    return student, problem.judge(student, seed)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +63,21 @@ def moe(tmp_path_factory):
 
 def some(active, total, rank, d=6, seed=0):
     bias = torch.linspace(-1, 1, d)
-    return gaps.mixture(active, total, rank, b_in=bias, b_out=2 * bias, generator=generator(seed))
+    return gaps.family("mixture", active, total, rank).build(SimpleNamespace(biases=(bias.clone(), 2 * bias)), seed)
+
+
+def formulas(*starts):
+    """What the chapter's cells that begin so define."""
+    cells = json.loads((settings.ROOT / "notebooks" / "12_three_gaps.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    defined = {}
+    for start in starts:
+        (source,) = [source for source in sources if source.startswith(start)]
+        exec(source, defined)
+    return SimpleNamespace(**defined)
+
+
+chapter = formulas("def equal_cost", "import itertools", "def averages", "def interactions")
 
 
 # -- students ----------------------------------------------------------------------------------------------------------
@@ -109,8 +141,6 @@ def test_gates_average_one_and_neurons_are_the_same_at_every_rank():
 @pytest.mark.parametrize(("active", "total", "rank"), [(8, 24, 3), (8, 20, 8), (8, 24, 0)])
 def test_a_rank_that_does_not_divide_is_named(active, total, rank):
     with pytest.raises(ValueError, match=f"rank={rank} does not divide"):
-        some(active, total, rank)
-    with pytest.raises(ValueError, match="rank="):
         gaps.family("mixture", active, total, rank)
 
 
@@ -119,37 +149,36 @@ def test_a_rank_that_does_not_divide_is_named(active, total, rank):
 def test_equal_cost_is_as_many_neurons_as_the_budget_holds(chosen, ratio, rank):
     active, total = chosen * rank, chosen * rank * ratio
     cost = some(active, total, rank).multiply_adds
-    fewer, of = gaps.equal_cost(active, total, rank)
+    fewer, of = chapter.equal_cost(active, total, rank)
     assert of == fewer * ratio
     assert some(fewer, of, 1).multiply_adds <= cost < some(fewer + 1, of + ratio, 1).multiply_adds
 
 
-def test_topk_students_share_their_start_and_only_the_tied_one_shares_its_parts():
-    bias = {"b_in": torch.ones(5), "b_out": torch.zeros(5)}
-    untied, tied = (gaps.topk(2, 9, **bias, tied=t, generator=generator(0)) for t in (False, True))
+def test_topk_students_share_their_start_and_only_the_tied_one_shares_its_parts(on):
+    untied, tied = (gaps.family(kind, 2, 9).build(place(on, "reconstruct"), 0) for kind in ("topk", "tied"))
     assert tied.encoder is tied.decoder and tied.b_in is tied.b_out
     assert untied.b_in is not untied.b_out and untied.unit_norm and untied.router is untied.encoder
     assert torch.equal(untied.encoder.weight, untied.decoder.weight) and untied.encoder is not untied.decoder
     assert torch.equal(untied.encoder.weight, tied.encoder.weight)
 
 
-def test_cells_that_cannot_be_are_named():
+def test_arms_that_cannot_be_are_named(on):
     with pytest.raises(ValueError, match="kind='moe'"):
         gaps.family("moe", 2, 8)
     with pytest.raises(ValueError, match="objective='reconstruct'"):
-        gaps.family("tied", 2, 8)
+        gaps.family("tied", 2, 8).build(place(on), 0)
     with pytest.raises(ValueError, match="active=9"):
         gaps.family("topk", 9, 8)
     with pytest.raises(ValueError, match="rank=2"):
         gaps.family("topk", 2, 8, 2)
     with pytest.raises(ValueError, match="objective='copy'"):
-        gaps.Cell("", gaps.own, objective="copy")
+        place(on, "copy")
     with pytest.raises(ValueError, match="signal='both'"):
-        gaps.Cell("", gaps.own, signal="both")
+        gaps.family("topk", 2, 8, signal="both")
 
 
-def test_a_block_is_the_layer_itself(moe):
-    student = gaps.fresh(moe, LAYER, 0)
+def test_a_block_is_the_layer_itself(on, moe):
+    student = gaps.fresh(moe, LAYER, None, 0)
     x = torch.randn(9, 16, generator=generator(0))
     trace = student.trace(x)
     router, experts = student.block.gate.weight, student.block.experts
@@ -163,12 +192,12 @@ def test_a_block_is_the_layer_itself(moe):
             gate, up = (experts.gate_up_proj[j] @ row).chunk(2)
             y += (gates[j] * (experts.down_proj[j] @ (F.silu(gate) * up))).detach()
     torch.testing.assert_close(trace.output, slow, atol=1e-5, rtol=1e-4)
-    assert student.n_parameters == sum(p.numel() for p in moe.mlp(LAYER).parameters())
+    assert place(on).judge(student, 0).about["parameters"] == sum(p.numel() for p in moe.mlp(LAYER).parameters())
 
 
 def test_fresh_weights_are_trainable_and_leave_the_model_alone(moe):
     before = {name: value.clone() for name, value in moe.mlp(LAYER).state_dict().items()}
-    one, same, other = (gaps.fresh(moe, LAYER, seed) for seed in (0, 0, 1))
+    one, same, other = (gaps.fresh(moe, LAYER, None, seed) for seed in (0, 0, 1))
     assert all(p.requires_grad for p in one.parameters())
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -186,7 +215,7 @@ def test_a_dense_layer_is_no_block(on):
 
 
 def test_pieces_are_the_rows_of_their_tokens(on):
-    stream = gaps.Pieces(on, "predict", batch_size=5, seed=3)
+    stream = gaps.PieceStream(place(on, batch_size=5), 3)
     for step in (0, 1, 40):  # a later epoch too
         ids, mask = stream.tokens(step)
         found = on.teacher.run_to(LAYER, ids, mask)
@@ -197,21 +226,21 @@ def test_pieces_are_the_rows_of_their_tokens(on):
     seen = [i for step in range(epoch) for i in stream.pieces(step)]
     assert len(set(seen)) == len(seen) == 5 * epoch
     assert stream.pieces(0) != stream.pieces(epoch)
-    inputs, targets = gaps.Pieces(on, "reconstruct", batch_size=5, seed=3)(1)
+    inputs, targets = gaps.PieceStream(place(on, "reconstruct", batch_size=5), 3)(1)
     assert torch.equal(inputs, targets) and torch.equal(inputs, stream(1)[0])
 
 
 def test_a_student_that_is_the_layer_adds_nothing(on):
-    cell = gaps.Cell("own", gaps.own)
-    student = gaps.own(on, 0)
+    student = gaps.own(place(on), 0)
     rows = student(on.rows("test", "mlp_in"))
     torch.testing.assert_close(rows, on.rows("test", "mlp_out"), atol=1e-4, rtol=1e-4)
-    errors, norms, nats, _ = gaps._judge(on, cell, student)
-    assert errors.sum() < 1e-6 * norms.sum()
-    np.testing.assert_allclose(nats, on.clean["test"].nats, rtol=1e-5)
+    judged = place(on).judge(student, 0)
+    assert judged.sums["errors"].sum() < 1e-6 * judged.sums["norms"].sum() and not len(judged.about["rates"])
+    np.testing.assert_allclose(judged.sums["nats"], on.unspliced["clean"], rtol=1e-5)
     alike = RankOneDictionary(student.encoder, student.decoder, k=0, shared=torch.nn.Linear(16, 16, bias=False))
     torch.nn.init.eye_(alike.shared.weight)  # the identity, in front of the layer
-    np.testing.assert_allclose(on.nats("test", on.splice(alike, "reconstruct")).nats, on.clean["test"].nats, rtol=1e-5)
+    spliced = on.nats("test", place(on, "reconstruct").splice(alike)).nats
+    np.testing.assert_allclose(spliced, on.unspliced["clean"], rtol=1e-5)
 
 
 class Swapped(torch.nn.Module):
@@ -233,15 +262,15 @@ class Swapped(torch.nn.Module):
 @pytest.mark.parametrize("objective", ["predict", "reconstruct"])
 def test_end_to_end_is_the_gradient_of_the_models_loss(on, objective, monkeypatch):
     """Against a model whose MLP module is replaced and whose loss is written out here."""
-    student = gaps.family("mixture", 4, 8, 2, objective=objective).build(on, 0)
-    stream = gaps.Pieces(on, objective, batch_size=4, seed=0)
+    problem = place(on, objective, batch_size=4)
+    student, stream = gaps.family("mixture", 4, 8, 2).build(problem, 0), gaps.PieceStream(problem, 0)
     inputs, targets = stream(2)
     trace = student.trace(inputs)
     mse = (trace.output - targets).square().mean()
-    now = Moment(student, inputs, targets, trace, mse, torch.zeros(8, dtype=torch.long), step=2, steps=4)
-    early = gaps.EndToEnd(stream, "", start=0.75)
-    assert early.loss(now) == 0.0
-    (mse + gaps.EndToEnd(stream, "").loss(now)).backward()
+    now = Moment(student, inputs, targets, trace, mse, torch.zeros(8, dtype=torch.long), 2, 4, stream=stream)
+    assert gaps.EndToEnd("fine-tuned").loss(replace(now, step=1)) == gaps.EndToEnd("local").loss(now) == 0.0
+    assert torch.equal(gaps.EndToEnd("fine-tuned").loss(now), gaps.EndToEnd("end to end").loss(now))
+    (mse + gaps.EndToEnd("end to end").loss(now)).backward()
     ours = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
     block, mlp = on.teacher.blocks[LAYER], on.teacher.mlp(LAYER)
@@ -261,43 +290,53 @@ def test_end_to_end_is_the_gradient_of_the_models_loss(on, objective, monkeypatc
 
 
 def test_training_on_the_loss_lowers_it_and_fitting_lowers_the_error(on):
-    how = dict(lrs=[1e-2], seeds=[0], steps=60, batch_size=8, cache_dir=False)
-    fitted, joint = (
-        gaps.trial(on, gaps.family("mixture", 4, 8, 2, signal=signal), **how) for signal in ("local", "end to end")
-    )
-    start = gaps.family("mixture", 4, 8, 2).build(on, 0)
-    words = on.nats("train", on.splice(start, "predict")).nats.sum()
-    trained = on.nats("train", on.splice(joint.student, "predict")).nats.sum()
-    assert trained < words
-    assert fitted.fvu < joint.fvu and fitted.fits[0].loss[-1] < fitted.fits[0].loss[0]
+    problem = place(on, steps=60)
+    arms = (replace(gaps.family("mixture", 4, 8, 2, signal), lr=1e-2) for signal in ("local", "end to end"))
+    (_, fitted), (joint, other) = (trained(problem, arm) for arm in arms)
+    start = gaps.family("mixture", 4, 8, 2).build(problem, 0)
+    before, after = (on.nats("train", problem.splice(student)).nats.sum() for student in (start, joint))
+    assert after < before
+    assert fitted.sums["errors"].sum() < other.sums["errors"].sum() and fitted.validation["fvu"] < 1
 
 
-def test_the_rate_is_chosen_on_validation_text_and_every_seed_is_kept(on):
-    how = dict(lrs=[1e-5, 1e-2], seeds=[0, 1], steps=40, batch_size=8, cache_dir=False)
-    found = gaps.trial(on, gaps.family("topk", 3, 12), **how)
-    assert found.lr == min(found.tried, key=lambda lr: found.tried[lr][1])  # FVU, which trains it
-    assert found.errors.shape == found.nats.shape == (2, len(found.base.clean)) and len(found.fits) == 2
-    row = found.row()
+def test_the_rate_is_chosen_by_what_trains_and_every_seed_is_kept(on):
+    problem, arm = place(on, steps=40), gaps.family("topk", 3, 12)
+    assert arm.remedy.chosen_by == "fvu" and gaps.EndToEnd("end to end").chosen_by == "nats"
+    tried = study.tune(problem, [arm], [1e-5, 1e-2], 0, by="fvu", cache_dir=False, workers=0)[arm.name]
+    best = study.at_best({"": arm}, {"": tried}, by="fvu")
+    found = study.study(problem, best, [0, 1], cache_dir=False, workers=0)[""]
+    assert best[""].lr == min(tried, key=lambda lr: tried[lr].validation["fvu"])
+    row = gaps.row(found, tried)
     assert row["fvu_ci"][0] <= row["fvu"] <= row["fvu_ci"][1] and row["multiply_adds"] == 12 * 16 + 3 * 16
-    spliced = on.nats("test", on.splice(found.student, "predict"))
-    np.testing.assert_allclose(found.nats[0], spliced.nats)
-    again = gaps.trial(on, gaps.family("topk", 3, 12), **how)
-    np.testing.assert_array_equal(found.errors, again.errors)
+    assert row["seeds"] == 2 and row["dead"] == np.mean([(each.about["rates"] == 0).mean() for each in found])
+    student, judged = trained(problem, best[""])
+    np.testing.assert_allclose(found[0].sums["nats"], on.nats("test", problem.splice(student)).nats)
+    np.testing.assert_array_equal(found[0].sums["errors"], judged.sums["errors"])
 
 
 def test_a_grid_goes_on_where_its_best_is_an_end(on):
-    how = dict(seeds=[0], steps=6, batch_size=8, cache_dir=False)
-    slow = gaps.trial(on, gaps.family("topk", 3, 12), lrs=[1e-6, 1e-5], further=2, **how)
-    assert list(slow.tried) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3]) and slow.lr == pytest.approx(1e-3)
-    assert len(gaps.trial(on, gaps.family("topk", 3, 12), lrs=[1e-6, 1e-5], **how).tried) == 2
-    for bad in ({"lrs": [1e-2, 1e-3]}, {"lrs": []}, {"lrs": [1e-3], "further": 1}, {"lrs": [0.0, 1.0]}):
+    arm, how = gaps.family("topk", 3, 12), {"cache_dir": False, "workers": 0}
+    slow = study.tune(place(on, steps=6), [arm], [1e-6, 1e-5], 0, further=2, **how)[arm.name]
+    assert list(slow) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3])
+    assert study.choose(slow) == pytest.approx(1e-3)
+    assert len(study.tune(place(on, steps=6), [arm], [1e-6, 1e-5], 0, **how)[arm.name]) == 2
+    for bad in ([1e-2, 1e-3], [], [0.0, 1.0]):
         with pytest.raises(ValueError, match="lrs="):
-            gaps.trial(on, gaps.family("topk", 3, 12), **(how | bad))
+            study.tune(place(on), [arm], bad, 0, **how)
+
+
+def test_what_is_trained_is_kept_under_its_layer_and_not_under_its_name(on, moe, tmp_path):
+    arm = Arm("", partial(gaps.fresh, moe, LAYER), gaps.EndToEnd())
+    first, again = (study.run(place(on, steps=2), [arm], 0, cache_dir=tmp_path)[0] for _ in range(2))
+    np.testing.assert_array_equal(first.sums["nats"], again.sums["nats"])
+    assert first.seconds == again.seconds
+    other = study.run(place(on, steps=3), [arm], 0, cache_dir=tmp_path)[0]
+    assert (other.sums["nats"] != first.sums["nats"]).any()
 
 
 def test_half_way_adam_forgets_what_it_knows_of_squared_errors(on):
-    stream = gaps.Pieces(on, "predict", batch_size=4, seed=0)
-    student, balance, counts = gaps.family("topk", 3, 12).build(on, 0), gaps.EndToEnd(stream, "", 1.0), []
+    stream = gaps.PieceStream(place(on, batch_size=4), 0)
+    student, balance, counts = gaps.family("topk", 3, 12).build(place(on), 0), gaps.EndToEnd("local"), []
     optimiser, silent = torch.optim.Adam(student.parameters()), torch.zeros(12, dtype=torch.long)
     (x, y) = stream(0)
     for step in range(7):
@@ -311,81 +350,83 @@ def test_half_way_adam_forgets_what_it_knows_of_squared_errors(on):
 
 
 def test_a_whole_model_is_compared_on_the_same_tokens(on, moe, tmp_path):
-    whole = gaps.whole(moe, on, "mixture", 2)
-    theirs = gaps.nats(moe, on.pieces["test"])
-    expected = (theirs.nats.sum() - on.clean["test"].nats.sum()) / on.clean["test"].tokens.sum()
-    assert whole.nats.shape[0] == 2 and whole.added == pytest.approx(expected)
+    whole = gaps.whole(moe, on, [0, 1])
+    theirs = activations.losses(moe, on.pieces["test"])
+    expected = (theirs.nats.sum() - on.unspliced["clean"].sum()) / on.unspliced["tokens"].sum()
+    assert [each.seed for each in whole] == [0, 1]
+    assert study.sums({"": whole}).compare(lambda cell: cell.added).value == pytest.approx(expected)
     other = teachers.load(tiny.save(tmp_path, "qwen2"), device="cpu")  # without BOS
     with pytest.raises(ValueError, match="another tokenizer"):
-        gaps.whole(other, on, "")
+        gaps.whole(other, on, [0])
 
 
-def test_a_bench_needs_all_three_splits(on):
+def test_a_layer_needs_all_three_splits(on):
     with pytest.raises(ValueError, match="one for each of train, validation, test"):
-        gaps.bench(on.teacher, on.corpus, layer=LAYER, sizes={"train": 10})
+        gaps.FrozenLayer.harvested(on.teacher, on.texts["test"]["corpus"], layer=LAYER, sizes={"train": 10})
     with pytest.raises(ValueError, match="20 test tokens hold . articles; allowed: at least 5"):
-        gaps.bench(on.teacher, on.corpus, layer=LAYER, sizes={"train": 9, "validation": 9, "test": 20})
+        sizes = {"train": 9, "validation": 9, "test": 20}
+        gaps.FrozenLayer.harvested(on.teacher, on.texts["test"]["corpus"], layer=LAYER, sizes=sizes)
     with pytest.raises(ValueError, match="batch_size=0"):
-        gaps.Pieces(on, "predict", batch_size=0, seed=0)
+        place(on, batch_size=0)
 
 
-# -- estimates and walks -----------------------------------------------------------------------------------------------
+# -- rows and walks ----------------------------------------------------------------------------------------------------
 
 
-def outcome(nats, errors=None):
-    nats = np.asarray(nats, float)
-    articles = nats.shape[1]
-    base = gaps.Reference(*(np.full(articles, value) for value in (10.0, 20.0, 18.0, 5.0)))
-    errors = np.ones_like(nats) if errors is None else np.asarray(errors, float)
-    return gaps.Outcome(gaps.Cell("", gaps.own), 1e-3, {}, [], errors, np.full(articles, 4.0), nats, [0.0], base)
+def outcomes(nats, errors):
+    base = {name: np.full(3, value) for name, value in (("clean", 10.0), ("zero", 20.0), ("mean", 18.0), ("tokens", 5))}
+    about = {"objective": "predict", "rates": [0.0, 1.0], "parameters": 1, "multiply_adds": 1, "router": 1}
+    arm = gaps.family("topk", 1, 2)
+    columns = [{"nats": np.array(n, float), "errors": np.array(e, float)} for n, e in zip(nats, errors, strict=True)]
+    norms = {"norms": np.full(3, 4.0)}
+    return [Outcome(c | norms | base, {}, about, arm=arm, seed=seed) for seed, c in enumerate(columns)]
 
 
-def test_numbers_of_a_cell_are_ratios_of_sums():
-    one, two = outcome([[11, 12, 13], [11, 12, 10]], [[1, 2, 3], [1, 2, 0]]), outcome([[15, 15, 15], [15, 15, 15]])
-    assert one.added == pytest.approx((36 + 33) / 2 / 15 - 2)
-    assert one.recovered() == pytest.approx((60 - 34.5) / 30) and one.recovered("mean") == pytest.approx(19.5 / 24)
-    assert one.fvu == pytest.approx(4.5 / 12)
-    found = gaps.estimate({"one": one, "two": two}, lambda s: gaps.added(s["two"]) - gaps.added(s["one"]))
-    assert found.value == pytest.approx(two.added - one.added) and found.resampled == "seed × article"
+def test_numbers_of_a_row_are_ratios_of_sums():
+    one = outcomes([[11, 12, 13], [11, 12, 10]], [[1, 2, 3], [1, 2, 0]])
+    two = outcomes([[15, 15, 15], [15, 15, 15]], [[1, 1, 1], [1, 1, 1]])
+    row = gaps.row(one, {})
+    assert row["added"] == pytest.approx((36 + 33) / 2 / 15 - 2) and row["dead"] == 0.5
+    assert row["recovered"] == pytest.approx((60 - 34.5) / 30)
+    assert row["recovered_mean"] == pytest.approx(19.5 / 24)
+    assert row["fvu"] == pytest.approx(4.5 / 12)
+    found = study.sums({"one": one, "two": two}).compare(lambda a, b: b.added - a.added)
+    assert found.value == pytest.approx(1 - row["added"]) and found.resampled == "seed × article"
     assert found.by_seed == pytest.approx([(45 - 36) / 15, (45 - 33) / 15]) and found.n == 6
     assert found.ci[0] < found.value < found.ci[1]
-    assert gaps.estimate({"": one}, lambda s: gaps.fvu(s[""])).value == pytest.approx(one.fvu)
-    assert gaps.estimate({"": one}, lambda s: gaps.recovered(s[""])).value == pytest.approx(one.recovered())
-    with pytest.raises(ValueError, match="the same for all"):
-        gaps.estimate({"one": one, "two": outcome([[1, 2, 3]])}, lambda s: 0.0)
 
 
 corner_values = st.lists(st.floats(-5, 5), min_size=8, max_size=8).map(
-    lambda v: dict(zip(gaps.CORNERS, v, strict=True))
+    lambda v: dict(zip(chapter.CORNERS, v, strict=True))
 )
 
 
 @quickly(deadline=None, max_examples=50)
 @given(corner_values)
 def test_every_walk_ends_where_all_others_do(values):
-    orders = gaps.walks(values)
-    assert set(orders) == set(itertools.permutations(gaps.KNOBS))
+    orders = chapter.walks(values)
+    assert set(orders) == set(itertools.permutations(chapter.KNOBS))
     whole = values[True, True, True] - values[False, False, False]
     for steps in orders.values():
         assert sum(steps.values()) == pytest.approx(whole, abs=1e-9)
-    assert sum(gaps.averages(values).values()) == pytest.approx(whole, abs=1e-9)
+    assert sum(chapter.averages(values).values()) == pytest.approx(whole, abs=1e-9)
 
 
 @quickly(deadline=None, max_examples=50)
 @given(corner_values)
 def test_averages_and_interactions_by_their_formulas(values):
     def v(*turned):
-        return values[tuple(knob in turned for knob in gaps.KNOBS)]
+        return values[tuple(knob in turned for knob in chapter.KNOBS)]
 
-    edges, twists = gaps.edges(values), gaps.interactions(values)
+    edges, twists = chapter.edges(values), chapter.interactions(values)
     assert len(edges) == 12 and len(twists) == 6
     for (i, j, on), twist in twists.items():
-        k = {knob for knob in gaps.KNOBS if knob not in (i, j)} if on else set()
+        k = {knob for knob in chapter.KNOBS if knob not in (i, j)} if on else set()
         assert twist == pytest.approx(v(i, j, *k) - v(i, *k) - v(j, *k) + v(*k), abs=1e-9)
-    for i in gaps.KNOBS:
-        j, k = (knob for knob in gaps.KNOBS if knob != i)
+    for i in chapter.KNOBS:
+        j, k = (knob for knob in chapter.KNOBS if knob != i)
         four = [v(i) - v(), v(i, j) - v(j), v(i, k) - v(k), v(i, j, k) - v(j, k)]
-        assert gaps.averages(values)[i] == pytest.approx(np.dot(four, [1 / 3, 1 / 6, 1 / 6, 1 / 3]), abs=1e-9)
+        assert chapter.averages(values)[i] == pytest.approx(np.dot(four, [1 / 3, 1 / 6, 1 / 6, 1 / 3]), abs=1e-9)
         assert sorted(step for (knob, _), step in edges.items() if knob == i) == pytest.approx(sorted(four), abs=1e-9)
 
 
@@ -393,20 +434,13 @@ def test_averages_and_interactions_by_their_formulas(values):
 @given(st.tuples(*[st.floats(-3, 3)] * 4))
 def test_gaps_that_add_have_no_spread(parts):
     start, *steps = parts
-    values = {c: start + sum(s for s, turned in zip(steps, c, strict=True) if turned) for c in gaps.CORNERS}
-    assert max(map(abs, gaps.interactions(values).values())) < 1e-9
-    assert list(gaps.averages(values).values()) == pytest.approx(steps, abs=1e-9)
-
-
-def test_a_corner_that_is_missing_is_named():
-    values = dict.fromkeys(gaps.CORNERS, 0.0)
-    del values[True, False, True]
-    with pytest.raises(ValueError, match=r"\(True, False, True\)"):
-        gaps.walks(values)
+    values = {c: start + sum(s for s, turned in zip(steps, c, strict=True) if turned) for c in chapter.CORNERS}
+    assert max(map(abs, chapter.interactions(values).values())) < 1e-9
+    assert list(chapter.averages(values).values()) == pytest.approx(steps, abs=1e-9)
 
 
 def test_a_dense_layer_is_the_familys_member_without_atoms(on):
-    student = gaps.own(on, 0)
+    student = gaps.own(place(on), 0)
     assert isinstance(student, RankOneDictionary) and student.k == 0 and isinstance(student.encoder, Rows)
     assert all(p.requires_grad for p in student.parameters())
     assert not any(p.requires_grad for p in on.teacher.model.parameters())

@@ -1,5 +1,7 @@
 """Metrics against closed forms and against plain NumPy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -147,3 +149,17 @@ def test_over_seeds_resamples_columns_together():
     assert mean.value == pytest.approx(0.4) and mean.ci == pytest.approx(scores.bootstrap_interval(np.array(first)))
     equal = scores.over_seeds([0.1] * 7)
     assert equal.ci[0] <= equal.value <= equal.ci[1]
+
+
+def test_a_table_has_no_interval_over_few_units_and_a_wider_one_at_a_higher_level():
+    errors = np.random.default_rng(0).uniform(1, 2, (3, 6))
+    table = scores.Sums({"a": {seed: {"errors": row, "norms": np.full(6, 4.0)} for seed, row in enumerate(errors)}})
+    usual, wide = (table.compare(lambda cell: cell.fvu, level=level) for level in (0.95, 0.99))
+    assert usual.value == pytest.approx(errors.sum() / 72)
+    assert wide.ci[0] < usual.ci[0] < usual.value < usual.ci[1] < wide.ci[1]
+    assert table.compare(lambda cell: cell.fvu, fewest=7) == replace(usual, ci=None)
+    assert table.compare(lambda cell: cell.fvu, n_resamples=0).ci is None
+    lone = scores.Sums({"a": {0: {"errors": errors[0, :1], "norms": np.ones(1)}}})
+    assert lone.compare(lambda cell: cell.fvu, fewest=5).value == errors[0, 0]
+    with pytest.raises(ValueError, match="at least 2"):
+        lone.compare(lambda cell: cell.fvu)

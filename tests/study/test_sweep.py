@@ -62,6 +62,7 @@ def test_one_worker_runs_cells_here_in_order_on_one_thread(here):
     try:
         assert numbers(sweep(task, CELLS[:1], workers=1)) == numbers(here[:1])
         assert torch.get_num_threads() == 2
+        assert {each[1] for each in sweep(task, CELLS[:1], workers=0)} == {2}  # here, with all threads
     finally:
         torch.set_num_threads(threads)
 
@@ -93,9 +94,9 @@ def test_nothing_to_do_is_nothing():
     assert sweep(task, [], workers=4) == []
 
 
-@pytest.mark.parametrize("workers", [0, -2])
+@pytest.mark.parametrize("workers", [-1, -2])
 def test_bad_workers_are_named(workers):
-    with pytest.raises(ValueError, match=f"workers={workers}.*at least 1"):
+    with pytest.raises(ValueError, match=f"workers={workers}.*at least 0"):
         sweep(task, CELLS, workers=workers)
 
 
