@@ -28,10 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors.torch import load, save
 
 from helpers import settings
-from helpers.settings import ROOT, CacheDir
+from helpers.settings import ROOT, CacheDir, header, packed, unpacked
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy")
 """Packages whose version is part of every key: another one may give other numbers."""
@@ -330,7 +329,7 @@ class Kept:
             raise self._damaged("it is no file of this book")
         if digest(payload).encode() != check:
             raise self._damaged("its checksum is wrong")
-        if _about(payload)["key"] != self.key:
+        if header(payload)["key"] != self.key:
             raise self._damaged("it holds what was kept under another name")
         return unpacked(payload)
 
@@ -428,54 +427,3 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
-
-
-def packed(tree: Any, about: Mapping[str, str]) -> bytes:
-    """A tree as the bytes of a safetensors file: its numbers and texts are JSON in the header. See `unpacked`."""
-    tensors: dict[str, torch.Tensor] = {}
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, torch.Tensor | np.ndarray):
-            kind, name = ("numpy" if isinstance(value, np.ndarray) else "torch"), str(len(tensors))
-            held = torch.from_numpy(np.array(value, order="C")) if kind == "numpy" else value.detach().clone()
-            tensors[name] = held.cpu().contiguous()
-            return {kind: name}
-        if isinstance(value, Mapping):
-            return {"items": [[plain(key), plain(each)] for key, each in value.items()]}
-        if isinstance(value, tuple):
-            return {"tuple": [plain(each) for each in value]}
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        raise TypeError(f"{type(value).__name__} cannot be kept: {value!r}")
-
-    text = json.dumps(plain(tree))
-    return save(tensors or {"": torch.zeros(0)}, {**about, "tree": text})
-
-
-def _about(payload: bytes) -> dict[str, str]:
-    length = int.from_bytes(payload[:8], "little")
-    return json.loads(payload[8 : 8 + length])["__metadata__"]
-
-
-def unpacked(payload: bytes) -> Any:
-    """The tree of `packed`."""
-    tensors = load(payload)
-    tree = json.loads(_about(payload)["tree"])
-
-    def restored(value: Any) -> Any:
-        if isinstance(value, list):
-            return [restored(each) for each in value]
-        if not isinstance(value, dict):
-            return value
-        ((kind, content),) = value.items()
-        if kind == "items":
-            return {restored(key): restored(each) for key, each in content}
-        if kind == "tuple":
-            return tuple(restored(each) for each in content)
-        return tensors[content].numpy() if kind == "numpy" else tensors[content]
-
-    return restored(tree)

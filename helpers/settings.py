@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from platformdirs import user_cache_path
+from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:  # it takes a second, which the command line does without
@@ -179,3 +180,58 @@ def new_folder(target: Path) -> Iterator[Path]:
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
+
+
+# -- trees of numbers, texts, arrays and tensors, as bytes without pickle ---------------------------------------------
+
+
+def packed(tree: Any, about: Mapping[str, str]) -> bytes:
+    """A tree as the bytes of a safetensors file: its numbers and texts are JSON in the header. See `unpacked`."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, torch.Tensor | np.ndarray):
+            kind, name = ("numpy" if isinstance(value, np.ndarray) else "torch"), str(len(tensors))
+            held = torch.from_numpy(np.array(value, order="C")) if kind == "numpy" else value.detach().clone()
+            tensors[name] = held.cpu().contiguous()
+            return {kind: name}
+        if isinstance(value, Mapping):
+            return {"items": [[plain(key), plain(each)] for key, each in value.items()]}
+        if isinstance(value, tuple):
+            return {"tuple": [plain(each) for each in value]}
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"{type(value).__name__} cannot be kept: {value!r}")
+
+    text = json.dumps(plain(tree))
+    return save(tensors or {"": torch.zeros(0)}, {**about, "tree": text})
+
+
+def header(payload: bytes) -> dict[str, str]:
+    """What a safetensors file says about itself."""
+    length = int.from_bytes(payload[:8], "little")
+    return json.loads(payload[8 : 8 + length])["__metadata__"]
+
+
+def unpacked(payload: bytes) -> Any:
+    """The tree of `packed`."""
+    tensors = load(payload)
+    tree = json.loads(header(payload)["tree"])
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, list):
+            return [restored(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        ((kind, content),) = value.items()
+        if kind == "items":
+            return {restored(key): restored(each) for key, each in content}
+        if kind == "tuple":
+            return tuple(restored(each) for each in content)
+        return tensors[content].numpy() if kind == "numpy" else tensors[content]
+
+    return restored(tree)

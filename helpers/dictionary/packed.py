@@ -79,15 +79,9 @@ class Packed(Rows):
             scores = _PackedScores.apply(x, self.weight, self.rows)
         return scores if self.bias is None else scores.add_(self.bias)
 
-    def chosen(
-        self, x: Float[Tensor, "batch d"], indices: Int[Tensor, "batch k"], known: Tensor | None = None
-    ) -> Float[Tensor, "batch k"]:
+    def _products(self, x: Tensor, indices: Tensor, known: Tensor | None) -> Tensor:
         known = known if known is None else known.to(self.weight.dtype)  # as `gather_dots` does
-        dots = _PackedDots.apply(x.to(self.weight.dtype), self.weight, self.rows, indices, known)
-        if self.bias is None:
-            return dots
-        bias = self.bias[indices]
-        return dots + (bias if known is None else bias - bias.detach())
+        return _PackedDots.apply(x.to(self.weight.dtype), self.weight, self.rows, indices, known)
 
     def combine(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> Float[Tensor, "batch d"]:
         return _PackedSum.apply(values.to(self.weight.dtype), indices, self.weight, self.rows, self.width)

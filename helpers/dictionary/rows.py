@@ -201,12 +201,15 @@ class Rows(nn.Module):
 
         `known` are these numbers where `scores` has them already.
         """
+        dots = self._products(x, indices, known)
         if self.bias is None:
-            return gather_dots(self._project(x), self.weight, indices, known)
+            return dots
         bias = self.bias[indices]
-        dots = gather_dots(self._project(x), self.weight, indices, known)
         # `known` has the bias in it: add an exact zero that only carries the gradient
         return dots + (bias if known is None else bias - bias.detach())
+
+    def _products(self, x: Tensor, indices: Tensor, known: Tensor | None) -> Tensor:
+        return gather_dots(self._project(x), self.weight, indices, known)
 
     def combine(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> Float[Tensor, "batch d"]:
         """Σ_i values[b,i] · w_{indices[b,i]}."""
