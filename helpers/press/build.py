@@ -19,8 +19,9 @@ from papermill.exceptions import strip_color
 from rich.console import Console
 from rich.markup import escape
 
+from helpers import settings
 from helpers.press import chapters, execution, pages
-from helpers.press.chapters import Job, Layout
+from helpers.press.chapters import Job
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LOADED = {
@@ -37,37 +38,37 @@ REMOTE = re.compile(r"^(https?:)?//")
 REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
 
 
-def make(profile: str, console: Console, layout: Layout | None = None) -> int:
+def make(profile: str, console: Console, root: Path = settings.ROOT) -> int:
     """Execute what is not valid any more, then build `_build/html`; 0 when every chapter and page is there.
 
     A chapter that fails does not keep the others from running, but no book is built then.
     """
-    layout, started = layout or Layout(), time.perf_counter()
-    jobs = chapters.plan((), profile, layout=layout)
+    started = time.perf_counter()
+    jobs = chapters.plan((), profile, root=root)
     failures = execution.run(jobs, console)
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
         return 1
-    stage(jobs, profile, layout)
+    stage(jobs, profile, root)
     console.print("building the pages (about half a minute)", markup=False)
-    faults = build(layout)
+    faults = build(root)
     for fault in faults:
         console.print(f"[bold red]fault[/] {escape(fault)}")
     if not faults:
         seconds = time.perf_counter() - started
-        console.print(f"the book is at {layout.root / '_build/html/index.html'} ({seconds:.0f} s)", markup=False)
+        console.print(f"the book is at {root / '_build/html/index.html'} ({seconds:.0f} s)", markup=False)
     return 1 if faults else 0
 
 
-def stage(jobs: list[Job], profile: str, layout: Layout) -> None:
+def stage(jobs: list[Job], profile: str, root: Path) -> None:
     """Lay out in `_build/stage` what the pages are made from: prose, executed chapters, pages made from records."""
-    folder = layout.root / "_build" / "stage"
+    folder = root / "_build" / "stage"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(layout.root / "book", folder)
-    shutil.copytree(layout.root / "third_party", folder / "third_party")
+    shutil.copytree(root / "book", folder)
+    shutil.copytree(root / "third_party", folder / "third_party")
     (folder / "notebooks").mkdir()
     for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(layout.root / name, folder / name)
+        shutil.copy(root / name, folder / name)
     for job in jobs:
         nbformat.write(
             _without_widgets(nbformat.read(job.executed, as_version=4)), folder / "notebooks" / job.executed.name
@@ -81,12 +82,12 @@ def stage(jobs: list[Job], profile: str, layout: Layout) -> None:
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
-def build(layout: Layout) -> list[str]:
+def build(root: Path) -> list[str]:
     """Build `_build/html` from `_build/stage`, every warning an error; returns what is wrong with it, if anything.
 
     The pages replace the former ones only when Sphinx ended well. Its output is kept in `_build/book.log`.
     """
-    folder, log = layout.root / "_build" / "stage", layout.root / "_build" / "book.log"
+    folder, log = root / "_build" / "stage", root / "_build" / "book.log"
     strict = ["-W", "-n", "--keep-going"]
     jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     command = [*jupyter_book, "build", str(folder), "--path-output", str(folder), *strict]
@@ -97,10 +98,10 @@ def build(layout: Layout) -> list[str]:
         wrong = [line for line in lines if "WARNING" in line or "ERROR" in line]
         return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
     _open_from_disk(folder / "_build" / "html")
-    html = layout.root / "_build" / "html"
+    html = root / "_build" / "html"
     shutil.rmtree(html, ignore_errors=True)
     os.replace(folder / "_build" / "html", html)
-    return list(faults(html, layout.root / "_toc.yml"))
+    return list(faults(html, root / "_toc.yml"))
 
 
 def faults(html: Path, toc: Path) -> Iterator[str]:

@@ -33,21 +33,6 @@ _Yaml.add_implicit_resolver(
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a book keeps its parts; another root makes another book (the tests use that)."""
-
-    root: Path = settings.ROOT
-
-    def executed(self, profile: str) -> Path:
-        """Folder of the executed copies of `profile`."""
-        return self.root / "_build" / "executed" / profile
-
-    def results(self, profile: str) -> Path:
-        """Folder of the records that the chapters write under `profile`."""
-        return self.root / "_build" / "results" / profile
-
-
-@dataclass(frozen=True)
 class Chapter:
     """One notebook: `notebooks/NN_slug.ipynb`, with its cells and the defaults of the one tagged `parameters`."""
 
@@ -67,12 +52,12 @@ class Chapter:
 
 @dataclass(frozen=True)
 class Job:
-    """A chapter with the parameters it is to run under: `given` differ from the notebook's own `defaults`."""
+    """A chapter of the book in `root`, to run with the parameters `given` in place of the notebook's own `defaults`."""
 
     chapter: Chapter
     profile: str
     given: dict[str, Any]
-    layout: Layout
+    root: Path
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -82,12 +67,12 @@ class Job:
     @property
     def executed(self) -> Path:
         """The executed copy."""
-        return self.layout.executed(self.profile) / f"{self.chapter.slug}.ipynb"
+        return self.root / "_build" / "executed" / self.profile / f"{self.chapter.slug}.ipynb"
 
     @property
     def results(self) -> Path:
         """The records the chapter writes."""
-        folder = self.parameters.get("results_dir") or self.layout.results(self.profile)
+        folder = self.parameters.get("results_dir") or self.root / "_build" / "results" / self.profile
         return Path(folder).expanduser() / f"{self.chapter.slug}.json"
 
     @property
@@ -99,9 +84,9 @@ class Job:
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
-def find(layout: Layout | None = None) -> list[Chapter]:
+def find(root: Path = settings.ROOT) -> list[Chapter]:
     """All chapters, in order of their number. Raises `ValueError` where a notebook has no usable parameters cell."""
-    paths = sorted(((layout or Layout()).root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    paths = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     found = []
     for path in paths:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -188,15 +173,14 @@ def _as_one_of(value: Any, models: Sequence[Any]) -> Any:
     return _if(not wanted, value, " or ".join(dict.fromkeys(f"in it {each}" for each in wanted)))
 
 
-def read_profile(name: str, chapters: Sequence[Chapter], layout: Layout | None = None) -> dict[str, dict[str, Any]]:
+def read_profile(name: str, chapters: Sequence[Chapter], root: Path = settings.ROOT) -> dict[str, dict[str, Any]]:
     """Parameters of profile `name` by slug, the ones under `common:` given to every chapter that has them.
 
     Raises `ValueError` for a file that is no YAML mapping, and for a profile, chapter or parameter that is not there.
     """
-    folder = (layout or Layout()).root / "profiles"
-    path = folder / f"{name}.yml"
+    path = root / "profiles" / f"{name}.yml"
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in folder.glob("*.yml")))
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yml")))
         raise ValueError(f"profile={name!r} does not exist; allowed: {there}")
     try:
         entries = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml) or {}
@@ -222,7 +206,7 @@ def plan(
     names: Sequence[str] = (),
     profile: str = "quick",
     overrides: Mapping[str, Any] | None = None,
-    layout: Layout | None = None,
+    root: Path = settings.ROOT,
 ) -> list[Job]:
     """The jobs of the chapters called `names` under `profile`, everything checked before anything runs.
 
@@ -230,16 +214,15 @@ def plan(
     built from them. A chapter that is named must have every parameter given; with no chapter named, a parameter goes
     to all chapters that have it. Raises `ValueError` naming what is unknown or of another type, and what is allowed.
     """
-    layout, overrides = layout or Layout(), dict(overrides or {})
-    every = find(layout)
+    overrides, every = dict(overrides or {}), find(root)
     chapters = choose(names, every)
-    entries = read_profile(profile, every, layout)
+    entries = read_profile(profile, every, root)
     _check_names(overrides, chapters, "-p", everywhere=bool(names))
     folder, jobs = f"{profile}+custom" if overrides else profile, []
     for chapter in chapters:
         own = {k: v for k, v in overrides.items() if k in chapter.defaults}
         own = {k: fitted("-p", k, v, chapter.defaults[k]) for k, v in own.items()}
-        jobs.append(Job(chapter, folder, entries[chapter.slug] | own, layout))
+        jobs.append(Job(chapter, folder, entries[chapter.slug] | own, root))
     return jobs
 
 
@@ -264,7 +247,7 @@ def fingerprint(job: Job) -> dict[str, str]:
     """
     from helpers import kept  # brings torch, which settling parameters does without
 
-    root, cells = job.layout.root, job.chapter.cells
+    root, cells = job.root, job.chapter.cells
     code = "\n".join(re.sub(r"^\s*[%!].*", "", c["source"], flags=re.M) for c in cells if c["cell_type"] == "code")
     modules = kept.closure(*kept.imports_in(_parsed(code), root), root=root)
     trees = {module: kept.tree_of(module, root) for module in modules}
@@ -275,7 +258,7 @@ def fingerprint(job: Job) -> dict[str, str]:
         **{module: digest(tree) for module, tree in trees.items()},
         **entries(job),
     }
-    if any("ROOT" in tree and "Constant(value='data')" in tree for tree in trees.values()):
+    if any("ROOT" in tree and re.search(r"Constant\(value='data['/]", tree) for tree in trees.values()):
         found["data"] = digest_files(root / "data")
     return found
 
@@ -283,7 +266,7 @@ def fingerprint(job: Job) -> dict[str, str]:
 def entries(job: Job) -> dict[str, str]:
     """The register's entries a chapter depends on: those that say so, that it names, or that its last run recorded."""
     texts = [path.read_text(encoding="utf-8") for path in (job.chapter.path, job.results) if path.is_file()]
-    register = rules.register(job.layout.root / "book" / "claims.yml")
+    register = rules.register(job.root / "book" / "claims.yml")
     return {
         f"claim {claim.id}": digest(claim.model_dump(exclude_defaults=True))
         for claim in register.claims

@@ -23,7 +23,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.status import Status
 
 from helpers import settings
 from helpers.press.chapters import Job, digest_files, entries, fingerprint, shortened, stale
@@ -68,8 +68,7 @@ def execute(job: Job, console: Console) -> float:
     partial.parent.mkdir(parents=True, exist_ok=True)
     for old in (job.stamp, job.results):
         old.unlink(missing_ok=True)
-    with _environment(RANK1_PROFILE=job.profile, TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1"):
-        _papermill(job, partial, console)
+    _papermill(job, partial, console)
     if not job.results.is_file():
         raise ChapterFailed(f"{job.chapter.slug}: it ended, but wrote no records to {job.results}; copy: {partial}")
     os.replace(partial, job.executed)
@@ -87,7 +86,7 @@ def execute(job: Job, console: Console) -> float:
 
 def _papermill(job: Job, partial: Path, console: Console) -> None:
     where = f"{job.chapter.slug}: {{}}\n  partial notebook: {partial}"
-    manager = AsyncKernelManager(kernel_spec_manager=_ThisInterpreter())
+    manager = AsyncKernelManager(kernel_spec_manager=_ThisInterpreter(job.profile))
     try:
         with _progress(job, console) as on_cell_start:
             papermill.execute_notebook(
@@ -114,36 +113,37 @@ def _papermill(job: Job, partial: Path, console: Console) -> None:
 class _ThisInterpreter(KernelSpecManager):
     """The kernel is the running Python, whatever kernels the user has registered under the same name."""
 
+    def __init__(self, profile: str):
+        super().__init__()
+        self.variables = {"RANK1_PROFILE": profile, "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         quiet = ["--log-level=ERROR"]  # else each kernel warns that loopback is not encrypted
         command = make_ipkernel_cmd(executable=sys.executable, extra_arguments=quiet)
-        return KernelSpec(argv=command, display_name="book", language="python")
+        return KernelSpec(argv=command, display_name="book", language="python", env=self.variables)
 
 
 @contextmanager
 def _progress(job: Job, console: Console) -> Iterator[Callable[..., None]]:
-    """A bar over the cells on a terminal, else a line now and then; yields papermill's `on_cell_start`."""
+    """A line that says the cell, kept up to date on a terminal, else printed now and then; yields `on_cell_start`."""
     total = sum(cell["cell_type"] == "code" for cell in job.chapter.cells) + bool(job.given)
-    columns = (TextColumn("      {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     begun, line, started, ended = 0, "", time.monotonic(), Event()
 
-    def log_now_and_then() -> None:
-        while not ended.wait(LOG_EVERY):
-            seconds = time.monotonic() - started
-            console.print(f"      {seconds:.0f} s, in code cell {begun} of {total}: {line}", markup=False)
+    def on_cell_start(cell: Any, cell_index: int) -> None:
+        nonlocal begun, line
+        if cell.cell_type == "code":
+            line = (cell.source.strip().splitlines() or [""])[0][:60]
+            begun += 1
 
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
+    def tell(status: Status) -> None:
+        while not ended.wait(1.0 if console.is_terminal else LOG_EVERY):
+            said = f"      {time.monotonic() - started:.0f} s, in code cell {begun} of {total}: {line}"
+            status.update(escape(said))
+            if not console.is_terminal:
+                console.print(said, markup=False)
 
-        def on_cell_start(cell: Any, cell_index: int) -> None:
-            nonlocal begun, line
-            if cell.cell_type == "code":
-                line = (cell.source.strip().splitlines() or [""])[0][:60]
-                bar.update(task, completed=begun, description=escape(line))
-                begun += 1
-
-        if not console.is_terminal:
-            Thread(target=log_now_and_then, daemon=True).start()
+    with console.status("") as status:
+        Thread(target=tell, args=[status], daemon=True).start()
         try:
             yield on_cell_start
         finally:
@@ -162,16 +162,3 @@ def _alone(jobs: Sequence[Job]) -> Iterator[None]:
             yield
     except Timeout:
         raise ValueError(f"another run is busy in {folder}; wait for it to end") from None
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

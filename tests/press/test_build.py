@@ -7,7 +7,6 @@ import pytest
 from rich.console import Console
 
 from helpers.press import build, claims, execution, pages
-from helpers.press.chapters import Layout
 
 PAGE = "<html><head>{head}</head><body><article>{body}</article></body></html>"
 
@@ -87,7 +86,7 @@ def test_a_failing_chapter_means_no_book(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "execute", lambda *_: (_ for _ in ()).throw(execution.ChapterFailed("broken")))
     monkeypatch.setattr(build, "stage", lambda *_: pytest.fail("staged a book with a failed chapter"))
     out = io.StringIO()
-    assert build.make("quick", Console(file=out), Layout(tmp_path)) == 1
+    assert build.make("quick", Console(file=out), tmp_path) == 1
     assert "1 of 1 chapters failed" in out.getvalue()
 
 
@@ -100,7 +99,7 @@ def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
     (stage / "_toc.yml").write_text("format: jb-book\nroot: index\n")
     (stage / "_config.yml").write_text("title: t\nexecute: {execute_notebooks: 'off'}\n")
     (stage / "index.md").write_text("# Title\n\nSee {doc}`nowhere`.\n")
-    said = build.build(Layout(tmp_path))
+    said = build.build(tmp_path)
     assert any("nowhere" in line for line in said) and "status" in said[-1]
     assert (html / "index.html").read_text() == "former"
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from helpers import __main__ as command_line
 from helpers import settings
 from helpers.press import chapters, execution
-from helpers.press.chapters import Layout
 
 WRITES_RESULTS = """
 import json, os, pathlib
@@ -60,7 +59,7 @@ def write_chapter(root, slug, *cells, parameters="k = 4", tags=("parameters",)):
 
 
 @pytest.fixture
-def layout(tmp_path):
+def root(tmp_path):
     for folder in ("notebooks", "profiles", "data", "book", *(f"helpers/{room}" for room in MODULES)):
         (tmp_path / folder).mkdir(parents=True)
     for room, modules in MODULES.items():
@@ -71,46 +70,46 @@ def layout(tmp_path):
     (tmp_path / "requirements.txt").write_text("torch\n")
     (tmp_path / "profiles" / "quick.yml").write_text("common: {}\n")
     write_chapter(tmp_path, "01_first", WRITES_RESULTS)
-    return Layout(tmp_path)
+    return tmp_path
 
 
-def run(layout, *names, **kwargs):
+def run(root, *names, **kwargs):
     """Run and return (failures, what was printed)."""
     out = io.StringIO()
     force = kwargs.pop("force", False)
-    failures = execution.run(chapters.plan(names, layout=layout, **kwargs), Console(file=out, width=200), force)
+    failures = execution.run(chapters.plan(names, root=root, **kwargs), Console(file=out, width=200), force)
     return failures, out.getvalue()
 
 
-def results(layout, slug="01_first", profile="quick"):
-    return json.loads((layout.results(profile) / f"{slug}.json").read_text())
+def results(root, slug="01_first", profile="quick"):
+    return json.loads(((root / "_build" / "results" / profile) / f"{slug}.json").read_text())
 
 
-def test_a_chapter_is_named_by_number_or_slug(layout):
-    write_chapter(layout.root, "02_second", WRITES_RESULTS)
-    every = chapters.find(layout)
+def test_a_chapter_is_named_by_number_or_slug(root):
+    write_chapter(root, "02_second", WRITES_RESULTS)
+    every = chapters.find(root)
     assert [c.slug for c in chapters.choose([], every)] == ["01_first", "02_second"]
     for name in ("2", "02", "02_second"):
         assert [c.slug for c in chapters.choose([name], every)] == ["02_second"]
     assert every[1].title == "Title of 02_second"
 
 
-def test_an_unknown_chapter_is_refused_with_the_list(layout):
+def test_an_unknown_chapter_is_refused_with_the_list(root):
     with pytest.raises(ValueError, match=r"(?s)chapter='7'.*1  01_first"):
-        chapters.plan(["7"], layout=layout)
+        chapters.plan(["7"], root=root)
 
 
-def test_an_unknown_parameter_is_refused_with_the_allowed_ones(layout):
+def test_an_unknown_parameter_is_refused_with_the_allowed_ones(root):
     with pytest.raises(ValueError, match=r"(?s)parameter='kk'.*01_first: root, slug, k"):
-        chapters.plan(["1"], overrides={"kk": 3}, layout=layout)
+        chapters.plan(["1"], overrides={"kk": 3}, root=root)
 
 
-def test_with_no_chapter_named_a_parameter_goes_to_those_that_have_it(layout):
-    write_chapter(layout.root, "02_second", WRITES_RESULTS, parameters="seeds = 3")
-    first, second = chapters.plan(overrides={"seeds": 5}, layout=layout)
+def test_with_no_chapter_named_a_parameter_goes_to_those_that_have_it(root):
+    write_chapter(root, "02_second", WRITES_RESULTS, parameters="seeds = 3")
+    first, second = chapters.plan(overrides={"seeds": 5}, root=root)
     assert (first.given, second.given) == ({}, {"seeds": 5})
     with pytest.raises(ValueError, match="parameter='nowhere'"):
-        chapters.plan(overrides={"nowhere": 5}, layout=layout)
+        chapters.plan(overrides={"nowhere": 5}, root=root)
 
 
 @pytest.mark.parametrize(
@@ -126,27 +125,27 @@ def test_with_no_chapter_named_a_parameter_goes_to_those_that_have_it(layout):
         ("common: {q: 1}", "parameter='q'"),
     ],
 )
-def test_a_profile_that_names_what_is_not_there_is_refused(layout, text, message):
-    (layout.root / "profiles" / "bad.yml").write_text(text)
+def test_a_profile_that_names_what_is_not_there_is_refused(root, text, message):
+    (root / "profiles" / "bad.yml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        chapters.plan(profile="bad", layout=layout)
+        chapters.plan(profile="bad", root=root)
 
 
-def test_an_unknown_profile_is_refused(layout):
+def test_an_unknown_profile_is_refused(root):
     with pytest.raises(ValueError, match="profile='huge' does not exist; allowed: quick"):
-        chapters.plan(profile="huge", layout=layout)
+        chapters.plan(profile="huge", root=root)
 
 
-def test_a_notebook_without_parameters_tag_is_refused(layout):
-    write_chapter(layout.root, "02_second", tags=())
+def test_a_notebook_without_parameters_tag_is_refused(root):
+    write_chapter(root, "02_second", tags=())
     with pytest.raises(ValueError, match="02_second.ipynb: 0 code cells are tagged"):
-        chapters.find(layout)
+        chapters.find(root)
 
 
-def test_derived_values_in_the_parameters_cell_are_refused(layout):
-    write_chapter(layout.root, "02_second", parameters="k = 4\ntwice = 2 * k")
+def test_derived_values_in_the_parameters_cell_are_refused(root):
+    write_chapter(root, "02_second", parameters="k = 4\ntwice = 2 * k")
     with pytest.raises(ValueError, match="constants only, not 'twice = 2 \\* k'"):
-        chapters.find(layout)
+        chapters.find(root)
 
 
 @pytest.mark.parametrize(
@@ -213,30 +212,30 @@ def test_a_value_of_another_type_is_refused_by_name(default, value, wanted):
         chapters.fitted("-p", "n", value, default)
 
 
-def test_a_wrong_type_is_refused_before_any_kernel(layout, monkeypatch):
+def test_a_wrong_type_is_refused_before_any_kernel(root, monkeypatch):
     monkeypatch.setattr(execution, "execute", lambda *_: pytest.fail("ran a chapter"))
     with pytest.raises(ValueError, match="-p: k='4,000'; allowed: a whole number, such as 4 "):
-        chapters.plan(["1"], overrides={"k": chapters.parse_value("k", "4,000")}, layout=layout)
+        chapters.plan(["1"], overrides={"k": chapters.parse_value("k", "4,000")}, root=root)
     with pytest.raises(ValueError, match=r"-p: k='\[1, 2' is not YAML"):
         chapters.parse_value("k", "[1, 2")
-    (job,) = chapters.plan(["1"], overrides={"k": chapters.parse_value("k", "1e4")}, layout=layout)
+    (job,) = chapters.plan(["1"], overrides={"k": chapters.parse_value("k", "1e4")}, root=root)
     assert job.given == {"k": 10_000} and type(job.given["k"]) is int
 
 
-def test_profile_values_reach_the_notebook_and_overrides_win(layout):
-    (layout.root / "profiles" / "full.yml").write_text("common: {k: 8}\n01_first: {slug: 01_first}\n")
-    assert chapters.plan(profile="full", layout=layout)[0].parameters["k"] == 8
-    (job,) = chapters.plan(["1"], "full", {"k": 16}, layout)
+def test_profile_values_reach_the_notebook_and_overrides_win(root):
+    (root / "profiles" / "full.yml").write_text("common: {k: 8}\n01_first: {slug: 01_first}\n")
+    assert chapters.plan(profile="full", root=root)[0].parameters["k"] == 8
+    (job,) = chapters.plan(["1"], "full", {"k": 16}, root)
     assert (job.parameters["k"], job.profile) == (16, "full+custom")
 
 
-def test_a_valid_chapter_is_kept_and_says_so(layout):
-    failures, said = run(layout)
+def test_a_valid_chapter_is_kept_and_says_so(root):
+    failures, said = run(root)
     assert not failures and "chapter 1: Title of 01_first" in said
-    before = results(layout)
-    failures, said = run(layout)
+    before = results(root)
+    failures, said = run(root)
     assert not failures and "chapter 1: unchanged, kept from" in said
-    assert results(layout) == before
+    assert results(root) == before
 
 
 @pytest.mark.parametrize(
@@ -251,18 +250,18 @@ def test_a_valid_chapter_is_kept_and_says_so(layout):
         (lambda r: (r / "_build/executed/quick/01_first.run.json").write_text("{"), "not run yet"),
     ],
 )
-def test_a_change_makes_a_chapter_stale(layout, change, reason):
-    stamp_valid(layout)
-    (job,) = chapters.plan(layout=layout)
+def test_a_change_makes_a_chapter_stale(root, change, reason):
+    stamp_valid(root)
+    (job,) = chapters.plan(root=root)
     assert chapters.stale(job) == []
-    change(layout.root)
-    (job,) = chapters.plan(layout=layout)
+    change(root)
+    (job,) = chapters.plan(root=root)
     assert any(reason in why for why in chapters.stale(job)), chapters.stale(job)
 
 
-def stamp_valid(layout):
+def stamp_valid(root):
     """What a run leaves behind, without running anything."""
-    (job,) = chapters.plan(layout=layout)
+    (job,) = chapters.plan(root=root)
     for path in (job.executed, job.results):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}\n")
@@ -270,32 +269,32 @@ def stamp_valid(layout):
     job.stamp.write_text(json.dumps(stamp))
 
 
-def test_editing_the_readers_own_text_is_a_change(layout):
-    text = layout.root / "my.txt"
+def test_editing_the_readers_own_text_is_a_change(root):
+    text = root / "my.txt"
     text.write_text("one")
-    write_chapter(layout.root, "01_first", WRITES_RESULTS, parameters=f"corpus = {str(text)!r}")
-    stamp_valid(layout)
+    write_chapter(root, "01_first", WRITES_RESULTS, parameters=f"corpus = {str(text)!r}")
+    stamp_valid(root)
     text.write_text("two!")
-    assert chapters.stale(chapters.plan(layout=layout)[0]) == ["parameters changed"]
+    assert chapters.stale(chapters.plan(root=root)[0]) == ["parameters changed"]
 
 
-def test_outputs_and_byte_code_are_no_change(layout):
-    stamp_valid(layout)
-    path = layout.root / "notebooks" / "01_first.ipynb"
+def test_outputs_and_byte_code_are_no_change(root):
+    stamp_valid(root)
+    path = root / "notebooks" / "01_first.ipynb"
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="hello")]
     notebook.cells[1].execution_count = 7
     nbformat.write(notebook, path)
-    (layout.root / "data" / "__pycache__").mkdir()
-    (layout.root / "data" / "__pycache__" / "x.pyc").write_text("byte code")
-    assert chapters.stale(chapters.plan(layout=layout)[0]) == []
+    (root / "data" / "__pycache__").mkdir()
+    (root / "data" / "__pycache__" / "x.pyc").write_text("byte code")
+    assert chapters.stale(chapters.plan(root=root)[0]) == []
 
 
-def why(layout, edit):
+def why(root, edit):
     """Reasons to run the one chapter again after an edit of the house."""
-    (job,) = chapters.plan(layout=layout)
-    edit(layout.root)
-    (job,) = chapters.plan(layout=layout)
+    (job,) = chapters.plan(root=root)
+    edit(root)
+    (job,) = chapters.plan(root=root)
     return chapters.stale(job)
 
 
@@ -317,124 +316,124 @@ def module(name, text):
         (lambda root: (root / "results.md").write_text("no part of it"), []),
     ],
 )
-def test_a_chapter_depends_on_what_its_cells_import_directly_or_not(layout, edit, reasons):
+def test_a_chapter_depends_on_what_its_cells_import_directly_or_not(root, edit, reasons):
     draws = "%matplotlib inline\nfrom helpers.parts import masks\nfrom helpers.press import figures"
-    write_chapter(layout.root, "01_first", draws)
-    stamp_valid(layout)
-    assert why(layout, edit) == reasons
+    write_chapter(root, "01_first", draws)
+    stamp_valid(root)
+    assert why(root, edit) == reasons
 
 
-def test_a_chapter_that_reads_no_data_does_not_depend_on_it(layout):
-    write_chapter(layout.root, "01_first", "from helpers.parts import gaps")
-    stamp_valid(layout)
-    assert why(layout, lambda root: (root / "data" / "text.txt").write_text("other words")) == []
+def test_a_chapter_that_reads_no_data_does_not_depend_on_it(root):
+    write_chapter(root, "01_first", "from helpers.parts import gaps")
+    stamp_valid(root)
+    assert why(root, lambda root: (root / "data" / "text.txt").write_text("other words")) == []
 
 
 @pytest.mark.parametrize("name", ["own", "named", "recorded", "other"])
-def test_a_chapter_depends_on_the_claims_it_is_about_names_or_recorded(layout, name):
+def test_a_chapter_depends_on_the_claims_it_is_about_names_or_recorded(root, name):
     records = WRITES_RESULTS.replace('{"k": k', '{"claim": ".".join(["recorded", "claim"]), "k": k')
-    write_chapter(layout.root, "01_first", "note = 'named.claim'", records)
-    assert run(layout)[0] == []
-    assert why(layout, write_register) == []
-    reasons = why(layout, lambda root: write_register(root, **{name: "It is not so."}))
+    write_chapter(root, "01_first", "note = 'named.claim'", records)
+    assert run(root)[0] == []
+    assert why(root, write_register) == []
+    reasons = why(root, lambda root: write_register(root, **{name: "It is not so."}))
     assert reasons == ([] if name == "other" else [f"claim {name}.claim changed"])
 
 
-def test_a_run_says_why_and_runs_only_what_depends_on_the_change(layout):
-    write_chapter(layout.root, "01_first", "# helpers.parts.masks is no import", WRITES_RESULTS)
-    write_chapter(layout.root, "13_masks", "from helpers.parts import masks", WRITES_RESULTS)
-    run(layout)
-    before = results(layout, "13_masks")
-    module("parts.masks", "x = 2\n")(layout.root)
-    _, said = run(layout)
+def test_a_run_says_why_and_runs_only_what_depends_on_the_change(root):
+    write_chapter(root, "01_first", "# helpers.parts.masks is no import", WRITES_RESULTS)
+    write_chapter(root, "13_masks", "from helpers.parts import masks", WRITES_RESULTS)
+    run(root)
+    before = results(root, "13_masks")
+    module("parts.masks", "x = 2\n")(root)
+    _, said = run(root)
     assert "chapter 1: unchanged" in said
     assert "(helpers.parts.masks changed, helpers.models gone, helpers.models.corpora gone and 2 more; " in said
-    assert results(layout, "13_masks")["pid"] != before["pid"]
-    module("parts.masks", "x = 3\n")(layout.root)
-    assert "(helpers.parts.masks changed; 0 left after it)" in run(layout)[1]
+    assert results(root, "13_masks")["pid"] != before["pid"]
+    module("parts.masks", "x = 3\n")(root)
+    assert "(helpers.parts.masks changed; 0 left after it)" in run(root)[1]
 
 
-def test_overrides_leave_the_profile_copy_alone(layout):
-    run(layout)
-    before = results(layout)
-    failures, _ = run(layout, "1", overrides={"k": 16})
+def test_overrides_leave_the_profile_copy_alone(root):
+    run(root)
+    before = results(root)
+    failures, _ = run(root, "1", overrides={"k": 16})
     assert not failures
-    assert results(layout) == before
-    assert results(layout, profile="quick+custom")["k"] == 16
-    assert chapters.stale(chapters.plan(layout=layout)[0]) == []
+    assert results(root) == before
+    assert results(root, profile="quick+custom")["k"] == 16
+    assert chapters.stale(chapters.plan(root=root)[0]) == []
 
 
-def test_a_failing_chapter_is_named_with_cell_line_error_and_partial_copy(layout):
-    write_chapter(layout.root, "01_first", "a = 1", "b = a / 0  # the culprit\nc = 2")
-    write_chapter(layout.root, "02_second", WRITES_RESULTS)
-    failures, said = run(layout)
+def test_a_failing_chapter_is_named_with_cell_line_error_and_partial_copy(root):
+    write_chapter(root, "01_first", "a = 1", "b = a / 0  # the culprit\nc = 2")
+    write_chapter(root, "02_second", WRITES_RESULTS)
+    failures, said = run(root)
     assert len(failures) == 1
-    partial = layout.executed("quick") / "01_first.partial.ipynb"
+    partial = (root / "_build" / "executed" / "quick") / "01_first.partial.ipynb"
     for part in ("01_first", "In [3]", "b = a / 0  # the culprit", "ZeroDivisionError: division by zero", str(partial)):
         assert part in said
-    assert partial.is_file() and not (layout.executed("quick") / "01_first.ipynb").exists()
-    assert results(layout, "02_second")["k"] == 4, "the other chapters still run"
-    assert chapters.stale(chapters.plan(["1"], layout=layout)[0]) == ["not run yet"]
+    assert partial.is_file() and not ((root / "_build" / "executed" / "quick") / "01_first.ipynb").exists()
+    assert results(root, "02_second")["k"] == 4, "the other chapters still run"
+    assert chapters.stale(chapters.plan(["1"], root=root)[0]) == ["not run yet"]
 
 
-def test_a_failure_does_not_leave_the_former_run_valid(layout):
-    run(layout)
-    write_chapter(layout.root, "01_first", "raise RuntimeError('now broken')")
-    failures, _ = run(layout)
+def test_a_failure_does_not_leave_the_former_run_valid(root):
+    run(root)
+    write_chapter(root, "01_first", "raise RuntimeError('now broken')")
+    failures, _ = run(root)
     assert len(failures) == 1
-    write_chapter(layout.root, "01_first", WRITES_RESULTS)
-    assert chapters.stale(chapters.plan(layout=layout)[0]) == ["not run yet"]
+    write_chapter(root, "01_first", WRITES_RESULTS)
+    assert chapters.stale(chapters.plan(root=root)[0]) == ["not run yet"]
 
 
-def test_a_chapter_that_writes_no_records_fails(layout):
-    write_chapter(layout.root, "01_first", "1 + 1")
-    failures, said = run(layout)
+def test_a_chapter_that_writes_no_records_fails(root):
+    write_chapter(root, "01_first", "1 + 1")
+    failures, said = run(root)
     assert len(failures) == 1 and "wrote no records" in said
 
 
-def test_a_killed_kernel_is_reported(layout):
-    write_chapter(layout.root, "01_first", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    failures, said = run(layout)
+def test_a_killed_kernel_is_reported(root):
+    write_chapter(root, "01_first", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    failures, said = run(root)
     assert len(failures) == 1 and "the kernel stopped" in said
 
 
-def test_no_progress_bar_is_left_on_a_page(layout):
+def test_no_progress_bar_is_left_on_a_page(root):
     """tqdm's bar for notebooks does not look at TQDM_DISABLE; ours does."""
     bar = "from helpers import settings\nfor _ in settings.progress(range(3), 'a long thing'):\n    pass"
-    write_chapter(layout.root, "01_first", bar, WRITES_RESULTS)
-    assert run(layout)[0] == []
-    assert "a long thing:" not in (layout.executed("quick") / "01_first.ipynb").read_text()
+    write_chapter(root, "01_first", bar, WRITES_RESULTS)
+    assert run(root)[0] == []
+    assert "a long thing:" not in ((root / "_build" / "executed" / "quick") / "01_first.ipynb").read_text()
 
 
 @pytest.mark.parametrize("last", ["pass", "raise RuntimeError('no')"])
-def test_no_kernel_outlives_its_chapter(layout, last):
+def test_no_kernel_outlives_its_chapter(root, last):
     """A kernel holds a model's gigabytes; the next chapter needs them."""
-    note = layout.root / "pid"
+    note = root / "pid"
     write_chapter(
-        layout.root, "01_first", f"import os, pathlib\npathlib.Path({str(note)!r}).write_text(str(os.getpid()))\n{last}"
+        root, "01_first", f"import os, pathlib\npathlib.Path({str(note)!r}).write_text(str(os.getpid()))\n{last}"
     )
-    run(layout)
+    run(root)
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)
 
 
-def test_the_kernel_is_the_running_python_whatever_is_registered(layout, tmp_path, monkeypatch):
+def test_the_kernel_is_the_running_python_whatever_is_registered(root, tmp_path, monkeypatch):
     spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
     spec.parent.mkdir(parents=True)
     spec.write_text(json.dumps({"argv": ["/no/such/python"], "display_name": "other", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    assert run(layout)[0] == []
+    assert run(root)[0] == []
 
 
-def test_a_log_shows_progress_inside_a_long_cell(layout, monkeypatch):
+def test_a_log_shows_progress_inside_a_long_cell(root, monkeypatch):
     monkeypatch.setattr(execution, "LOG_EVERY", 0.3)
-    write_chapter(layout.root, "01_first", "import time\ntime.sleep(1.5)", WRITES_RESULTS)
-    failures, said = run(layout)
+    write_chapter(root, "01_first", "import time\ntime.sleep(1.5)", WRITES_RESULTS)
+    failures, said = run(root)
     assert not failures and "s, in code cell 2 of 3: import time" in said
 
 
-def test_two_runs_at_once_are_refused(layout):
-    jobs = chapters.plan(layout=layout)
+def test_two_runs_at_once_are_refused(root):
+    jobs = chapters.plan(root=root)
     with execution._alone(jobs), pytest.raises(ValueError, match="another run is busy"):
         execution.run(jobs, Console(file=io.StringIO()))
 

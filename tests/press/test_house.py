@@ -6,6 +6,7 @@ import re
 import pytest
 
 from helpers import kept
+from helpers.press import chapters
 from helpers.settings import ROOT
 
 MODULES = sorted(
@@ -56,3 +57,13 @@ def test_the_map_of_the_house_names_every_module_once():
         folder = "helpers." if room.strip(" `/") == "helpers" else f"helpers.{room.strip(' `/')}."
         named += [folder + name for name in re.findall(r"`(\w+)`", modules)]
     assert sorted(named) == MODULES
+
+
+def test_what_a_change_concerns_follows_the_imports():
+    """The masks concern three chapters, pictures all of them, the runner and the pages none."""
+    of = {job.chapter.number: chapters.fingerprint(job) for job in chapters.plan()}
+    assert [number for number, parts in of.items() if "helpers.parts.masks" in parts] == [13, 14, 15]
+    assert all({"helpers.press.figures", "helpers.press.claims"} <= set(parts) for parts in of.values())
+    for name in ("pages", "build", "chapters", "execution", "verify"):
+        assert not any(f"helpers.press.{name}" in parts for parts in of.values())
+    assert "data" in of[16], "models.corpora reads data/"
