@@ -364,9 +364,7 @@ def pretrain(
 def pretrain_both(
     size: Size, recipes: Mapping[str, PretrainingRecipe], corpus: str, *, workers: int | None = None, **options
 ) -> dict[str, Pretrained]:
-    """`pretrain` for `"mixture"` and `"dense"`, each by its recipe, side by side on a thread each (on a GPU, one by
-    one): widths this small do not fill two cores. `options` go to `pretrain`.
-    """
+    """`pretrain` for `"mixture"` and `"dense"`, side by side on a CPU, a thread each; `options` go to `pretrain`."""
     unknown = sorted(set(recipes) - {"mixture", "dense"})
     allowed(not unknown, f"recipes={unknown}", "'mixture', 'dense'")
     common = {"size": size, "corpus": corpus, **options}
@@ -394,13 +392,12 @@ class _PretrainingRun:
         stream = TokenBatches(texts, batch_size=recipe.batch_size, length=recipe.length, seed=recipe.seed)
         reader = Teacher("in training", "", self.model, trained.tokenizer)
         held_back = activations.texts(reader, corpus, n_tokens=recipe.n_validation, split="validation")
-        due_steps = {*recipe.checkpoints, recipe.steps}
         before, started = trained.seconds, time.perf_counter()
         saved = started
         bar = settings.progress(total=recipe.steps, initial=self.step, desc=label, unit="step")
         with bar, _dropout(self.model, recipe.dropout):
             while True:
-                due = self.step in due_steps
+                due = self.step in (*recipe.checkpoints, recipe.steps)
                 if due or self.step % recipe.validate_every == 0:
                     self.note(validation=self.validate(reader, held_back))
                 if due:
@@ -477,18 +474,18 @@ class _PretrainingRun:
         for path in folders.values():
             check_sealed(path)
         self.model.load_state_dict(state["model"])
-        if state["optimiser"] is not None:
+        if state["optimiser"]:
             self.optimiser.load_state_dict(state["optimiser"])
         trained, self.step = self.trained, state["step"]
         trained.checkpoints, trained.curve, trained.seconds = folders, state["curve"], state["seconds"]
 
 
-def _optimiser(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
+def _optimiser(model: PreTrainedModel, recipe: PretrainingRecipe) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = model.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=1e-8, fused=fused)
+    how = {"lr": recipe.lr, "betas": recipe.betas, "eps": 1e-8, "fused": model.device.type in ("cpu", "cuda")}
+    return torch.optim.AdamW(groups, **how)
 
 
 @contextlib.contextmanager
@@ -502,8 +499,7 @@ def _dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
             return (F.dropout(output[0], share), *output[1:])
         return F.dropout(output, share)
 
-    blocks = teachers.find_blocks(model) if share else []
-    places = [model.get_input_embeddings(), *(part for b in blocks for part in (b.self_attn, b.mlp))]
+    places = [model.get_input_embeddings(), *(p for b in teachers.find_blocks(model) for p in (b.self_attn, b.mlp))]
     with contextlib.ExitStack() as hooks:
         for place in places if share else []:
             hooks.callback(place.register_forward_hook(hook).remove)
@@ -516,8 +512,7 @@ def _dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
 def ship(mixture: Pretrained, twin: Pretrained, content: dict, folder: str | Path | None = None) -> Path:
     """Write the shipped model: final weights of both in bfloat16, the mixture's checkpoints in 8 bits, the record.
 
-    `content` goes into training.json beside the number of steps and the checkpoints. All or nothing: a folder that is
-    there is replaced when the new one is complete.
+    `content` goes into training.json beside the number of steps. A folder is replaced when the new one is complete.
     """
     folder = Path(folder or FOLDER)
     *early, last = sorted(mixture.checkpoints)
