@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
@@ -103,7 +103,7 @@ def ce_recovered(ablated: float, spliced: float, clean: float) -> float:
 
 
 def bootstrap_interval(
-    data: Float[np.ndarray, "units ..."],
+    data: Num[np.ndarray, "units ..."],
     statistic: Callable[[np.ndarray], float] = np.mean,
     *,
     seed: int = 0,
