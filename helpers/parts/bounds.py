@@ -20,34 +20,23 @@ from scipy import special
 from torch import Tensor
 
 from helpers.dictionary import RankOneDictionary
-
-BISECTIONS = 80
-"""Halvings of the bracket in ln F: more than float64 can tell apart."""
-
+from helpers.settings import allowed
 
 # -- the bound ---------------------------------------------------------------------------------------------------------
 
 
 def log_configurations(n_experts: ArrayLike, k: ArrayLike) -> np.ndarray | np.floating:
-    """ln C(E, k), in nats: how many sets of k experts out of E there are.
-
-    Raises `ValueError` for k outside 0 to n_experts.
-    """
+    """ln C(E, k), in nats: how many sets of k experts out of E there are; `ValueError` for k outside 0 to n_experts."""
     n, k = np.broadcast_arrays(np.asarray(n_experts, float), np.asarray(k, float))
-    if ((k < 0) | (k > n)).any():
-        raise ValueError(f"k={k} experts cannot be chosen; allowed: 0 to n_experts={n}")
+    allowed(bool(((k >= 0) & (k <= n)).all()), f"k={k}", f"0 to n_experts={n}")
     return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
 
 
 def binary_kl(p: ArrayLike, q: ArrayLike) -> np.ndarray | np.floating:
-    """kl(p ‖ q) in nats, between coins that land heads with probability p and q; 0 ln 0 = 0.
-
-    Raises `ValueError` for p or q outside 0 to 1.
-    """
+    """kl(p ‖ q) in nats, between coins that land heads with probability p and q; `ValueError` outside 0 to 1."""
     p, q = np.asarray(p, float), np.asarray(q, float)
     for name, value in {"p": p, "q": q}.items():
-        if not ((value >= 0) & (value <= 1)).all():
-            raise ValueError(f"{name}={value} is no probability; allowed: 0 to 1")
+        allowed(bool(((value >= 0) & (value <= 1)).all()), f"{name}={value}", "0 to 1")
     return special.rel_entr(p, q) + special.rel_entr(1 - p, 1 - q)
 
 
@@ -64,14 +53,13 @@ def fvu_bound(w: ArrayLike, d: ArrayLike, log_n: ArrayLike) -> np.ndarray | np.f
     """
     w, d, log_n = np.broadcast_arrays(*(np.asarray(value, float) for value in (w, d, log_n)))
     for name, value, least in (("w", w, 0), ("d", d, 1), ("log_n", log_n, 0)):
-        if not (value >= least).all():
-            raise ValueError(f"{name}={value}; allowed: at least {least}")
+        allowed(bool((value >= least).all()), f"{name}={value}", f"at least {least}")
     p, budget = np.minimum(w / d, 1.0), 2 * log_n / d
     inside = p < 1
     p, budget = np.where(inside, p, 0.0), np.where(inside, budget, 0.0)
     high = np.log1p(-p)
     low = high - (budget - special.xlogy(p, p)) / (1 - p)  # 1 − F ≤ 1 in the first term: kl is at least the budget here
-    for _ in range(BISECTIONS):
+    for _ in range(80):  # halvings: more than float64 can tell apart
         middle = (low + high) / 2
         above = _kl_of_log(p, middle) > budget  # the error is still too small
         low, high = np.where(above, middle, low), np.where(above, high, middle)
@@ -104,8 +92,7 @@ def model_bound(model: RankOneDictionary) -> float:
 
     N = C(n, k). Raises `ValueError` where inputs and outputs differ in number, since the target is x.
     """
-    if model.d_in != model.d_out:
-        raise ValueError(f"d_out={model.d_out} cannot be compared with the input; allowed: d_in={model.d_in}")
+    allowed(model.d_in == model.d_out, f"d_out={model.d_out}", f"d_in={model.d_in}")
     return float(fvu_bound(measurements(model), model.d_in, log_configurations(model.n_features, model.k)))
 
 
@@ -114,8 +101,7 @@ def model_bound(model: RankOneDictionary) -> float:
 
 def random_subspaces(n: int, w: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d w"]:
     """n orthonormal bases of w-dimensional subspaces, evenly drawn; float64. Raises `ValueError` unless w ≤ d."""
-    if not 1 <= w <= d:
-        raise ValueError(f"w={w} dimensions do not fit; allowed: 1 to d={d}")
+    allowed(1 <= w <= d, f"w={w}", f"1 to d={d}")
     noise = torch.randn(n, d, w, generator=generator, device=generator.device, dtype=torch.float64)
     return torch.linalg.qr(noise).Q
 
@@ -129,10 +115,8 @@ def nearest_subspace(
     return nearest, (x.square().sum(1) - most).clamp_min(0)
 
 
-def fit_subspaces(
-    x: Float[Tensor, "rows d"], bases: Float[Tensor, "n d w"], rounds: int = 10
-) -> Float[Tensor, "n d w"]:
-    """Learned subspaces: give each row to its nearest subspace, refit each to its rows, and repeat (k-subspaces).
+def fit_subspaces(x: Float[Tensor, "rows d"], bases: Float[Tensor, "n d w"], rounds: int = 10) -> Tensor:
+    """Learned subspaces [n, d, w]: give each row to its nearest one, refit each to its rows, and repeat (k-subspaces).
 
     A subspace that got fewer than w rows stays as it is.
     """
@@ -150,14 +134,11 @@ def random_subspaces_fvu(w: int, d: int, log_n: float, *, points: int = 8001) ->
     """FVU that the oracle's choice among N random subspaces has on average over the subspaces, for any N.
 
     The share of x left outside an even random subspace is Beta((d − w)/2, w/2), whatever x is, and the smallest of N
-    such shares has mean ∫ (1 − G(t))^N dt, G their distribution function. Trapezoid rule in ln(t/(1 − t)).
-
-    Raises `ValueError` unless 1 ≤ w < d and log_n ≥ 0.
+    such shares has mean ∫ (1 − G(t))^N dt, G their distribution function. Trapezoid rule in ln(t/(1 − t)). Raises
+    `ValueError` unless 1 ≤ w < d and log_n ≥ 0.
     """
-    if not 1 <= w < d:
-        raise ValueError(f"w={w}; allowed: 1 to d - 1 = {d - 1}")
-    if not log_n >= 0:
-        raise ValueError(f"log_n={log_n}; allowed: at least 0")
+    allowed(1 <= w < d, f"w={w}", f"1 to d - 1 = {d - 1}")
+    allowed(log_n >= 0, f"log_n={log_n}", "at least 0")
     a, b = (d - w) / 2, w / 2
     # G(t) ≤ t^a / (a B(a, b)) · max(1, (1 − t)^(b − 1)): below this t the integrand is 1 to rounding
     start = min(-1.0, (math.log(a) + float(special.betaln(a, b)) - log_n - 40) / a)

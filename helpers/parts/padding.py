@@ -22,13 +22,12 @@ from torch import Tensor
 
 from helpers import settings
 from helpers.models.activations import Moments
+from helpers.settings import one_of
 
 RELEASED = settings.ROOT / "data" / "secret_moe_released.csv"
 QUANTITIES = ("input", "output", "gaussian")
-GRID = np.linspace(0, 0.95, 191)
-COARSE = np.linspace(0, 0.95, 20)
-AROUND = 0.06
-"""A resample's Gaussian curve costs forward passes, so it is measured only this far beside the estimate."""
+GRID, COARSE = np.linspace(0, 0.95, 191), np.linspace(0, 0.95, 20)
+AROUND = 0.06  # a Gaussian curve costs forward passes: a resample's is measured only this far beside the estimate
 
 
 def released(teacher: str, layer: int) -> dict[str, tuple[float, float, float]] | None:
@@ -42,10 +41,7 @@ def released(teacher: str, layer: int) -> dict[str, tuple[float, float, float]] 
         return None
     text, noise = (runs[runs.inputs == inputs] for inputs in ("activations", "gaussian"))
     columns = (text.val_input_variance, text.val_output_variance, noise.val_output_variance)
-    return {
-        quantity: (float(column.median()), float(column.min()), float(column.max()))
-        for quantity, column in zip(QUANTITIES, columns, strict=True)
-    }
+    return {name: (each.median(), each.min(), each.max()) for name, each in zip(QUANTITIES, columns, strict=True)}
 
 
 def released_runs(teacher: str, layer: int) -> pd.DataFrame:
@@ -105,15 +101,11 @@ class Mixture:
 
     def curve(self, quantity: str, shares: Float[np.ndarray, " shares"]) -> Float[np.ndarray, " shares"]:
         """Variance of `input`, `output` or `gaussian` at each share of padding."""
-        if quantity == "input":
-            return self._linear(self.inputs, self.input_row, shares)
-        if quantity == "output":
-            return self._linear(self.outputs, self.output_row, shares)
+        one_of("quantity", quantity, QUANTITIES)
         if quantity == "gaussian":
             return self._gaussian(shares)
-        raise ValueError(f"quantity={quantity!r} is unknown; allowed: {', '.join(QUANTITIES)}")
-
-    def _linear(self, text: Moments, row: Tensor, shares: np.ndarray) -> np.ndarray:
+        of_outputs = quantity == "output"
+        text, row = (self.outputs, self.output_row) if of_outputs else (self.inputs, self.input_row)
         gap = text.mean - row.double()
         variance = (1 - shares) * text.variance + shares * (1 - shares) * float(gap.square().mean())
         if self.overall:
@@ -157,10 +149,9 @@ def solutions(shares: np.ndarray, variances: np.ndarray, wanted: float) -> list[
 
 def implied_shares(mixture: Mixture, wanted: Mapping[str, float]) -> dict[str, float]:
     """For each quantity a share of padding that gives the wanted variance: of all solutions, those that agree best."""
-    found = []
-    for quantity, value in wanted.items():
-        grid = COARSE if quantity == "gaussian" else GRID
-        found.append(solutions(grid, mixture.curve(quantity, grid), value))
+    grids = [COARSE if quantity == "gaussian" else GRID for quantity in wanted]
+    curves = [mixture.curve(quantity, grid) for quantity, grid in zip(wanted, grids, strict=True)]
+    found = map(solutions, grids, curves, wanted.values())
     best = min(itertools.product(*found), key=lambda shares: (max(shares) - min(shares), sum(shares)))
     return dict(zip(wanted, best, strict=True))
 
@@ -170,7 +161,6 @@ def resampled_shares(
     inputs: ByArticle,
     outputs: ByArticle,
     wanted: Mapping[str, float],
-    *,
     n_resamples: int,
     seed: int = 0,
 ) -> pd.DataFrame:

@@ -129,5 +129,5 @@ def test_released_variances_of_the_papers_layers():
 
 
 def test_unknown_quantity(mixture):
-    with pytest.raises(ValueError, match="quantity='norm' is unknown; allowed: input, output, gaussian"):
+    with pytest.raises(ValueError, match="quantity='norm' is unknown; allowed: 'input', 'output', 'gaussian'"):
         mixture.curve("norm", padding.GRID)
