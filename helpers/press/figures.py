@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,25 @@ METHODS = {
     "paper": Mark(INK, "paper", "*", ""),
 }
 """Every method of the book. A method keeps its mark in all chapters; methods that are compared never share a colour."""
+
+LADDER = {
+    "implicit": ("implicit SAE", "implicit"),
+    "shuffled": ("experts shuffled between router rows", "shuffled"),
+    "other_token": ("choice made for another token", "dense"),
+    "random_router": ("random router, trained directions", "random_router"),
+    "second": ("second component of W_down", "dense"),
+    "w_up": ("first component of W_up", "dense"),
+    "w_gate": ("first component of W_gate", "dense"),
+    "random_directions": ("trained router, random directions", "random_directions"),
+    "random": ("all random", "random"),
+    "pca": ("k fixed principal components", "pca"),
+    "sae": ("trained TopK SAE's choice", "sae"),
+    "sae_own": ("trained TopK SAE, its own codes", "sae"),
+    "fitted_directions": ("router's choice, fitted directions", "fitted_directions"),
+    "omp": ("trained directions, matching pursuit's choice", "omp"),
+    "all_directions": ("all n directions at once", "dense"),
+}
+"""Controls of chapters 10 and 11 in the order in which `forest` shows them: label, and method of the mark."""
 
 _STYLE: dict[str, Any] = {
     "figure.figsize": (7.0, 3.6),
@@ -178,6 +197,31 @@ def panels(titles: Iterable[str], *, height: float = 3.3, **options: Any) -> tup
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(textwrap.fill(title, 48 if len(titles) > 1 else 90), loc="left", fontsize=9, fontweight="normal")
     return figure, list(axes[0])
+
+
+def forest(ax: Axes, rows: Iterable[Mapping[str, Any]], lines: Mapping[str, tuple[str, str]]) -> None:
+    """Dots with their intervals on a scale from 0 to 1, one line a name, from the top in the order of `lines`.
+
+    Args:
+        rows: each with `name`, `estimate` (value, low and high end; these None where there is no interval), `filled`,
+            and `note`, which stands at the right. A value below zero stands at the left edge; names that `lines` does
+            not have are left out.
+        lines: the label of each name, and the method whose mark it bears.
+    """
+    order = list(lines)
+    for row in rows:
+        if row["name"] not in order:
+            continue
+        place, (value, low, high) = order.index(row["name"]), row["estimate"]
+        look = mark(lines[row["name"]][1])
+        if low is not None:
+            ax.plot([low, high], [place] * 2, color=look.colour, lw=1.4)
+        fill = look.colour if row["filled"] else "white"
+        ax.plot(max(value, 0.0), place, look.marker, color=look.colour, mfc=fill, ms=6)
+        beside = {"xycoords": ("axes fraction", "data"), "fontsize": 7, "va": "center", "ha": "left"}
+        ax.annotate(row["note"], (1.01, place), **beside)
+    ax.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 1))
+    ax.set_yticks(range(len(order)), [label for label, _ in lines.values()], fontsize=8)
 
 
 def label_lines(ax: Axes, gap: float = 14.0, **text: Any) -> None:

@@ -105,3 +105,21 @@ def test_a_panel_for_each_title():
         plt.close(figure)
     with pytest.raises(ValueError, match="titles"):
         figures.panels([])
+
+
+def test_a_forest_has_a_line_for_each_name_and_marks_of_the_book():
+    lines = {"implicit": ("implicit SAE", "implicit"), "w_up": ("first of W_up", "dense")}
+    rows = [
+        {"name": "w_up", "estimate": [0.4, 0.3, 0.5], "filled": True, "note": "×3.2"},
+        {"name": "implicit", "estimate": [-0.2, None, None], "filled": False, "note": ""},
+        {"name": "pca", "estimate": [0.9, None, None], "filled": True, "note": ""},
+    ]
+    ax = plt.subplots()[1]
+    figures.forest(ax, rows, lines)
+    bar, dot, hollow = ax.get_lines()
+    assert list(bar.get_xdata()) == [0.3, 0.5] and list(bar.get_ydata()) == [1, 1]
+    assert (dot.get_xdata()[0], dot.get_marker()) == (0.4, figures.mark("dense").marker)
+    assert hollow.get_xdata()[0] == 0 and hollow.get_markerfacecolor() == "white"
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["implicit SAE", "first of W_up"]
+    assert [text.get_text() for text in ax.texts] == ["×3.2", ""]
+    assert all(figures.mark(method) for _, method in figures.LADDER.values())

@@ -1,0 +1,187 @@
+"""What a dictionary explains of held-out rows, by article: shares, their ratios, and how sure we are of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from helpers.settings import allowed
+from helpers.study.scores import FEWEST, Comparison, Sums, bootstrap_interval
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """Sums of squares over held-out rows, by article: `explained` [draws, articles] and `total` [articles].
+
+    What involves no chance has one draw.
+    """
+
+    explained: Float[np.ndarray, "draws articles"]
+    total: Float[np.ndarray, " articles"]
+
+    @property
+    def fve(self) -> float:
+        """Σ explained / Σ total, averaged over draws."""
+        return float(self.explained.mean(0).sum() / self.total.sum())
+
+    @property
+    def by_draw(self) -> list[float]:
+        return (self.explained.sum(1) / self.total.sum()).tolist()
+
+
+class Key(NamedTuple):
+    """What was judged: a control (with its rank, directions an expert) at a site, centred or not."""
+
+    control: str
+    site: str
+    centred: bool
+    rank: int = 1
+
+
+def estimate(statistic: Callable[[np.ndarray], float], *parts: Explained, **bootstrap) -> Comparison:
+    """`statistic` of the parts' FVEs, an array; draws and articles are resampled, each as a whole (not at all where
+    `n_resamples` is 0). No interval over fewer than five articles.
+
+    All parts are judged on the same articles. Draw i of one part goes with draw i of the others; a part without
+    chance goes with every draw. Raises `ValueError` for parts with other articles, or other numbers of draws.
+    """
+    draws, articles = max(len(part.explained) for part in parts), len(parts[0].total)
+    for part in parts:
+        fits = len(part.explained) in (1, draws) and len(part.total) == articles
+        given = f"a part has {part.explained.shape} draws × articles"
+        allowed(fits, given, f"{(draws, articles)}, or 1 draw")
+    cells = {}
+    for i, part in enumerate(parts):
+        some = np.broadcast_to(part.explained, (draws, articles))
+        cells[i] = {draw: {"explained": row, "total": part.total} for draw, row in enumerate(some)}
+
+    def of(*totals) -> float:
+        return statistic(np.array([each.total("explained") / each.total("total") for each in totals]))
+
+    return Sums(cells).compare(of, **{"n_resamples": 1000, "fewest": FEWEST} | bootstrap)
+
+
+def fve(part: Explained, **bootstrap) -> Comparison:
+    """FVE with its interval."""
+    return estimate(lambda shares: shares[0], part, **bootstrap)
+
+
+def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explained] | float, **bootstrap) -> Comparison:
+    """FVE of one over FVE of another, or over a number; of lists, one for each layer, the layers' geometric mean."""
+    of = [of] if isinstance(of, Explained) else list(of)
+    if isinstance(to, float):
+        return estimate(lambda shares: geometric(shares / to), *of, **bootstrap)
+    to = [to] if isinstance(to, Explained) else list(to)
+    allowed(len(of) == len(to), f"{len(to)} parts to divide {len(of)} by", "as many")
+    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, **bootstrap)
+
+
+def over_layers(of: Sequence[Explained], to: Sequence[Explained] | float, **bootstrap) -> Comparison:
+    """`ratio` of parts without chance, one for each layer, with an interval over layers × articles, each resampled as
+    a whole. Few layers make a rough interval; with one layer it is over articles only.
+
+    Raises `ValueError` for parts of several draws, and for lists of other lengths.
+    """
+    under = [None] * len(of) if isinstance(to, float) else to
+    single = all(len(part.explained) == 1 for part in (*of, *under) if part is not None)
+    given = f"{len(of) + len(under)} parts for {len(of)} layers"
+    allowed(single and len(of) == len(under), given, "parts of one draw, one or two for each")
+    layers = {}
+    for layer, (over, part) in enumerate(zip(of, under, strict=True)):
+        base = Explained(to * over.total[None], over.total) if part is None else part
+        layers[layer] = {"over": over.explained[0], "its total": over.total}
+        layers[layer] |= {"under": base.explained[0], "that total": base.total}
+
+    def statistic(cell) -> float:
+        return geometric(cell["over"] / cell["its total"] / (cell["under"] / cell["that total"]))
+
+    return Sums({"": layers}).compare(statistic, **{"n_resamples": 1000, "fewest": FEWEST} | bootstrap)
+
+
+def geometric(numbers: np.ndarray) -> float:
+    """Geometric mean: 0 where something explains nothing."""
+    with np.errstate(divide="ignore"):
+        return float(np.exp(np.log(numbers).mean()))
+
+
+def factors(
+    found: Sequence[Mapping[Key, Explained]], site: str, expected: float, *, centred: bool = True, **bootstrap
+) -> dict[str, Comparison]:
+    """The ratio implicit / `expected` as a product of three: what directions, routing and pairing add, in this order.
+
+    directions   random router, trained directions  /  all random, whose expectation is `expected` = k/d
+    routing      trained router and directions, shuffled pairing  /  random router, trained directions
+    pairing      implicit  /  shuffled pairing
+
+    Geometric means over the ladders in `found`, one for each layer, so that the product is exact. Shuffling leaves some
+    pairs together (`inside.overlap`), so the factor of pairing is too low rather than too high.
+    """
+    of = {c: [f[Key(c, site, centred)] for f in found] for c in ("random_router", "shuffled", "implicit")}
+    steps = {"directions": ("random_router", None), "routing": ("shuffled", "random_router")}
+    steps |= {"pairing": ("implicit", "shuffled"), "ratio": ("implicit", None)}
+    return {
+        name: ratio(of[over], expected if under is None else of[under], **bootstrap)
+        for name, (over, under) in steps.items()
+    }
+
+
+def pairing_growth(
+    after: Sequence[Mapping[Key, Explained]], before: Sequence[Mapping[Key, Explained]], site: str, **bootstrap
+) -> Comparison:
+    """The factor of pairing after training over that before it, with its interval over draws × articles.
+
+    `after` and `before` are ladders on the same articles and seeds, one for each layer.
+    """
+    parts = [f[Key(control, site, True)] for f in (*after, *before) for control in ("implicit", "shuffled")]
+
+    def statistic(shares: np.ndarray) -> float:
+        pairing = shares[::2] / shares[1::2]
+        return geometric(pairing[: len(after)]) / geometric(pairing[len(after) :])
+
+    return estimate(statistic, *parts, **bootstrap)
+
+
+def listed(found: Comparison) -> list[float | None]:
+    """Value, low and high end as a results file has them; None where there is no interval."""
+    return [found.value, *(found.ci or (None, None))]
+
+
+def mean_loss(losses: pd.DataFrame) -> list[float | None]:
+    """Mean cross-entropy in nats a token of `activations.losses`, with its interval over articles, as `listed`."""
+    sums = losses.groupby("article")[["nats", "tokens"]].sum().to_numpy()
+
+    def mean(some: np.ndarray) -> float:
+        return float(some[:, 0].sum() / some[:, 1].sum())
+
+    ends = (None, None) if len(sums) < FEWEST else bootstrap_interval(sums, mean)
+    return [mean(sums), *ends]
+
+
+def ladder_rows(found: Mapping[Key, Explained], expected: float, **about) -> list[dict]:
+    """A ladder as plain numbers: FVE and its ratio to what random directions are expected to explain, `expected` = k/d
+    times the rank; centred ones with their intervals."""
+    rows = []
+    for key, part in found.items():
+        share = listed(fve(part, n_resamples=400 if key.centred else 0))
+        row = about | key._asdict() | {"fve": share, "by_draw": part.by_draw}
+        base = expected * key.rank
+        rows.append(row | {"ratio": [None if each is None else each / base for each in share]})
+    return rows
+
+
+def above(found: Sequence[float | None], threshold: float) -> bool | None:
+    """Whether a number with its interval (see `listed`) lies above a threshold; None where the interval holds it."""
+    value, low, high = found
+    low, high = (value, value) if low is None else (low, high)
+    return True if low > threshold else False if high <= threshold else None
+
+
+def graded(predictions: Mapping[str, bool | None]) -> str:
+    """A line for each prediction with what became of it; None is an interval that holds the threshold."""
+    words = {True: "as predicted", False: "NOT as predicted", None: "undecided"}
+    return "\n".join(f"{words[outcome]:17} {text}" for text, outcome in predictions.items())
