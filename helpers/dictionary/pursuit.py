@@ -141,8 +141,7 @@ def omp(
         select: "magnitude" chooses by |d_j·r|, as scikit-learn does; "signed" by d_j·r, as paper B does, and stops
             where none is positive. Coefficients may have either sign in both.
         nonnegative: coefficients ≥ 0 (Bruckstein et al. 2008): choose by d_j·r, then solve for non-negative
-            coefficients as Lawson and Hanson (1974) do. An atom whose coefficient reaches zero leaves again, and may
-            come back; k counts the steps.
+            coefficients as Lawson and Hanson (1974) do. Atoms at zero leave, and may come back; k counts steps.
         tolerance: of the residual's norm, relative to the signal's; None for k atoms.
         chunk: samples at a time; None: `GRAM_CHUNK`, `RESIDUAL_CHUNK`, or `CUDA_CHUNK` on a GPU. Beside the Gram matrix
             and the dense form of packed atoms, where they are used, at most chunk·(3n + 6k(m + k)) numbers are held.
@@ -154,23 +153,14 @@ def omp(
     atoms = _Atoms(atoms)
     x = _signals(x, atoms)
     _check(k, len(atoms), select, nonnegative, tolerance, chunk, gram)
-    if gram is None:
-        gram = not nonnegative and _gram_pays(len(x), atoms, k)
+    gram = not nonnegative and _gram_pays(len(x), atoms, k) if gram is None else gram
     products = atoms.gram() if gram and len(x) else None
-    if chunk is None:
-        chunk = CUDA_CHUNK if x.is_cuda else GRAM_CHUNK if gram else RESIDUAL_CHUNK
-    found = SparseCodes(x.new_zeros(len(x), k, dtype=torch.long), x.new_zeros(len(x), k))
-    for part, indices, values in zip(
-        x.split(chunk), found.indices.split(chunk), found.values.split(chunk), strict=True
-    ):
-        one = (
-            _nonnegative(part, atoms, k, tolerance)
-            if nonnegative
-            else _free(part, atoms, k, select, tolerance, products)
-        )
-        indices.copy_(one[0])
-        values.copy_(one[1])
-    return found
+    chunk = chunk or (CUDA_CHUNK if x.is_cuda else GRAM_CHUNK if gram else RESIDUAL_CHUNK)
+    parts = [
+        _nonnegative(part, atoms, k, tolerance) if nonnegative else _free(part, atoms, k, select, tolerance, products)
+        for part in x.split(chunk)
+    ]
+    return SparseCodes(*(torch.cat(same) for same in zip(*parts, strict=True)))
 
 
 def _free(
