@@ -370,7 +370,13 @@ def pretrain_both(
     common = {"size": size, "corpus": corpus, **options}
     cells = [common | {"kind": kind, "recipe": recipe} for kind, recipe in recipes.items()]
     workers = workers if settings.device(options.get("device", "auto")).type == "cpu" else 1
-    return dict(zip(recipes, sweep.sweep(_pretrain_kind, cells, label="training", workers=workers), strict=True))
+    if workers != 1:
+        sweep.sweep(_pretrain_and_keep, cells, label="training", workers=workers)
+    return {cell["kind"]: _pretrain_kind(**cell) for cell in cells}  # from the cache
+
+
+def _pretrain_and_keep(**cell) -> None:
+    _pretrain_kind(**cell)  # a model that has run cannot be pickled: it stays there
 
 
 def _pretrain_kind(kind: str, size: Size, recipe: PretrainingRecipe, corpus: str, cache_dir=None, **options):
