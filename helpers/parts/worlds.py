@@ -31,7 +31,7 @@ COEFFICIENTS = {
 """Laws of a coefficient, each with mean 0 and variance 1."""
 
 
-class Source:
+class CodedRows:
     """What is drawn as codes first and as rows then, with `noise` (its standard deviation per dimension) on top."""
 
     def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
@@ -45,7 +45,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class SparseSource(Source):
+class SparseSource(CodedRows):
     """x = (E/k)^½ · Σ_{j ∈ S} c_j a_j + noise: S a uniform k-subset of the atoms, c_j independent with variance 1.
 
     Args:
@@ -131,7 +131,7 @@ def zipf_rates(n: int, active: float, exponent: float, cap: float = 0.5) -> Floa
 
 
 @dataclass(frozen=True)
-class World(Source):
+class World(CodedRows):
     """x = constant + Σ_j b_j m_j a_j + noise: more true features a_j than dimensions, each firing (b_j) at a rate r_j.
 
     Features of one group fire together: b_j = [z_j < Φ⁻¹(r_j)] with standard normal z_j that have correlation
