@@ -22,7 +22,7 @@ from helpers.dictionary import RankOneDictionary, topk_sae
 from helpers.models.activations import ActivationStore
 from helpers.settings import allowed
 from helpers.study.scores import Sums, by_group, evaluate
-from helpers.study.study import Judged, Outcome
+from helpers.study.study import Judged, Outcome, choose
 from helpers.training import Shuffled, Stream
 from helpers.training.remedies import AuxK, Balance, Ghost, LossFree, Resample, Switch
 
@@ -183,49 +183,32 @@ MEASURES = ("fvu", "largest_rate", "dead", "dense")
 def reported(problem: SiteRows, outcome: Outcome) -> dict[str, object]:
     """An outcome as a results file has it."""
     build, validation = outcome.arm.build, outcome.validation
-    return {
-        "site": problem.site,
-        "n_features": build.n_features,
-        "k": build.k,
-        "centred": build.centred,
-        "balance": repr(outcome.arm.remedy),
-        "lr": outcome.arm.lr,
-        "seed": outcome.seed,
-        "steps": problem.steps,
-        "fvu": outcome.fvu,
-        "validation_fvu": validation["fvu"],
-        "validation_dead": validation["dead"],
-        "n_rows": int(outcome.sums["rows"].sum()),
-        "seconds": round(outcome.seconds, 1),
-    } | outcome.about
+    row = {"site": problem.site, "n_features": build.n_features, "k": build.k, "centred": build.centred}
+    row |= {"seed": outcome.seed, "steps": problem.steps, "n_rows": int(outcome.sums["rows"].sum())}
+    row |= {"validation_fvu": validation["fvu"], "validation_dead": validation["dead"]}
+    return row | {"seconds": round(outcome.seconds, 1)} | outcome.about | _measures(outcome)
 
 
 def reported_method(
-    problem: SiteRows,
-    table: Sums,
-    key: tuple[str, bool, str],
-    runs: Sequence[Outcome],
-    tried: Sequence[Outcome],
-    capped: Outcome,
+    problem: SiteRows, table: Sums, key: tuple[str, bool, str], runs: Sequence[Outcome], tried: Sequence[Outcome]
 ) -> dict[str, object]:
     """A method at a site as a results file has it: what was chosen with all its seeds, all candidates that were
-    `tried` with the first, and the one that caps the most."""
+    `tried` with the first, and of them the one that caps the most."""
     rate, fvu = table.compare(lambda cell: cell.largest_rate, key), table.fvu(key)
+    by_seed = {f"{name}_by_seed": [_measures(each)[name] for each in runs] for name in MEASURES}
+    capped = tried[choose(dict(enumerate(tried)), "largest_rate")]
     return (
         reported(problem, runs[0])
         | {"method": key[2], "seeds": [each.seed for each in runs]}
         | {"fvu": fvu.value, "fvu_ci": fvu.ci, "largest_rate": rate.value, "rate_ci": rate.ci}
-        | {f"{name}_by_seed": [_measures(each)[name] for each in runs] for name in MEASURES}
-        | {"candidates": [_short(each) for each in tried], "capped": _short(capped)}
+        | {"candidates": [_measures(each) for each in tried], "capped": _measures(capped)}
+        | by_seed
     )
 
 
-def _measures(outcome: Outcome) -> dict[str, float]:
-    return {name: outcome.fvu if name == "fvu" else outcome.about[name] for name in MEASURES}
-
-
-def _short(outcome: Outcome) -> dict[str, object]:
-    return {"balance": repr(outcome.arm.remedy), "lr": outcome.arm.lr} | _measures(outcome)
+def _measures(outcome: Outcome) -> dict[str, object]:
+    numbers = {"fvu": outcome.fvu} | {name: outcome.about[name] for name in MEASURES[1:]}
+    return {"balance": repr(outcome.arm.remedy), "lr": outcome.arm.lr} | numbers
 
 
 def whereabouts(problem: SiteRows, sae: Sae, seed: int = 0) -> dict[str, float | str]:

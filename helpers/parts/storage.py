@@ -253,7 +253,7 @@ class Spliced(SiteRows):
                 sums[NATS[way]] = scene.nats(guess * self.scale)
         own = {column: values for column, values in judged.sums.items() if column != "counts"}
         stored = bytes_of(student)
-        about = {"values": decoder_values(student), "parameters": student.n_parameters}
+        about = {"values": stored_values(student.decoder), "parameters": student.n_parameters}
         about |= {f"{name}_bytes": stored[name] for name in ("file", "training")}
         about["spectrum"] = binned(spectrum(self, rows, guesses["encoder"]))
         return Judged(own | sums, judged.validation, judged.about | about)
@@ -277,9 +277,9 @@ def binned(spectrum: Float[np.ndarray, " d_model"]) -> list[list[float]]:
 # -- what is stored ----------------------------------------------------------------------------------------------------
 
 
-def decoder_values(sae: RankOneDictionary) -> int:
-    """Numbers in the decoder's atoms, biases not counted."""
-    return sae.decoder.n_values if isinstance(sae.decoder, Packed) else sae.decoder.weight.numel()
+def stored_values(rows: Rows | Packed) -> int:
+    """Numbers in atoms, biases not counted."""
+    return rows.n_values if isinstance(rows, Packed) else rows.weight.numel()
 
 
 def bytes_of(sae: RankOneDictionary) -> dict[str, int]:
@@ -394,15 +394,8 @@ def _sparse(weight: Tensor, degree: int, scale: float, bias: Tensor | None, rand
     return Packed(scale * weight.detach().gather(1, rows), rows, weight.shape[1], bias)
 
 
-def expert_values(student: RankOneDictionary) -> int:
-    """Stored numbers of the experts, in and out, without biases, router and shared part."""
-    parts = (student.encoder, student.decoder)
-    return sum(part.n_values if isinstance(part, Packed) else part.weight.numel() for part in parts)
-
-
 def packed_experts(spec: Spec, degree: int, d_in: int, d_out: int) -> PackedSpec:
     """Packed experts, as many as have the stored numbers of `spec`'s dense ones."""
     experts = spec.experts * (d_in + d_out) // (2 * degree)
-    if not math.isfinite(experts) or experts < spec.experts:
-        raise ValueError(f"degree={degree} leaves {experts} experts; allowed: at most {(d_in + d_out) // 2}")
+    allowed(experts >= spec.experts, f"degree={degree} leaves {experts} experts", f"at most {(d_in + d_out) // 2}")
     return PackedSpec(spec.active, experts, spec.shared, spec.router_rank, spec.balance, degree)

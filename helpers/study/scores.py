@@ -130,15 +130,6 @@ def by_group(values: Float[Tensor, " rows"], groups: Int[Tensor, " rows"]) -> Fl
     return np.bincount(index, weights=np.asarray(values, dtype=np.float64))
 
 
-def max_cosines(of: Float[Tensor, "a d"], among: Float[Tensor, "b d"], *, chunk: int = 4096) -> Float[Tensor, " a"]:
-    """For each row of `of`, the largest cosine over the rows of `among`.
-
-    Truth over learned is recovery (its mean is MMCS, which ignores duplicates); learned over truth is precision.
-    """
-    among = torch.nn.functional.normalize(among, dim=1)
-    return torch.cat([(torch.nn.functional.normalize(rows, dim=1) @ among.T).amax(1) for rows in of.split(chunk)])
-
-
 @dataclass(frozen=True)
 class Recovery:
     """How well learned directions match true ones, in both directions.

@@ -60,7 +60,7 @@ def test_every_shape_stores_what_it_says_and_learns(problem, shape, tmp_path):
     sae = trained(problem, arm, 0, cache_dir=tmp_path).student
     n, m = 48, problem.d_model
     decoder = n * m if shape in ("dense", "untied", "low-rank", "packed encoder") else n * 4
-    assert storage.decoder_values(sae) == decoder
+    assert storage.stored_values(sae.decoder) == decoder
     encoder = {"untied": n * m, "packed encoder": 4 * n, "low-rank": (4 * n // (n + m)) * (n + m)}.get(shape, 0)
     assert sae.n_parameters == decoder + encoder + n + m and encoder <= max(4 * n, n * m)
     torch.testing.assert_close(sae.decoder.vectors().norm(dim=1), torch.ones(n))
@@ -129,7 +129,7 @@ def test_adapting_moves_numbers_to_atoms_that_fire_and_changes_no_other(tmp_path
     fired.index_add_(0, codes.indices.flatten(), torch.ones(codes.indices.numel()))
     other = storage.adapted(sae, samples, generator(2))
     degrees = other.decoder.degrees
-    assert storage.decoder_values(other) == storage.decoder_values(sae) == int(degrees.sum())
+    assert storage.stored_values(other.decoder) == storage.stored_values(sae.decoder) == int(degrees.sum())
     assert degrees.min() >= 1 and degrees.max() <= 16
     order = fired.argsort()
     assert degrees[order[-6:]].float().mean() > degrees[order[:6]].float().mean()
@@ -255,7 +255,8 @@ def test_packed_experts_store_as_much_as_dense_ones():
     dense = Spec(8, 20, 4, router_rank=3)
     spec = storage.packed_experts(dense, 4, 16, 12)
     student, rival = (each.build(16, 12, generator(0)) for each in (spec, dense))
-    assert storage.expert_values(student) == storage.expert_values(rival) == 20 * 28
+    values = [storage.stored_values(each.encoder) + storage.stored_values(each.decoder) for each in (student, rival)]
+    assert values == [20 * 28] * 2
     assert spec.experts == 70 and spec.k == dense.k and student.active_neurons == rival.active_neurons
     assert isinstance(student.decoder, Packed) and "packed 4" in spec.label and student.gate == "softmax"
     x = torch.randn(64, 16, generator=generator(1))

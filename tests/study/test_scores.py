@@ -69,13 +69,6 @@ def test_by_group_sums(groups):
     assert scores.by_group(values, torch.tensor(groups)).tolist() == expected
 
 
-def test_max_cosines():
-    truth = torch.eye(3)
-    learned = torch.tensor([[2.0, 0, 0], [5.0, 0, 0], [0, 1.0, 1.0]])
-    np.testing.assert_allclose(scores.max_cosines(truth, learned), [1, 0.5**0.5, 0.5**0.5], rtol=1e-6)
-    np.testing.assert_allclose(scores.max_cosines(learned, truth, chunk=2), [1, 1, 0.5**0.5], rtol=1e-6)
-
-
 SHAPES = [(1, 1), (3, 5), (5, 3), (5, 5), (6, 2), (2, 6), (4, 0)]
 
 
