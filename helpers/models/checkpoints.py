@@ -30,7 +30,7 @@ from torch import Tensor
 
 from helpers import settings
 from helpers.dictionary import SparseCodes
-from helpers.models import hub
+from helpers.models import sources
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -506,8 +506,8 @@ def _opener(source: str, revision: str | None) -> Opener:
             f"source={source!r} is no folder; allowed: a folder, or a hub id such as 'allenai/OLMoE-1B-7B-0924'"
         )
     try:
-        commit, silent = hub.commit("model", source, revision), ""
-    except hub.Unreachable as error:
+        commit, silent = sources.commit("model", source, revision), ""
+    except sources.Unreachable as error:
         commit, silent = None, f"not in the hub's cache, and the hub gives no answer: {error}"
     remote = HfFileSystem()
 

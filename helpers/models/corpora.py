@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from datasets import Dataset, load_dataset
 
-from helpers.models import hub
+from helpers.models import sources
 from helpers.settings import ROOT
 
 WIKIPEDIA_SAMPLE = ROOT / "data" / "wikipedia_sample.parquet"
@@ -89,8 +89,8 @@ def fingerprint(corpus: str) -> str:
     if path is not None:
         with path.open("rb") as file:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-    with contextlib.suppress(hub.Unreachable):
-        return f"{corpus}@{hub.commit('dataset', corpus.partition(':')[0])}"
+    with contextlib.suppress(sources.Unreachable):
+        return f"{corpus}@{sources.commit('dataset', corpus.partition(':')[0])}"
     return corpus
 
 
@@ -161,9 +161,9 @@ def _divide(documents: pd.Series) -> dict[int, str]:
 def _from_hub(corpus: str, split: str) -> pd.DataFrame:
     name, _, configuration = corpus.partition(":")
     try:
-        revision, cached = hub.commit("dataset", name), contextlib.nullcontext()
-    except hub.Unreachable as error:
-        revision, cached, offline = None, hub.cached_only(), f" (no answer from the hub: {error})"
+        revision, cached = sources.commit("dataset", name), contextlib.nullcontext()
+    except sources.Unreachable as error:
+        revision, cached, offline = None, sources.cached_only(), f" (no answer from the hub: {error})"
     except ValueError as error:
         raise ValueError(f"corpus={corpus!r}: {error}; allowed: {ALLOWED}") from error
     else:

@@ -40,9 +40,10 @@ from transformers import (
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 from helpers import settings
-from helpers.models import checkpoints
+from helpers.models import checkpoints, sources
 from helpers.models.checkpoints import Checkpoint
-from helpers.models.teachers import Teacher, TokenLosses, check_sites
+from helpers.models.teachers import DTYPES, EMBEDDED, Teacher, TokenLosses, check_sites
+from helpers.settings import one_of
 
 FORMAT = 1
 """Version of the files between blocks: raise it when the same key would hold other numbers."""
@@ -276,15 +277,28 @@ class _States:
         part.rename(self.folder / f"before-{n}")
 
 
-def load(name: str, source: str, fingerprint: str | None, where: torch.device, options: dict) -> Layerwise:
-    """What `teachers.load(name, layerwise=True)` gives; the embedding and the blocks stay on disk.
+def load(
+    teacher: str = EMBEDDED,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Layerwise:
+    """As `teachers.load`, but the embedding and the blocks stay on disk.
 
     Raises `ValueError` for a model type that was not tested block by block, quantised weights, an index that lacks
     tensors, and files that are not there or not those of the model.
     """
-    hub, folder = {}, Path(source)
-    if not folder.is_dir():
-        hub = {"repo_id": source} | {k: options[k] for k in ("revision", "local_files_only") if k in options}
+    one_of("dtype", dtype, DTYPES)
+    where = settings.device(device)
+    source, fingerprint, hub = sources.find(teacher, revision, cache_dir)
+    folder = Path(source)
+    if folder.is_dir():
+        hub = {}
+    else:
+        hub = {"repo_id": source} | hub
         folder = _fetch(SMALL, hub)
         if not (folder / checkpoints.INDEX).exists():
             _fetch([checkpoints.SINGLE], hub)
@@ -292,22 +306,22 @@ def load(name: str, source: str, fingerprint: str | None, where: torch.device, o
     checkpoint = Checkpoint(str(folder), None)
     kind = checkpoint.config.get("model_type")
     if kind not in TYPES:
-        raise ValueError(f"teacher={name!r} has model_type={kind!r}, layerwise=True; allowed: {', '.join(TYPES)}")
+        raise ValueError(f"teacher={teacher!r} has model_type={kind!r}, layerwise=True; allowed: {', '.join(TYPES)}")
     if quantised := checkpoint.config.get("quantization_config"):
         method = quantised.get("quant_method", "of a kind not named")
         raise ValueError(
-            f"teacher={name!r} is quantised ({method}), layerwise=True; allowed: {', '.join(checkpoints.DTYPES)}"
+            f"teacher={teacher!r} is quantised ({method}), layerwise=True; allowed: {', '.join(checkpoints.DTYPES)}"
         )
-    dtype, attention = options["dtype"], options["attn_implementation"]
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     try:
-        model = _on_meta(folder, checkpoint.config, dtype=dtype, attn_implementation=attention)
+        model = _on_meta(folder, checkpoint.config, **options)
         tokens = (_deepseek_tokenizer if kind == "deepseek" else AutoTokenizer.from_pretrained)(folder)
     except Exception as error:  # transformers and tokenizers raise their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"teacher={name!r}, layerwise=True: {type(error).__name__}: {reason}") from error
+        why = f"{type(error).__name__}: {sources.reason(error)}"
+        raise ValueError(f"teacher={teacher!r}, layerwise=True: {why}") from error
     base = model.base_model
     base.rotary_emb = type(base.rotary_emb)(config=base.config).to(where)
-    loaded = Layerwise(name, f"{fingerprint}-layerwise", model, tokens, checkpoint, where, hub)
+    loaded = Layerwise(teacher, f"{fingerprint}-layerwise", model, tokens, checkpoint, where, hub)
     for n in (None, *range(loaded.n_layers)):
         loaded._names(n)
     return loaded
@@ -318,8 +332,9 @@ def _fetch(patterns: Iterable[str], hub: dict) -> Path:
     try:
         return Path(snapshot_download(allow_patterns=sorted(patterns), **hub))
     except Exception as error:  # the client has its own kinds for each thing that goes wrong
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"teacher={hub['repo_id']!r}: its files could not be fetched: {reason}") from error
+        raise ValueError(
+            f"teacher={hub['repo_id']!r}: its files could not be fetched: {sources.reason(error)}"
+        ) from error
 
 
 def _on_meta(folder: Path, config: dict, **options) -> PreTrainedModel:

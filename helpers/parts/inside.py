@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from helpers import dictionary, settings, training
 from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, pursuit, weighted_sum
-from helpers.models import checkpoints
+from helpers.models import checkpoints, sources
 from helpers.models.activations import ActivationStore
 from helpers.models.checkpoints import MoELayer, Principal
 from helpers.models.teachers import Teacher
@@ -829,10 +829,8 @@ def contexts(bench: Bench, expert: int, count: int, *, before: int = 6, after: i
 
 def read(teacher: str, layers: Sequence[int], *, cache_dir: str | Path | None = None) -> list[MoELayer]:
     """`checkpoints.read` of a teacher by the name that `teachers.load` knows; bad layers are named before long work."""
-    from helpers.parts import mixture  # which trains models; nothing else here needs it
-
     shipped = teacher.startswith("book-")
-    return checkpoints.read(mixture.folder(teacher, cache_dir=cache_dir) if shipped else teacher, layers)
+    return checkpoints.read(sources.folder(teacher, cache_dir=cache_dir) if shipped else teacher, layers)
 
 
 def points(found: Mapping[Key, Explained], expected: float, **about) -> list[dict]:

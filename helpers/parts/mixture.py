@@ -7,7 +7,7 @@ that is closest (it norms queries and keys head by head, where OLMoE norms all h
 that are active for a token.
 
     book-moe        the trained model            teachers.load("book-moe")
-    book-moe@256    after 256 steps              teachers.load("book-moe@256"); `steps()` lists them
+    book-moe@256    after 256 steps              teachers.load("book-moe@256"); `sources.steps()` lists them
     book-twin       the dense twin               teachers.load("book-twin")
 """
 
@@ -19,7 +19,6 @@ import inspect
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -48,89 +47,14 @@ from transformers import (
 from transformers.models.olmoe.modeling_olmoe import MoeCausalLMOutputWithPast, load_balancing_loss_func
 
 from helpers import settings
-from helpers.models import activations, corpora, teachers
+from helpers.models import activations, corpora, sources, teachers
 from helpers.models.teachers import Teacher
 from helpers.parts.ngrams import KneserNey
 from helpers.study import scores, sweep
 
-FOLDER = settings.ROOT / "data" / "moe"
-NAME = re.compile(r"book-(moe|twin)(?:@(\d+))?")
 BOS = "<|endoftext|>"
 """Stands before every paragraph, and so also says that one has ended."""
 CHECKPOINT_SECONDS = 60.0
-
-
-# -- the shipped model -------------------------------------------------------------------------------------------------
-
-
-def record(folder: Path | None = None) -> dict:
-    """How the shipped model was trained: parameters, loss curves, held-out losses, seconds, environment."""
-    path = Path(folder or FOLDER) / "training.json"
-    if not path.is_file():
-        raise ValueError(f"{path.name} is not in {path.parent}; allowed: a folder written by mixture.ship")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def steps(folder: Path | None = None) -> list[int]:
-    """Steps of the checkpoints there are, the final model's last."""
-    packed = sorted(int(path.stem) for path in (Path(folder or FOLDER) / "checkpoints").glob("*.safetensors"))
-    return [*packed, record(folder)["steps"]]
-
-
-def folder(name: str, *, cache_dir: str | Path | None = None) -> Path:
-    """A folder in the layout of the hub for `book-moe`, `book-moe@STEP` or `book-twin`.
-
-    The final models lie in `data/moe`. Checkpoints are stored there with 8 bits a weight, and unpacked into the cache.
-    Raises `ValueError` for a name or a step that is not there.
-    """
-    match = NAME.fullmatch(name)
-    there = steps() if match else []
-    if not match or (match[2] and (match[1] == "twin" or int(match[2]) not in there)):
-        allowed = f"'book-moe', 'book-twin', 'book-moe@STEP' with STEP of {steps()}"
-        raise ValueError(f"teacher={name!r} is not among the shipped models; allowed: {allowed}")
-    if match[1] == "twin":
-        return FOLDER / "twin"
-    if not match[2] or int(match[2]) == there[-1]:
-        return FOLDER
-    packed = FOLDER / "checkpoints" / f"{int(match[2]):06d}.safetensors"
-    key = hashlib.sha256(packed.read_bytes() + (FOLDER / "config.json").read_bytes()).hexdigest()[:16]
-    target = settings.cache_dir(cache_dir) / "moe" / f"unpacked-{int(match[2]):06d}-{key}"
-    if not target.is_dir():
-        with _new_folder(target) as new:
-            save_file(unpack(packed), new / "model.safetensors", {"format": "pt"})
-            for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-                if (FOLDER / name).is_file():
-                    shutil.copy(FOLDER / name, new / name)
-    return target
-
-
-def pack(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors with 8 bits a number: each row of a matrix is a scale times whole numbers from −127 to 127.
-
-    Vectors (the norms' weights) keep float32. The error of a number is at most half its row's scale.
-    """
-    stored: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim < 2:
-            stored[name] = tensor.float().contiguous()
-            continue
-        scale = tensor.float().abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        stored[name] = (tensor.float() / scale).round().to(torch.int8).contiguous()
-        stored[name + SCALE] = scale.contiguous()
-    save_file(stored, path, {"format": "pt"})
-
-
-SCALE = ".scale"
-
-
-def unpack(path: Path) -> dict[str, Tensor]:
-    """Tensors in float32 from a file of `pack`."""
-    stored = load_file(path)
-    return {
-        name: tensor.float() * stored[name + SCALE] if name + SCALE in stored else tensor
-        for name, tensor in stored.items()
-        if not name.endswith(SCALE)
-    }
 
 
 @contextlib.contextmanager
@@ -626,11 +550,11 @@ def held_out(
         found = pd.DataFrame({"article": pieces.articles, "nats": model.nats(pieces.tokens), "tokens": tokens})
     size = bytes_of(reader.tokenizer)
     return found.assign(
-        bytes=[int(size[piece].sum()) for piece in pieces.tokens], source=found.article.map(sources(corpus, split))
+        bytes=[int(size[piece].sum()) for piece in pieces.tokens], source=found.article.map(sources_of(corpus, split))
     )
 
 
-def sources(corpus: str, split: str) -> dict[int, str]:
+def sources_of(corpus: str, split: str) -> dict[int, str]:
     """The source of each document of a corpus; its name where it has one source."""
     rows = corpora.load(corpus, split).to_pandas()
     return dict(zip(rows.article, rows.source if "source" in rows else [corpus] * len(rows), strict=True))
@@ -804,14 +728,14 @@ def ship(mixture: Trained, twin: Trained, content: dict, folder: str | Path | No
     `content` goes into training.json beside the number of steps and the checkpoints. All or nothing: a folder that is
     there is replaced when the new one is complete.
     """
-    folder, last = Path(folder or FOLDER), mixture.steps[-1]
+    folder, last = Path(folder or sources.FOLDER), mixture.steps[-1]
     with _new_folder(folder) as new:
         _halved(mixture.folder(last), new)
         _halved(twin.folder(twin.steps[-1]), new / "twin")
         (new / "checkpoints").mkdir()
         for step in mixture.steps[:-1]:
             weights = load_file(mixture.folder(step) / "model.safetensors")
-            pack(weights, new / "checkpoints" / f"{step:06d}.safetensors")
+            sources.pack(weights, new / "checkpoints" / f"{step:06d}.safetensors")
         settings.write_json(new / "training.json", {"steps": last, **content})
     return folder
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.models import corpora, hub
+from helpers.models import corpora, sources
 
 SAMPLE = pd.read_parquet(corpora.WIKIPEDIA_SAMPLE)
 
@@ -146,7 +146,7 @@ def test_hub_errors_name_the_corpus(monkeypatch):
     def unknown(*_):
         raise ValueError("the hub has no public dataset 'some/thing'")
 
-    monkeypatch.setattr(hub, "commit", unknown)
+    monkeypatch.setattr(sources, "commit", unknown)
     with pytest.raises(ValueError, match="corpus='some/thing': the hub has no public dataset"):
         corpora.load("some/thing")
 
@@ -161,7 +161,7 @@ def test_wikitext_headings_start_articles(monkeypatch):
         " = Lead = \n",
         " x = 3 .\n",
     ]
-    monkeypatch.setattr(hub, "commit", lambda *_: "c0ffee")
+    monkeypatch.setattr(sources, "commit", lambda *_: "c0ffee")
     monkeypatch.setattr(corpora, "load_dataset", lambda *_, **__: Dataset.from_dict({"text": lines}))
     rows = corpora.load("Salesforce/wikitext:wikitext-2-raw-v1")
     assert [text.strip() for text in rows["text"]] == ["The gold dollar .", "It was struck .", "x = 3 ."]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2MoeConfig
 
-from helpers.models import activations, checkpoints, layerwise, teachers
+from helpers.models import activations, checkpoints, layerwise, sources, teachers
 from helpers.models.layerwise import Layerwise
 from tests import tiny
 from tests.models import test_checkpoints as built
@@ -96,7 +96,7 @@ def save(name: str, folder: Path, **options) -> str:
 
 
 def load(folder: str, **options) -> Layerwise:
-    return teachers.load(folder, device="cpu", layerwise=True, **options)
+    return layerwise.load(folder, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -479,7 +479,7 @@ def test_of_a_hub_id_only_the_shards_needed_are_fetched(sharded, harvest, monkey
         return str(cached)
 
     monkeypatch.setattr(layerwise, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(teachers.hub, "commit", lambda *_: "0123abcd")
+    monkeypatch.setattr(sources, "commit", lambda *_: "0123abcd")
     teacher = load("someone/olmoe")
     assert teacher.fingerprint == "0123abcd-layerwise"
     assert [file.name for file in cached.glob("*.safetensors")] == ([] if sharded else [checkpoints.SINGLE])
@@ -496,6 +496,6 @@ def test_hub_that_does_not_answer(monkeypatch):
         raise OSError("no route to the hub")
 
     monkeypatch.setattr(layerwise, "snapshot_download", fails)
-    monkeypatch.setattr(teachers.hub, "commit", lambda *_: "0123abcd")
+    monkeypatch.setattr(sources, "commit", lambda *_: "0123abcd")
     with pytest.raises(ValueError, match="'someone/olmoe': its files could not be fetched: no route to the hub"):
         load("someone/olmoe")
