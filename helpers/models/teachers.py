@@ -11,9 +11,9 @@ Layers are numbered from 0. A layer has four sites, in the order in which a forw
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -148,14 +148,22 @@ class Teacher:
         sites: Iterable[str] = ("mlp_in", "mlp_out"),
     ) -> dict[str, Float[Tensor, "batch seq d_model"]]:
         """Activations of `sites` at `layer`, padding included. The forward ends there: nothing later is computed."""
-        return self._sites(layer, input_ids, attention_mask, check_sites(sites))
+        return self._sites({layer: check_sites(sites)}, input_ids, attention_mask)[layer]
 
+    @torch.inference_mode()
     def through(
-        self, layer: int, batches: Sequence[Int[Tensor, "_ _"]], sites: Sequence[str], *, start: int, scratch: Path
-    ) -> Iterator[dict[str, Float[Tensor, "batch seq d_model"]]]:
-        """`run_to` for one batch after another, from number `start`; `scratch` is a folder that outlives the call."""
-        for input_ids in batches[start:]:
-            yield self.run_to(layer, input_ids, None, sites) if sites else {}
+        self, wanted: Mapping[int, Sequence[str]], blocks: Sequence[Sequence[Int[Tensor, "_ _"]]], *, scratch: Path
+    ) -> Iterator[tuple[int, int, list[dict[str, Float[Tensor, "batch seq d_model"]]]]]:
+        """Activations of the sites `wanted` of each layer, block of batches after block: layer, number of the block,
+        and of each of its batches what `run_to` gives. One forward pass gives all; of one layer blocks come in order.
+
+        Args:
+            scratch: a folder that outlives the call.
+        """
+        for number, batches in enumerate(blocks):
+            found = [self._sites(wanted, input_ids, None) for input_ids in batches]
+            for layer in wanted:
+                yield layer, number, [of_batch[layer] for of_batch in found]
 
     @torch.inference_mode()
     def loss(
@@ -203,19 +211,20 @@ class Teacher:
         )
 
     def _sites(
-        self, layer: int, inputs: Tensor, attention_mask: Tensor | None, sites: Sequence[str]
-    ) -> dict[str, Float[Tensor, "batch seq d_model"]]:
-        found: dict[str, Tensor] = {}
-        last = max(sites, key=SITES.index)
+        self, wanted: Mapping[int, Sequence[str]], inputs: Tensor, attention_mask: Tensor | None
+    ) -> dict[int, dict[str, Float[Tensor, "batch seq d_model"]]]:
+        found: dict[int, dict[str, Tensor]] = {layer: {} for layer in wanted}
+        last = max(wanted), max(wanted[max(wanted)], key=SITES.index)
 
-        def take(site: str, value: Tensor) -> None:
-            found[site] = value
-            if site == last:
+        def take(layer: int, site: str, value: Tensor) -> None:
+            found[layer][site] = value
+            if (layer, site) == last:
                 raise _Stop
 
         with contextlib.ExitStack() as hooks:
-            for site in sites:
-                hooks.enter_context(self._hook(layer, site, lambda value, site=site: take(site, value)))
+            for layer, sites in wanted.items():
+                for site in sites:
+                    hooks.enter_context(self._hook(layer, site, partial(take, layer, site)))
             hooks.enter_context(contextlib.suppress(_Stop))
             self._base(inputs, attention_mask)
         return found

@@ -384,12 +384,12 @@ def test_a_dense_checkpoint_is_named(tmp_path):
 
 def test_bad_arguments_are_named(deepseek):
     layer = checkpoints.read(deepseek, [1])[0]
-    with pytest.raises(ValueError, match="which='down': allowed: w_down, w_up, w_gate"):
+    with pytest.raises(ValueError, match="which='down' is unknown; allowed: 'w_down', 'w_up', 'w_gate'"):
         layer.weights("down")
     with pytest.raises(ValueError, match=r"experts=\[-1, 11\] are not in layer 1; allowed: 0 to 10"):
         layer.weights(experts=[0, -1, 11])
     for rank in (0, 7):
-        with pytest.raises(ValueError, match=f"rank={rank}: allowed: 1 to 6"):
+        with pytest.raises(ValueError, match=f"rank={rank}; allowed: 1 to 6"):
             checkpoints.principal(layer, rank)
     with pytest.raises(ValueError, match="source='nowhere' is no folder; allowed: a folder, or a hub id"):
         checkpoints.read("nowhere")
