@@ -7,10 +7,9 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from benchmarks import common
-from helpers.models import gemma
+from helpers.models import sources
 from helpers.press import chapters
 
 PROFILE = "quick"
@@ -28,7 +27,7 @@ def conversion_seconds() -> float:
     """Converts the embedded teacher into an empty cache, which is thrown away after."""
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()
-        gemma.convert(Path(cache))
+        sources.gemma(cache)
         return time.perf_counter() - started
 
 

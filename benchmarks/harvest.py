@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import resource
 import subprocess
@@ -13,11 +14,18 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from helpers.models import activations, teachers
+from helpers.models import activations, corpora, teachers
 from helpers.models.teachers import Teacher
 
-LAYER, N_TOKENS, BATCH, MAX_LENGTH = 9, 2048, 16, 256
+LAYER, BATCH, MAX_LENGTH = 9, 16, 256
+CORPUS = "wikipedia-sample"
 SITES = ("resid_pre", "mlp_in", "mlp_out")
+
+
+def n_tokens(teacher: Teacher) -> int:
+    """Tokens of two blocks: a harvest computes whole ones, and keeps what was not asked for."""
+    pieces = corpora.cut(teacher, CORPUS, "train", MAX_LENGTH)
+    return sum(len(ids) for _, ids in itertools.islice(pieces, 2 * activations.BLOCK))
 
 
 def ours(teacher: Teacher) -> torch.Tensor:
@@ -27,7 +35,7 @@ def ours(teacher: Teacher) -> torch.Tensor:
             teacher,
             layer=LAYER,
             sites=SITES,
-            n_tokens=N_TOKENS,
+            n_tokens=n_tokens(teacher),
             max_length=MAX_LENGTH,
             batch_size=BATCH,
             cache_dir=cache,
@@ -38,7 +46,7 @@ def ours(teacher: Teacher) -> torch.Tensor:
 @torch.inference_mode()
 def plain(teacher: Teacher, model: torch.nn.Module) -> torch.Tensor:
     """Every layer of every batch, texts in the order they come, padded to the longest; rows of text kept in memory."""
-    texts = activations.texts(teacher, "wikipedia-sample", n_tokens=N_TOKENS, max_length=MAX_LENGTH)
+    texts = corpora.texts(teacher, CORPUS, n_tokens=n_tokens(teacher), max_length=MAX_LENGTH)
     rows = []
     for start in range(0, len(texts.tokens), BATCH):
         ids, mask = texts.padded(range(start, min(start + BATCH, len(texts.tokens))))
@@ -75,7 +83,8 @@ def main(repeats: int = 3) -> None:
     seconds = common.interleave(
         {way: lambda turn, run=run: run(teacher) for way, run in WAYS.items()}, repeats, warmup=0
     )
-    speed = {way: N_TOKENS / time["median"] for way, time in seconds.items()}
+    n = n_tokens(teacher)
+    speed = {way: n / time["median"] for way, time in seconds.items()}
     memory = {way: peak_bytes(way) / 1e9 for way in WAYS}
     table = [
         {"way": way, "tokens / s": speed[way], "iqr (s)": seconds[way]["iqr"], "peak memory (GB)": memory[way]}
@@ -85,7 +94,7 @@ def main(repeats: int = 3) -> None:
         "harvest",
         title="Harvest",
         question=f"How fast do activations of Gemma 3 270M at layer {LAYER} of {teacher.n_layers} come, float32, "
-        f"{N_TOKENS:,} tokens of the Wikipedia sample in batches of {BATCH}?",
+        f"{n:,} tokens of the Wikipedia sample in batches of {BATCH}?",
         rows=table,
         targets=[
             common.at_most("largest difference of the residual stream, relative", difference, 1e-4),

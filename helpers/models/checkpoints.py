@@ -1,9 +1,8 @@
 """Router rows and expert matrices out of sharded safetensors, by byte ranges, without building the model.
 
 A checkpoint of 14 GB holds 0.8 GB of what an implicit SAE of three layers is made of. Only those bytes are read: from a
-local folder, from shards that the hub's cache has, or from the hub by range requests. One reader serves all three (the
-`safetensors` package reads local files only): a file is 8 bytes with the length of its header, the header (JSON: dtype,
-shape and byte range of each tensor), and the tensors.
+local folder, the hub's cache, or the hub by range requests. One reader serves all three (`safetensors` reads local
+files): the length of a header (8 bytes), the header (JSON: dtype, shape and bytes of each tensor), and the tensors.
 
 Every expert matrix comes as [d_model, d_ff], one column a neuron: W_down as it maps hidden to residual, W_up and W_gate
 transposed. `principal` finds the leading directions of these columns in the residual stream.
@@ -19,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -30,12 +29,12 @@ from torch import Tensor
 
 from helpers import settings
 from helpers.dictionary import SparseCodes
-from helpers.models import hub
+from helpers.models import sources
+from helpers.models.directions import leading
+from helpers.settings import allowed, one_of
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-TOLERANCE = 1e-5
-"""`principal` stops where ‖WWᵀu − σ²u‖ ≤ TOLERANCE·σ₁² for each direction u asked for."""
 BATCH_BYTES = 2**27
 """Experts are handled in batches of this size as float32 (16 experts of OLMoE-1B-7B), or one at a time."""
 Opener = Callable[[str], BinaryIO]
@@ -117,9 +116,8 @@ class Slab(NamedTuple):
         return self.shape[not self.transposed] // (1 if self.part == "all" else 2)
 
     def read(self, open_file: Opener) -> Float[Tensor, "d_model d_ff"]:
-        """The matrix as a view of the bytes that were read, in the stored precision."""
-        flat = _read(open_file, self.file, self.start, math.prod(self.shape) * self.dtype.itemsize)
-        matrix = torch.frombuffer(flat, dtype=self.dtype).view(self.shape)
+        """The matrix in the stored precision."""
+        matrix = _read(open_file, self.file, self.start, self.dtype, self.shape)
         return PARTS[self.part](matrix.T if self.transposed else matrix)
 
 
@@ -185,8 +183,8 @@ class MoELayer:
         that is not there, or a shard that is missing, truncated or quantised.
         """
         experts = range(self.n_experts) if experts is None else experts
-        if outside := [e for e in experts if not 0 <= e < self.n_experts]:
-            raise ValueError(f"experts={outside} are not in layer {self.layer}; allowed: 0 to {self.n_experts - 1}")
+        outside = [e for e in experts if not 0 <= e < self.n_experts]
+        allowed(not outside, f"experts={outside} are not in layer {self.layer}", f"0 to {self.n_experts - 1}")
         slabs = self.plan(which)
         return self._batches([slabs[e] for e in experts])
 
@@ -216,10 +214,8 @@ def read(source: str | Path, layers: Sequence[int] | None = None, *, revision: s
         raise ValueError(f"no experts found in {source}; layers with MLPs: {_ranges(dense) or 'none'}")
     wanted = with_experts if layers is None else list(layers)
     for layer in wanted:
-        if layer in with_experts:
-            continue
-        what = "has a dense MLP" if layer in dense else "is not there"
-        raise ValueError(f"layers={wanted}: layer {layer} of {source} {what}; allowed: {_ranges(with_experts)}")
+        given = f"layers={wanted}: layer {layer} of {source} {'has a dense MLP' if layer in dense else 'is not there'}"
+        allowed(layer in with_experts, given, _ranges(with_experts))
     return [checkpoint.layer(layer) for layer in wanted]
 
 
@@ -241,8 +237,7 @@ def principal(layer: MoELayer, rank: int = 1, which: str = "w_down", *, device: 
     weights that are not finite.
     """
     largest = min(layer.d_model, layer.d_ff)
-    if not 1 <= rank <= largest:
-        raise ValueError(f"rank={rank}: allowed: 1 to {largest}, the smaller side of layer {layer.layer}'s matrices")
+    allowed(1 <= rank <= largest, f"rank={rank}", f"1 to {largest}, the smaller side of layer {layer.layer}'s matrices")
     where, parts, done = settings.device(device), [], 0
     for w in layer.weights(which):
         w = w.to(where)
@@ -258,92 +253,38 @@ def principal(layer: MoELayer, rank: int = 1, which: str = "w_down", *, device: 
     return Principal(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
 
-def leading(
-    w: Float[Tensor, "batch d_model d_ff"], rank: int, tolerance: float = TOLERANCE
-) -> tuple[Float[Tensor, "batch rank d_model"], Float[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
-    """Top left singular vectors of each matrix, their σ², and their residuals ‖WWᵀu − σ²u‖/σ₁².
-
-    Block Krylov (Golub & Underwood 1977; Musco & Musco 2015): orthonormal rows that span X, XWWᵀ, X(WWᵀ)², … from a
-    random block X, and within them the best approximation (Rayleigh–Ritz), until the residuals are small. It takes
-    products with thin blocks only: few where σ₁ stands out, some 25 for Gaussian noise. Raises `ArithmeticError` where
-    even rows that span everything leave a larger residual, as for a tolerance below what float32 resolves.
-    """
-    limit = min(w.shape[1:])
-    block = min(rank + 7, limit)
-    new = torch.randn(block, w.shape[2], generator=settings.generator(0)).to(w) @ w.mT
-    widths = (w.shape[1], w.shape[2], w.shape[1])  # of rows, rows·W and rows·WWᵀ; untouched, the room takes no memory
-    room, size = [w.new_empty(len(w), 2 * limit + block, width) for width in widths], 0
-    for blocks in itertools.count(1):
-        rows = _orthonormal(new, room[0][:, :size])
-        image = rows @ w
-        new = image @ w.mT
-        for all_of, part in zip(room, (rows, image, new), strict=True):
-            all_of[:, size : size + block] = part
-        size += block
-        if size >= limit or blocks % 4 == 0:
-            basis, images, back = (all_of[:, :size] for all_of in room)
-            squares, mix = (t.float() for t in torch.linalg.eigh((images @ images.mT).double()))
-            squares, mix = squares[:, -rank:].flip(1).clamp_min(0), mix[:, :, -rank:].flip(2).mT
-            u = mix @ basis
-            error = torch.linalg.vector_norm(mix @ back - squares[:, :, None] * u, dim=2)
-            residuals = error / squares[:, :1].clamp_min(torch.finfo(w.dtype).tiny)
-            if residuals.max() <= tolerance:
-                return u, squares, residuals
-            if size >= 2 * limit:
-                raise ArithmeticError(f"residual {residuals.max():.1e}, complete basis, tolerance {tolerance:.1e}")
-
-
-def _orthonormal(new: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal rows for what `new` adds to `basis`; rows of zeros where it adds nothing but rounding.
-
-    By the Gram matrix of the rows in float64 (Stathopoulos & Wu 2002), twice, since once is not enough in float32:
-    first against the last two blocks, all that `new` overlaps but for rounding, then against the whole basis.
-    """
-    recent = basis[:, -2 * new.shape[1] :]
-    for rows in (recent, basis):
-        left = (new - (new @ rows.mT) @ rows).double()
-        squares, mix = torch.linalg.eigh(left @ left.mT)
-        kept = squares > (0.25 if rows is basis else 1e-14 * squares[:, -1:])
-        new = ((mix * torch.where(kept, squares.rsqrt(), 0.0)[:, None]).mT @ left).float()
-    return new
-
-
 class Checkpoint:
     """Names, places and shapes of a checkpoint's tensors; headers are read when a tensor of their file is asked for."""
 
     def __init__(self, source: str, revision: str | None):
         self.source, self.open = source, _opener(source, revision)
-        self.headers: dict[str, dict[str, Entry]] = {}
-        config = self._json("config.json")
+        self._header = cache(self._header)
+        config, index = self._json("config.json"), self._json(INDEX)
+        allowed(config is not None, f"source={source!r} has no config.json", "a model's folder or hub id")
         self.config = config | config.get("text_config", {})
         try:
-            self.file_of: dict[str, str] = self._json(INDEX).get("weight_map", {})
-        except FileNotFoundError:
-            try:
-                self.file_of = dict.fromkeys(self._header(SINGLE), SINGLE)
-            except FileNotFoundError as error:
-                raise ValueError(f"source={source!r} has neither {INDEX} nor {SINGLE}: {error}") from error
+            files = dict.fromkeys(self._header(SINGLE), SINGLE) if index is None else index.get("weight_map", {})
+        except FileNotFoundError as error:
+            raise ValueError(f"source={source!r} has neither {INDEX} nor {SINGLE}: {error}") from error
+        self.file_of: dict[str, str] = files
         self.names: dict[int, dict[str, str]] = defaultdict(dict)
         count = self.config.get("num_hidden_layers", math.inf)  # after these come modules that predict several tokens
         for name in self.file_of:
             if (found := re.search(r"(?:^|\.)layers\.(\d+)\.(.+)$", name)) and int(found[1]) < count:
                 self.names[int(found[1])][found[2]] = name
 
-    def _json(self, name: str) -> dict:
+    def _json(self, name: str) -> dict | None:
+        """What a file holds; None where it is not there."""
         try:
             with self.open(name) as file:
                 return json.loads(file.read())
         except json.JSONDecodeError as error:
             raise ValueError(f"{name} of {self.source} is damaged: {error}") from error
         except FileNotFoundError:
-            if name == INDEX:
-                raise
-            raise ValueError(f"source={self.source!r} has no {name}") from None
+            return None
 
     def _header(self, file: str) -> dict[str, Entry]:
         """What a safetensors file holds; its length must be what its header says."""
-        if file in self.headers:
-            return self.headers[file]
         with self.open(file) as opened:
             size = opened.seek(0, 2)
             opened.seek(0)
@@ -355,14 +296,12 @@ class Checkpoint:
             except ValueError as error:
                 raise ValueError(f"the header of {file} of {self.source} is damaged: {error}") from error
         header.pop("__metadata__", None)
-        ends = [tensor["data_offsets"][1] for tensor in header.values()]
-        if size != (expected := 8 + length + max(ends, default=0)):
+        if size != (expected := 8 + length + max((each["data_offsets"][1] for each in header.values()), default=0)):
             raise ValueError(f"{file} of {self.source} is truncated or damaged: {size:,} bytes, not {expected:,}")
-        self.headers[file] = {
+        return {
             name: Entry(file, 8 + length + tensor["data_offsets"][0], tensor["dtype"], tuple(tensor["shape"]))
             for name, tensor in header.items()
         }
-        return self.headers[file]
 
     def entry(self, name: str) -> Entry:
         file = self.file_of[name]
@@ -372,17 +311,14 @@ class Checkpoint:
             raise ValueError(f"{self.source}: {file}, which holds {name}, is missing ({error})") from error
         if entry is None:
             raise ValueError(f"{self.source}: {INDEX} has {name} in {file}, which does not hold it")
-        if entry.dtype not in DTYPES:
-            raise ValueError(f"{self.source}: {name} is stored as {entry.dtype}; allowed: {', '.join(DTYPES)}")
+        allowed(entry.dtype in DTYPES, f"{self.source}: {name} is stored as {entry.dtype}", ", ".join(DTYPES))
         return entry
 
     def tensor(self, name: str | None) -> Tensor | None:
         if name is None:
             return None
         entry = self.entry(name)
-        dtype = DTYPES[entry.dtype]
-        flat = _read(self.open, entry.file, entry.start, math.prod(entry.shape) * dtype.itemsize)
-        return torch.frombuffer(flat, dtype=dtype).view(entry.shape).float()
+        return _read(self.open, entry.file, entry.start, DTYPES[entry.dtype], entry.shape).float()
 
     @cached_property
     def layers_with_experts(self) -> list[int]:
@@ -406,8 +342,8 @@ class Checkpoint:
         correction = self.tensor(next((names[s] for s in names if s.endswith("e_score_correction_bias")), None))
         plan = partial(self.slabs, n, layout, tuple(router.shape))
         kind, top_k = config.get("model_type"), config.get("num_experts_per_tok")
-        if not isinstance(top_k, int) or not 1 <= top_k <= len(router):
-            raise ValueError(f"config.json of {self.source}: num_experts_per_tok={top_k}; allowed: 1 to {len(router)}")
+        good = isinstance(top_k, int) and 1 <= top_k <= len(router)
+        allowed(good, f"config.json of {self.source}: num_experts_per_tok={top_k}", f"1 to {len(router)}")
         grouped = config.get("topk_method", "greedy" if correction is None else "noaux_tc") != "greedy"
         return MoELayer(
             layer=n,
@@ -439,8 +375,7 @@ class Checkpoint:
 
     def slabs(self, n: int, layout: Layout, router_shape: tuple[int, ...], which: str) -> list[Slab]:
         """Where each expert's matrix lies, checked: one for each router row, [d_model, d_ff] with one d_ff."""
-        if which not in WHICH:
-            raise ValueError(f"which={which!r}: allowed: {', '.join(WHICH)}")
+        one_of("which", which, WHICH)
         (n_experts, d_model), (pattern, axes, part) = router_shape, layout.tensors[which]
         found = {m: name for suffix, name in self.names[n].items() if (m := re.fullmatch(pattern, suffix))}
         slabs: dict[int, Slab] = {}
@@ -454,8 +389,7 @@ class Checkpoint:
                 start = entry.start + i * rows * columns * dtype.itemsize
                 number = i if fused else int(match[1])
                 slabs[number] = Slab(entry.file, start, dtype, (rows, columns), axes.endswith("fd"), part)
-        if sorted(slabs) != list(range(n_experts)):
-            lost = sorted(set(range(n_experts)) ^ set(slabs))
+        if lost := sorted(set(range(n_experts)) ^ set(slabs)):
             raise ValueError(f"{self.source}: layer {n} has {n_experts} router rows, but {which} differs for {lost}")
         if len(widths := {slab.d_ff for slab in slabs.values()}) > 1:
             raise ValueError(f"{self.source}: layer {n}: {which} has d_ff of {', '.join(map(str, sorted(widths)))}")
@@ -476,24 +410,21 @@ def _is_expert(name: str) -> bool:
     return bool(re.search(r"(?:^|\.)experts\.|block_sparse_moe\.(?:in|out)put_linear", name))
 
 
-def _read(open_file: Opener, file: str, start: int, size: int) -> bytearray:
-    data = bytearray(size)
+def _read(open_file: Opener, file: str, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor as a view of the bytes that were read, in the stored precision."""
+    data = bytearray(size := math.prod(shape) * dtype.itemsize)
     with open_file(file) as opened:
         opened.seek(start)
         if (got := opened.readinto(data)) != size:
             raise ValueError(f"{file} is truncated: {got:,} of {size:,} bytes at byte {start:,}")
-    return data
+    return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 5] as '0 to 2, 5'."""
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and runs[-1][1] == n - 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in runs)
+    groups = itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+    runs = [[n for _, n in run] for _, run in groups]
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _opener(source: str, revision: str | None) -> Opener:
@@ -501,21 +432,19 @@ def _opener(source: str, revision: str | None) -> Opener:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return lambda name: (folder / name).open("rb")
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ValueError(
-            f"source={source!r} is no folder; allowed: a folder, or a hub id such as 'allenai/OLMoE-1B-7B-0924'"
-        )
+    named = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    hub_id = "a folder, or a hub id such as 'allenai/OLMoE-1B-7B-0924'"
+    allowed(named, f"source={source!r} is no folder", hub_id)
     try:
-        commit, silent = hub.commit("model", source, revision), ""
-    except hub.Unreachable as error:
+        commit, silent = sources.commit("model", source, revision), ""
+    except sources.Unreachable as error:
         commit, silent = None, f"not in the hub's cache, and the hub gives no answer: {error}"
-    remote = HfFileSystem()
 
     def open_file(name: str):
         if isinstance(cached := try_to_load_from_cache(source, name, revision=commit or revision), str):
             return open(cached, "rb")
         if commit is None:
             raise FileNotFoundError(silent)
-        return remote.open(f"{source}@{commit}/{name}", "rb", cache_type="none")  # a read is a request for its bytes
+        return HfFileSystem().open(f"{source}@{commit}/{name}", cache_type="none")  # a read is a request for its bytes
 
     return open_file

@@ -1,7 +1,7 @@
 """A forward pass that holds one block: all text goes through a block before the next block's weights are read.
 
 In bfloat16 OLMoE-1B-7B takes 14 GB and DeepSeek-MoE-16B 33 GB, one of their blocks 0.8 and 1.2 GB; in float32, which a
-CPU wants, everything takes twice that. `teachers.load(name, layerwise=True)` gives a teacher whose modules are
+CPU wants, everything takes twice that. `layerwise.load(name)` gives a teacher whose modules are
 built without memory; a block is filled from the safetensors (`checkpoints`) when the text has come to it and emptied
 afterwards. Between blocks the residual streams lie in a file, so that a harvest that was killed goes on at the
 block where it stopped, and a harvest at a later layer goes on from the one before. What is computed is the model's own
@@ -14,11 +14,9 @@ that is the CPU, about four times `checkpoints.BATCH_BYTES` while experts are re
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +37,12 @@ from transformers import (
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
-from helpers import settings
-from helpers.models import checkpoints
+from helpers import kept, settings
+from helpers.models import checkpoints, sources
 from helpers.models.checkpoints import Checkpoint
-from helpers.models.teachers import Teacher, TokenLosses, check_sites
+from helpers.models.teachers import DTYPES, EMBEDDED, Teacher, TokenLosses, check_sites
+from helpers.settings import allowed, one_of
 
-FORMAT = 1
-"""Version of the files between blocks: raise it when the same key would hold other numbers."""
 TYPES = ("deepseek", "llama", "mixtral", "olmoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 LOOP = "eager"
@@ -90,29 +87,33 @@ class Layerwise(Teacher):
             hidden = embedding(input_ids.to(self.where))
         for n in range(layer):
             with self._filled(n):
-                hidden = self._sites(n, hidden, attention_mask, ("resid_post",))["resid_post"]
+                hidden = self._after(n, hidden, attention_mask)
         with self._filled(layer):
-            return self._sites(layer, hidden, attention_mask, sites)
+            return self._sites({layer: sites}, hidden, attention_mask)[layer]
 
     def through(
-        self, layer: int, batches: Sequence[Int[Tensor, "_ _"]], sites: Sequence[str], *, start: int, scratch: Path
-    ) -> Iterator[dict[str, Float[Tensor, "batch seq d_model"]]]:
-        """As `Teacher.through`: every block up to `layer` is read once, for all batches.
+        self, wanted: Mapping[int, Sequence[str]], blocks: Sequence[Sequence[Int[Tensor, "_ _"]]], *, scratch: Path
+    ) -> Iterator[tuple[int, int, list[dict[str, Float[Tensor, "batch seq d_model"]]]]]:
+        """As `Teacher.through`: every block of the model is read once, for all text.
 
-        The residual streams before `layer` stay in a folder of `scratch` (d_model numbers in the model's dtype for
-        each token and each pad): a call for a later layer goes on from there. Raises `ValueError` before a block is
-        read for a tensor or shard that is missing or of another shape, and for a disk that is too full.
+        The residual streams before the last layer stay in a folder of `scratch` (d_model numbers in the model's dtype
+        for each token and each pad): a later call with the same text goes on from there. Raises `ValueError` before a
+        block is read for a tensor or shard that is missing or of another shape, and for a disk that is too full.
         """
-        if not sites:
-            yield from ({} for _ in batches[start:])
-            return
-        self.check(layer)
-        states = _States(scratch / f"between-blocks-{self._key(batches)}", batches, self.d_model, self.dtype)
+        self.check(max(wanted))
+        what = [self.fingerprint, self.dtype, self.attn_implementation, self.where.type]
+        key = kept.digest(json.dumps(kept.described(what)), kept.code_of(Layerwise))
+        states = _States(scratch / f"between-blocks-{key}", self.d_model, self.dtype)
         with FileLock(states.folder / "lock"):
-            self._advance(layer, batches, states)
-            with self._filled(layer):
-                for hidden in states.read(layer, start):
-                    yield self._sites(layer, hidden.to(self.where), None, sites)
+            for left in states.folder.glob(".*.part"):  # of a killed process: the lock is ours
+                left.unlink()
+            for layer, sites in sorted(wanted.items()):
+                self._advance(layer, blocks, states)
+                with self._filled(layer):
+                    for number, batches in enumerate(blocks):
+                        streams = (hidden.to(self.where) for hidden in states.read(layer, batches))
+                        found = [self._sites({layer: sites}, hidden, None)[layer] for hidden in streams]
+                        yield layer, number, found
 
     def loss(self, *_, **__) -> TokenLosses:
         raise ValueError(f"teacher={self.name!r}, layerwise=True: no losses, no splices; allowed: layerwise=False")
@@ -198,116 +199,116 @@ class Layerwise(Teacher):
                 done += len(experts)
 
     @torch.inference_mode()
-    def _sites(self, *args) -> dict[str, Tensor]:
+    def _sites(self, *args) -> dict[int, dict[str, Tensor]]:
         return super()._sites(*args)
+
+    def _after(self, n: int, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The residual stream after block `n`."""
+        return self._sites({n: ("resid_post",)}, hidden, attention_mask)[n]["resid_post"]
 
     def _base(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         mask = None if attention_mask is None else attention_mask.to(self.where)
         return self.model.base_model(inputs_embeds=hidden, attention_mask=mask, use_cache=False)[0]
 
-    def _advance(self, layer: int, batches: Sequence[Tensor], states: _States) -> None:
-        """Take the text through the blocks before `layer`, from the latest of them that it has been through."""
-        at = max((n for n in states.kept() if n <= layer), default=None)
-        if at == layer:
-            return
-        states.check(files=2 if at is None else 1)
-        total = states.rows * (layer - (at or 0))
-        with settings.progress(total=total, desc=f"blocks before {layer}", unit="token", unit_scale=True) as bar:
-            if at is None:
-                at = 0
+    def _advance(self, layer: int, blocks: Sequence[Sequence[Tensor]], states: _States) -> None:
+        """Take all text through the blocks before `layer`, from the latest of them that it has been through."""
+        at = [max((n for n in states.kept(batches) if n <= layer), default=None) for batches in blocks]
+        states.check([batches for batches, n in zip(blocks, at, strict=True) if n is None])
+        total = sum(layer - (n or 0) for n in at)
+        with settings.progress(total=total, desc=f"blocks before {layer}", unit="block") as bar:
+            if None in at:
                 with self._filled(None) as embedding:
-                    states.write(0, (embedding(ids.to(self.where)) for ids in batches))
-            for n in range(at, layer):
+                    for batches, n in zip(blocks, at, strict=True):
+                        if n is None:
+                            states.write(0, batches, [embedding(ids.to(self.where)) for ids in batches])
+            for n in range(min((n or 0 for n in at), default=layer), layer):
                 with self._filled(n):
-                    outputs = (
-                        self._sites(n, hidden.to(self.where), None, ("resid_post",))["resid_post"]
-                        for hidden in states.read(n)
-                    )
-                    states.write(n + 1, outputs, bar)
-                states.drop(n)
-
-    def _key(self, batches: Sequence[Tensor]) -> str:
-        """Names the residual streams of these batches by all that determines them."""
-        what = [FORMAT, self.fingerprint, str(self.dtype), self.attn_implementation, self.where.type]
-        digest = hashlib.sha256(json.dumps(what + [list(ids.shape) for ids in batches]).encode())
-        for ids in batches:
-            digest.update(ids.numpy().astype("<i8").tobytes())
-        return digest.hexdigest()[:24]
+                    for batches, start in zip(blocks, at, strict=True):
+                        if (start or 0) <= n:
+                            outputs = [self._after(n, hidden.to(self.where)) for hidden in states.read(n, batches)]
+                            states.write(n + 1, batches, outputs)
+                            states.drop(n, batches)
+                            bar.update()
 
 
 class _States:
-    """Residual streams of all batches before one block, in one file, whole or not there."""
+    """Residual streams between blocks, a file for each block of text, whole or not there."""
 
-    def __init__(self, folder: Path, batches: Sequence[Tensor], d_model: int, dtype: torch.dtype):
-        self.folder, self.dtype, self.shapes = folder, dtype, [(*ids.shape, d_model) for ids in batches]
-        self.ends = np.cumsum([ids.numel() for ids in batches]).tolist()
-        self.rows, self.row_bytes = self.ends[-1], d_model * dtype.itemsize
+    def __init__(self, folder: Path, d_model: int, dtype: torch.dtype):
+        self.folder, self.d_model, self.dtype = folder, d_model, dtype
         folder.mkdir(parents=True, exist_ok=True)
 
-    def check(self, files: int) -> None:
-        """`ValueError` where the disk has no room for so many files more."""
-        needed, free = files * self.rows * self.row_bytes, shutil.disk_usage(self.folder).free
-        if free < needed * 1.02 + 2**20:
-            raise ValueError(f"{self.folder}: text between blocks takes {needed:,} bytes, only {free:,} are free")
+    def check(self, blocks: Sequence[Sequence[Tensor]]) -> None:
+        """`ValueError` where the disk has no room for these blocks of text."""
+        rows = sum(ids.numel() for batches in blocks for ids in batches)
+        sources.check_room(self.folder, rows * self.d_model * self.dtype.itemsize, "text between blocks")
 
-    def kept(self) -> list[int]:
-        return [int(path.name.removeprefix("before-")) for path in self.folder.glob("before-*[0-9]")]
+    def kept(self, batches: Sequence[Tensor]) -> list[int]:
+        """The blocks of the model before which this text is kept."""
+        return [int(path.name.rpartition("-")[2]) for path in self.folder.glob(f"{self._name(batches)}-before-*[0-9]")]
 
-    def drop(self, n: int) -> None:
-        (self.folder / f"before-{n}").unlink()
+    def drop(self, n: int, batches: Sequence[Tensor]) -> None:
+        self._file(n, batches).unlink()
 
-    def read(self, n: int, start: int = 0) -> Iterator[Float[Tensor, "batch seq d_model"]]:
-        """What enters block `n`, batch after batch from number `start`."""
-        rows = np.memmap(self.folder / f"before-{n}", np.uint8, "r", shape=(self.rows, self.row_bytes))
-        for number in range(start, len(self.shapes)):
-            first = self.ends[number - 1] if number else 0
-            part = torch.from_numpy(np.array(rows[first : self.ends[number]]))
-            yield part.view(self.dtype).view(self.shapes[number])
-
-    def write(self, n: int, batches: Iterable[Float[Tensor, "batch seq d_model"]], bar=None) -> None:
-        part = self.folder / "part"
-        rows, first = np.memmap(part, np.uint8, "w+", shape=(self.rows, self.row_bytes)), 0
-        for hidden, last in zip(batches, self.ends, strict=True):
-            rows[first:last] = hidden.cpu().contiguous().view(torch.uint8).reshape(-1, self.row_bytes).numpy()
-            if bar is not None:
-                bar.update(last - first)
+    def read(self, n: int, batches: Sequence[Tensor]) -> Iterator[Float[Tensor, "batch seq d_model"]]:
+        """What enters block `n`, batch after batch."""
+        rows, first = np.memmap(self._file(n, batches), np.uint8, "r"), 0
+        for ids in batches:
+            last = first + ids.numel() * self.d_model * self.dtype.itemsize
+            yield torch.from_numpy(np.array(rows[first:last])).view(self.dtype).view(*ids.shape, self.d_model)
             first = last
-        rows.flush()
-        part.rename(self.folder / f"before-{n}")
+
+    def write(self, n: int, batches: Sequence[Tensor], streams: Iterable[Float[Tensor, "batch seq d_model"]]) -> None:
+        with settings.written(self._file(n, batches)) as aside, aside.open("wb") as file:
+            for hidden in streams:
+                file.write(hidden.cpu().contiguous().view(torch.uint8).numpy().data)
+
+    def _file(self, n: int, batches: Sequence[Tensor]) -> Path:
+        return self.folder / f"{self._name(batches)}-before-{n}"
+
+    def _name(self, batches: Sequence[Tensor]) -> str:
+        return kept.digest(*(part for ids in batches for part in (str(list(ids.shape)), ids)))
 
 
-def load(name: str, source: str, fingerprint: str | None, where: torch.device, options: dict) -> Layerwise:
-    """What `teachers.load(name, layerwise=True)` gives; the embedding and the blocks stay on disk.
+def load(
+    teacher: str = EMBEDDED,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Layerwise:
+    """As `teachers.load`, but the embedding and the blocks stay on disk.
 
     Raises `ValueError` for a model type that was not tested block by block, quantised weights, an index that lacks
     tensors, and files that are not there or not those of the model.
     """
-    hub, folder = {}, Path(source)
-    if not folder.is_dir():
-        hub = {"repo_id": source} | {k: options[k] for k in ("revision", "local_files_only") if k in options}
+    one_of("dtype", dtype, DTYPES)
+    where = settings.device(device)
+    source, fingerprint, hub = sources.find(teacher, revision, cache_dir)
+    folder, hub = Path(source), {} if Path(source).is_dir() else {"repo_id": source} | hub
+    if hub:
         folder = _fetch(SMALL, hub)
         if not (folder / checkpoints.INDEX).exists():
             _fetch([checkpoints.SINGLE], hub)
         fingerprint = fingerprint or folder.name  # the cache names a snapshot by its commit
     checkpoint = Checkpoint(str(folder), None)
     kind = checkpoint.config.get("model_type")
-    if kind not in TYPES:
-        raise ValueError(f"teacher={name!r} has model_type={kind!r}, layerwise=True; allowed: {', '.join(TYPES)}")
-    if quantised := checkpoint.config.get("quantization_config"):
-        method = quantised.get("quant_method", "of a kind not named")
-        raise ValueError(
-            f"teacher={name!r} is quantised ({method}), layerwise=True; allowed: {', '.join(checkpoints.DTYPES)}"
-        )
-    dtype, attention = options["dtype"], options["attn_implementation"]
+    allowed(kind in TYPES, f"teacher={teacher!r} has model_type={kind!r}, layerwise=True", ", ".join(TYPES))
+    quantised = checkpoint.config.get("quantization_config") or {}
+    given = f"teacher={teacher!r} is quantised ({quantised.get('quant_method')}), layerwise=True"
+    allowed(not quantised, given, ", ".join(checkpoints.DTYPES))
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     try:
-        model = _on_meta(folder, checkpoint.config, dtype=dtype, attn_implementation=attention)
+        model = _on_meta(folder, checkpoint.config, **options)
         tokens = (_deepseek_tokenizer if kind == "deepseek" else AutoTokenizer.from_pretrained)(folder)
     except Exception as error:  # transformers and tokenizers raise their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"teacher={name!r}, layerwise=True: {type(error).__name__}: {reason}") from error
+        why = f"{type(error).__name__}: {sources.reason(error)}"
+        raise ValueError(f"teacher={teacher!r}, layerwise=True: {why}") from error
     base = model.base_model
     base.rotary_emb = type(base.rotary_emb)(config=base.config).to(where)
-    loaded = Layerwise(name, f"{fingerprint}-layerwise", model, tokens, checkpoint, where, hub)
+    loaded = Layerwise(teacher, f"{fingerprint}-layerwise", model, tokens, checkpoint, where, hub)
     for n in (None, *range(loaded.n_layers)):
         loaded._names(n)
     return loaded
@@ -318,8 +319,9 @@ def _fetch(patterns: Iterable[str], hub: dict) -> Path:
     try:
         return Path(snapshot_download(allow_patterns=sorted(patterns), **hub))
     except Exception as error:  # the client has its own kinds for each thing that goes wrong
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"teacher={hub['repo_id']!r}: its files could not be fetched: {reason}") from error
+        raise ValueError(
+            f"teacher={hub['repo_id']!r}: its files could not be fetched: {sources.reason(error)}"
+        ) from error
 
 
 def _on_meta(folder: Path, config: dict, **options) -> PreTrainedModel:
@@ -348,11 +350,11 @@ def _deepseek_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def _llama_of(config: dict) -> LlamaConfig:
     """DeepSeek-MoE-16B's attention, norms and dense layer are Llama's; its own class is code on the hub."""
     known = {"scoring_func": ("softmax",), "norm_topk_prob": (False, None), "topk_method": ("greedy", None)}
-    for option, allowed in known.items():
-        if (value := config.get(option, allowed[0])) not in allowed:
-            raise ValueError(f"config.json has {option}={value!r} for model_type='deepseek'; allowed: {allowed[0]!r}")
-    if not config.get("n_shared_experts"):
-        raise ValueError("config.json has n_shared_experts=None for model_type='deepseek'; allowed: 1 or more")
+    for option, good in known.items():
+        value = config.get(option, good[0])
+        allowed(value in good, f"config.json has {option}={value!r} for model_type='deepseek'", repr(good[0]))
+    shared = config.get("n_shared_experts")
+    allowed(bool(shared), f"config.json has n_shared_experts={shared} for model_type='deepseek'", "1 or more")
     ours = {name: value for name, value in config.items() if name not in ("model_type", "architectures", "auto_map")}
     return LlamaConfig(**ours)
 

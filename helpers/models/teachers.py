@@ -11,10 +11,9 @@ Layers are numbered from 0. A layer has four sites, in the order in which a forw
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -25,13 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from helpers import settings
-from helpers.models import gemma, hub
+from helpers.models import sources
+from helpers.models.sources import ALLOWED, EMBEDDED
+from helpers.settings import allowed, one_of
 
 SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
-EMBEDDED = "gemma-3-270m"
-ALLOWED = (
-    f"'{EMBEDDED}', 'book-moe' or 'book-twin' (embedded), a hub id such as 'EleutherAI/pythia-70m', or a local folder"
-)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOGIT_ROWS = 256
 """Tokens whose logits are held at once: at Gemma's 262,144 words, 256 rows are 268 MB."""
@@ -126,8 +123,8 @@ class Teacher:
 
     def block(self, layer: int) -> nn.Module:
         """The block at `layer`; `ValueError` when there is none."""
-        if not isinstance(layer, int) or not 0 <= layer < self.n_layers:
-            raise ValueError(f"layer={layer!r} is not in teacher {self.name!r}; allowed: 0 to {self.n_layers - 1}")
+        good = isinstance(layer, int) and 0 <= layer < self.n_layers
+        allowed(good, f"layer={layer!r} is not in teacher {self.name!r}", f"0 to {self.n_layers - 1}")
         return self.blocks[layer]
 
     def mlp(self, layer: int) -> nn.Module:
@@ -156,14 +153,22 @@ class Teacher:
         sites: Iterable[str] = ("mlp_in", "mlp_out"),
     ) -> dict[str, Float[Tensor, "batch seq d_model"]]:
         """Activations of `sites` at `layer`, padding included. The forward ends there: nothing later is computed."""
-        return self._sites(layer, input_ids, attention_mask, check_sites(sites))
+        return self._sites({layer: check_sites(sites)}, input_ids, attention_mask)[layer]
 
+    @torch.inference_mode()
     def through(
-        self, layer: int, batches: Sequence[Int[Tensor, "_ _"]], sites: Sequence[str], *, start: int, scratch: Path
-    ) -> Iterator[dict[str, Float[Tensor, "batch seq d_model"]]]:
-        """`run_to` for one batch after another, from number `start`; `scratch` is a folder that outlives the call."""
-        for input_ids in batches[start:]:
-            yield self.run_to(layer, input_ids, None, sites) if sites else {}
+        self, wanted: Mapping[int, Sequence[str]], blocks: Sequence[Sequence[Int[Tensor, "_ _"]]], *, scratch: Path
+    ) -> Iterator[tuple[int, int, list[dict[str, Float[Tensor, "batch seq d_model"]]]]]:
+        """Activations of the sites `wanted` of each layer, block of batches after block: layer, number of the block,
+        and of each of its batches what `run_to` gives. One forward pass gives all; of one layer blocks come in order.
+
+        Args:
+            scratch: a folder that outlives the call.
+        """
+        for number, batches in enumerate(blocks):
+            found = [self._sites(wanted, input_ids, None) for input_ids in batches]
+            for layer in wanted:
+                yield layer, number, [of_batch[layer] for of_batch in found]
 
     @torch.inference_mode()
     def loss(
@@ -211,19 +216,20 @@ class Teacher:
         )
 
     def _sites(
-        self, layer: int, inputs: Tensor, attention_mask: Tensor | None, sites: Sequence[str]
-    ) -> dict[str, Float[Tensor, "batch seq d_model"]]:
-        found: dict[str, Tensor] = {}
-        last = max(sites, key=SITES.index)
+        self, wanted: Mapping[int, Sequence[str]], inputs: Tensor, attention_mask: Tensor | None
+    ) -> dict[int, dict[str, Float[Tensor, "batch seq d_model"]]]:
+        found: dict[int, dict[str, Tensor]] = {layer: {} for layer in wanted}
+        last = max(wanted), max(wanted[max(wanted)], key=SITES.index)
 
-        def take(site: str, value: Tensor) -> None:
-            found[site] = value
-            if site == last:
+        def take(layer: int, site: str, value: Tensor) -> None:
+            found[layer][site] = value
+            if (layer, site) == last:
                 raise _Stop
 
         with contextlib.ExitStack() as hooks:
-            for site in sites:
-                hooks.enter_context(self._hook(layer, site, lambda value, site=site: take(site, value)))
+            for layer, sites in wanted.items():
+                for site in sites:
+                    hooks.enter_context(self._hook(layer, site, partial(take, layer, site)))
             hooks.enter_context(contextlib.suppress(_Stop))
             self._base(inputs, attention_mask)
         return found
@@ -274,40 +280,32 @@ def load(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     revision: str | None = None,
-    layerwise: bool = False,
     cache_dir: str | Path | None = None,
 ) -> Teacher:
     """The embedded Gemma 3 270M (4-bit weights, unpacked once into the cache), a hub id or a local folder.
 
     `"book-moe"`, `"book-moe@STEP"` and `"book-twin"` are the mixture of experts that was trained for this book, its
-    checkpoints and its dense twin (`helpers.parts.mixture`).
+    checkpoints and its dense twin (`helpers.models.sources`).
 
-    `attn_implementation` None is PyTorch's (`"sdpa"`) where the architecture has it, else `"eager"`. With `layerwise`
-    the weights stay on disk and a harvest holds one block at a time (`helpers.models.layerwise`).
+    `attn_implementation` None is PyTorch's (`"sdpa"`) where the architecture has it, else `"eager"`. Of a model that is
+    larger than memory `layerwise.load` holds one block at a time.
 
     Raises `ValueError` for a teacher, revision, device, dtype or attention that is not there, and for a hub id that was
     not downloaded before when the hub cannot be reached.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
+    one_of("dtype", dtype, DTYPES)
     where = settings.device(device)
-    source, fingerprint, options = _find(teacher, revision, cache_dir)
-    options = {**options, "attn_implementation": attn_implementation, "dtype": getattr(torch, dtype)}
-    quiet = {option: options[option] for option in ("revision", "local_files_only") if option in options}
-    if layerwise:
-        from helpers.models import layerwise as by_layer  # which builds on this module
-
-        return by_layer.load(teacher, source, fingerprint, where, options)
+    source, fingerprint, hub = sources.find(teacher, revision, cache_dir)
+    options = {**hub, "attn_implementation": attn_implementation, "dtype": getattr(torch, dtype)}
     try:
         with _no_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source, **quiet)
+            tokenizer = AutoTokenizer.from_pretrained(source, **hub)
             model = AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:  # transformers, safetensors and the hub client each raise their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = f"delete {source} to unpack it again" if teacher == EMBEDDED else f"allowed: {ALLOWED}"
         raise ValueError(
             f"teacher={teacher!r} (revision={revision!r}, attn_implementation={attn_implementation!r}) "
-            f"could not be loaded: {reason}; {remedy}"
+            f"could not be loaded: {sources.reason(error)}; {remedy}"
         ) from error
     if where.type == "cpu" and model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm" if _aligned(model) else "eager")
@@ -326,19 +324,12 @@ def _aligned(model: PreTrainedModel) -> bool:
     return all(side * p.element_size() % 16 == 0 for p in experts for side in p.shape[1:])
 
 
-def check_layer(teacher: Teacher, layer: int) -> None:
-    """`ValueError` unless `teacher` has this layer."""
-    teacher.block(layer)
-
-
 def check_sites(sites: Iterable[str]) -> tuple[str, ...]:
     """The sites as a tuple; `ValueError` naming one that is unknown."""
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    allowed(bool(sites), "sites=() names no site", ", ".join(SITES))
     for site in sites:
-        if site not in SITES:
-            raise ValueError(f"site={site!r} is unknown; allowed: {', '.join(SITES)}")
-    if not sites:
-        raise ValueError(f"sites=() names no site; allowed: {', '.join(SITES)}")
+        one_of("site", site, SITES)
     return sites
 
 
@@ -397,43 +388,6 @@ def _replace_rows(value: Tensor, kept: Bool[Tensor, "batch seq"], function: Call
 
 def _frozen(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
-
-
-def _find(teacher: str, revision: str | None, cache_dir: str | Path | None) -> tuple[str, str | None, dict]:
-    """Where to load from, the fingerprint if known by now, and options that say what may be downloaded."""
-    if teacher == EMBEDDED:
-        folder, sha = gemma.convert(settings.cache_dir(cache_dir))
-        return str(folder), f"gguf:{sha}:v{gemma.VERSION}", {}
-    if teacher.startswith("book-"):
-        from helpers.parts import mixture  # it loads teachers itself
-
-        folder = mixture.folder(teacher, cache_dir=cache_dir)
-        return str(folder), _folder_hash(folder), {}
-    folder = Path(teacher).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"teacher={teacher!r}: the folder has no config.json; allowed: {ALLOWED}")
-        return str(folder), _folder_hash(folder), {}
-    if teacher.count("/") != 1 or teacher.startswith((".", "/", "~")):
-        raise ValueError(f"teacher={teacher!r} is unknown; allowed: {ALLOWED}")
-    try:
-        sha = hub.commit("model", teacher, revision)
-        return teacher, sha, {"revision": sha}
-    except hub.Unreachable:
-        return teacher, None, {"revision": revision, "local_files_only": True}
-    except ValueError as error:
-        raise ValueError(f"teacher={teacher!r}: {error}; allowed: {ALLOWED}") from error
-
-
-def _folder_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model's files."""
-    digest = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors", ".bin", ".txt", ".model")
-    ):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
 
 
 @contextlib.contextmanager

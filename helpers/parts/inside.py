@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, pursuit
-from helpers.models import checkpoints
+from helpers.models import checkpoints, sources
 from helpers.models.activations import ActivationStore
 from helpers.models.checkpoints import MoELayer, Principal
 from helpers.parts.explained import Explained, Key
@@ -86,10 +86,8 @@ def _by_scores_alone(moe: MoELayer) -> None:
 
 def read(teacher: str, layers: Sequence[int], *, cache_dir: str | Path | None = None) -> list[MoELayer]:
     """`checkpoints.read` of a teacher by the name that `teachers.load` knows; bad layers are named before long work."""
-    from helpers.parts import mixture  # which trains models; nothing else here needs it
-
     shipped = teacher.startswith("book-")
-    return checkpoints.read(mixture.folder(teacher, cache_dir=cache_dir) if shipped else teacher, layers)
+    return checkpoints.read(sources.folder(teacher, cache_dir=cache_dir) if shipped else teacher, layers)
 
 
 # -- the dictionary ----------------------------------------------------------------------------------------------------

@@ -10,11 +10,7 @@ that are active for a token.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
-import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -42,89 +38,14 @@ from transformers.models.olmoe.modeling_olmoe import MoeCausalLMOutputWithPast, 
 
 from helpers import settings
 from helpers.kept import Kept, check_sealed, digest, keep_folder
-from helpers.models import activations, corpora, teachers
+from helpers.models import activations, corpora, sources, teachers
 from helpers.models.teachers import Teacher
 from helpers.settings import allowed
 from helpers.study import sweep
 
-FOLDER = settings.ROOT / "data" / "moe"
-NAME = re.compile(r"book-(moe|twin)(?:@(\d+))?")
 BOS = "<|endoftext|>"
 """Stands before every paragraph, and so also says that one has ended."""
 CHECKPOINT_SECONDS = 60.0
-
-
-# -- the shipped model -------------------------------------------------------------------------------------------------
-
-
-def record(folder: Path | None = None) -> dict:
-    """How the shipped model was trained: parameters, loss curves, held-out losses, seconds, environment."""
-    path = Path(folder or FOLDER) / "training.json"
-    if not path.is_file():
-        raise ValueError(f"{path.name} is not in {path.parent}; allowed: a folder written by mixture.ship")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def steps(folder: Path | None = None) -> list[int]:
-    """Steps of the checkpoints there are, the final model's last."""
-    packed = sorted(int(path.stem) for path in (Path(folder or FOLDER) / "checkpoints").glob("*.safetensors"))
-    return [*packed, record(folder)["steps"]]
-
-
-def folder(name: str, *, cache_dir: str | Path | None = None) -> Path:
-    """A folder in the layout of the hub for `book-moe`, `book-moe@STEP` or `book-twin`.
-
-    The final models lie in `data/moe`. Checkpoints are stored there with 8 bits a weight, and unpacked into the cache.
-    Raises `ValueError` for a name or a step that is not there.
-    """
-    match = NAME.fullmatch(name)
-    there = steps() if match else []
-    if not match or (match[2] and (match[1] == "twin" or int(match[2]) not in there)):
-        allowed = f"'book-moe', 'book-twin', 'book-moe@STEP' with STEP of {steps()}"
-        raise ValueError(f"teacher={name!r} is not among the shipped models; allowed: {allowed}")
-    if match[1] == "twin":
-        return FOLDER / "twin"
-    if not match[2] or int(match[2]) == there[-1]:
-        return FOLDER
-    packed = FOLDER / "checkpoints" / f"{int(match[2]):06d}.safetensors"
-    key = hashlib.sha256(packed.read_bytes() + (FOLDER / "config.json").read_bytes()).hexdigest()[:16]
-    target = settings.cache_dir(cache_dir) / "moe" / f"unpacked-{int(match[2]):06d}-{key}"
-    if not target.is_dir():
-        with settings.new_folder(target) as new:
-            save_file(unpack(packed), new / "model.safetensors", {"format": "pt"})
-            for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-                if (FOLDER / name).is_file():
-                    shutil.copy(FOLDER / name, new / name)
-    return target
-
-
-def pack(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors with 8 bits a number: each row of a matrix is a scale times whole numbers from −127 to 127.
-
-    Vectors (the norms' weights) keep float32. The error of a number is at most half its row's scale.
-    """
-    stored: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim < 2:
-            stored[name] = tensor.float().contiguous()
-            continue
-        scale = tensor.float().abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        stored[name] = (tensor.float() / scale).round().to(torch.int8).contiguous()
-        stored[name + SCALE] = scale.contiguous()
-    save_file(stored, path, {"format": "pt"})
-
-
-SCALE = ".scale"
-
-
-def unpack(path: Path) -> dict[str, Tensor]:
-    """Tensors in float32 from a file of `pack`."""
-    stored = load_file(path)
-    return {
-        name: tensor.float() * stored[name + SCALE] if name + SCALE in stored else tensor
-        for name, tensor in stored.items()
-        if not name.endswith(SCALE)
-    }
 
 
 # -- tokenizer and text ------------------------------------------------------------------------------------------------
@@ -520,7 +441,7 @@ def ship(mixture: Pretrained, twin: Pretrained, content: dict, folder: str | Pat
 
     `content` goes into training.json beside the number of steps. A folder is replaced when the new one is complete.
     """
-    folder = Path(folder or FOLDER)
+    folder = Path(folder or sources.FOLDER)
     *early, last = sorted(mixture.checkpoints)
     with settings.new_folder(folder) as new:
         for run, place in ((mixture, new), (twin, new / "twin")):
@@ -530,6 +451,6 @@ def ship(mixture: Pretrained, twin: Pretrained, content: dict, folder: str | Pat
         (new / "checkpoints").mkdir()
         for step in early:
             weights = load_file(mixture.checkpoints[step] / "model.safetensors")
-            pack(weights, new / "checkpoints" / f"{step:06d}.safetensors")
+            sources.pack(weights, new / "checkpoints" / f"{step:06d}.safetensors")
         settings.write_json(new / "training.json", {"steps": last, **content})
     return folder

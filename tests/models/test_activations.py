@@ -11,17 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from helpers import settings, training
-from helpers.models import activations, teachers
+from helpers import kept, settings, training
+from helpers.models import activations, corpora, teachers
+from helpers.models import store as store_files
 from helpers.models.activations import Moments
 from helpers.models.teachers import Splice
 from tests import tiny
 
 LAYER, N = 1, 500
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(activations, "BLOCK", 8)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt-neox"])  # with and without BOS
@@ -79,8 +85,6 @@ def test_rows_belong_to_their_tokens(teacher, harvest, pieces):
 
 
 def test_articles_are_those_of_the_corpus(harvest, corpus):
-    from helpers.models import corpora
-
     rows = corpora.load(corpus)
     article_of = {text: article for text, article in zip(rows["text"], rows["article"], strict=True)}
     store = harvest()
@@ -100,15 +104,9 @@ def test_context_is_the_text_around(harvest, pieces):
     assert store.context(first)[0] == ""
 
 
-def test_smaller_harvest_is_the_beginning(harvest):
-    small, large = harvest(n_tokens=100), harvest()
-    assert np.array_equal(small.token_id, large.token_id[:100])
-    torch.testing.assert_close(small.tensor("mlp_in"), large.tensor("mlp_in", slice(100)), rtol=1e-4, atol=1e-5)
-
-
 def test_second_harvest_reads_the_disk(harvest, monkeypatch):
     first = harvest()
-    monkeypatch.setattr(teachers.Teacher, "run_to", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(teachers.Teacher, "_sites", lambda *_: pytest.fail("computed again"))
     again = harvest(sites=("mlp_out",))
     assert np.array_equal(again["mlp_out"], first["mlp_out"])
 
@@ -124,20 +122,12 @@ def test_batches_hold_every_piece_once_and_little_padding(lengths, batch_size):
         assert len(batch) <= batch_size and inside[0] == max(inside) and min(inside) >= activations.FILLED * max(inside)
 
 
-def test_new_site_is_added_without_the_old(harvest, monkeypatch):
-    harvest(sites=["mlp_in"])
-    asked = []
-    run_to = teachers.Teacher.run_to
-    monkeypatch.setattr(teachers.Teacher, "run_to", lambda self, *a: asked.append(a[-1]) or run_to(self, *a))
-    store = harvest(sites=["mlp_in", "mlp_out"])
-    assert set(asked) == {("mlp_out",)} and store["mlp_in"].shape == store["mlp_out"].shape
-
-
 def test_everything_that_matters_is_in_the_key(harvest, tmp_path):
     options = [
         {},
         {"layer": 0},
         {"n_tokens": 99},
+        {"batch_size": 3},
         {"max_length": 9},
         {"store_dtype": "float16"},
         {"split": "test", "n_tokens": 9},
@@ -166,10 +156,13 @@ def test_half_precision_store(harvest):
 
 
 def test_overflow_is_no_infinity(harvest, monkeypatch):
-    run_to = teachers.Teacher.run_to
-    big = lambda self, *a: {site: v * 1e6 for site, v in run_to(self, *a).items()}  # noqa: E731
-    monkeypatch.setattr(teachers.Teacher, "run_to", big)
-    with pytest.raises(ValueError, match="activations overflow store_dtype='float16'; allowed here: 'float32'"):
+    sites = teachers.Teacher._sites
+
+    def big(self, *arguments):
+        return {n: {site: v * 1e6 for site, v in of.items()} for n, of in sites(self, *arguments).items()}
+
+    monkeypatch.setattr(teachers.Teacher, "_sites", big)
+    with pytest.raises(ValueError, match="activations overflow store_dtype='float16'; allowed: 'float32'"):
         harvest(store_dtype="float16")
 
 
@@ -177,12 +170,14 @@ def test_overflow_is_no_infinity(harvest, monkeypatch):
     ("options", "message"),
     [
         ({"layer": 3}, "layer=3 is not in teacher"),
+        ({"layer": [0, 3]}, "layer=3 is not in teacher"),
+        ({"layer": []}, "names no layer; allowed: 0 to 2"),
         ({"sites": ["mlp"]}, "site='mlp' is unknown"),
         ({"sites": []}, "names no site"),
         ({"n_tokens": 0}, "n_tokens=0"),
         ({"max_length": 1}, "max_length=1"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"store_dtype": "int8"}, "store_dtype='int8' is unknown; allowed: float32, float16"),
+        ({"store_dtype": "int8"}, "store_dtype='int8' is unknown; allowed: 'float32', 'float16'"),
         ({"split": "dev"}, "split='dev' is unknown"),
     ],
 )
@@ -248,98 +243,247 @@ def test_shuffled_batches_keep_sites_together_and_read_only_their_rows(teacher, 
         torch.testing.assert_close(teacher.mlp(LAYER)(inputs), outputs, rtol=1e-4, atol=1e-5)
 
 
+# -- one store that grows ----------------------------------------------------------------------------------------------
+
+
+def same(store, whole) -> None:
+    """`store` is the beginning of `whole`, bit for bit."""
+    assert np.array_equal(store.rows, whole.rows[: store.n])
+    for site in store.sites:
+        assert np.array_equal(store[site], whole[site][: store.n])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+
+
+def place(store) -> Path:
+    """The folder of all rows."""
+    return store.folder.with_name(store.key.partition("@")[0])
+
+
+@hypothesis_settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, N),
+            st.sets(st.sampled_from(teachers.SITES), min_size=1),
+            st.sets(st.integers(0, 2), min_size=1),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_whatever_was_asked_for_before_the_rows_are_the_same(harvest, tmp_path_factory, asked):
+    folder = tmp_path_factory.mktemp("cache")
+    whole = {n: harvest(layer=n, sites=teachers.SITES) for n in range(3)}
+    for n_tokens, sites, layers in asked:
+        stores = harvest(n_tokens=n_tokens, sites=sorted(sites), layer=sorted(layers), cache_dir=folder)
+        assert sorted(stores) == sorted(layers)
+        for layer, store in stores.items():
+            assert store.n == n_tokens and set(store.sites) == sites
+            same(store, whole[layer])
+    for layer, store in harvest(layer=[0, 1, 2], sites=teachers.SITES, cache_dir=folder).items():
+        store.verify()
+        assert content(place(store)) == content(place(whole[layer]))
+
+
+def test_a_prefix_is_there_already_and_has_its_own_name(harvest, monkeypatch):
+    store = harvest()
+    monkeypatch.setattr(corpora, "load", lambda *_: pytest.fail("text was read"))
+    part = harvest(n_tokens=100, sites="mlp_out")
+    same(part, store)
+    assert part.key != store.key and place(part) == place(store)
+    assert part.moments("mlp_out").n == 100 and store.moments("mlp_out").n == N
+
+
+def test_a_worker_opens_the_same_rows_by_the_folders_name(harvest):
+    harvest()
+    store = harvest(n_tokens=123)
+    again = activations.ActivationStore(str(store.folder), ("mlp_out",))
+    assert again.key == store.key and np.array_equal(again["mlp_out"], store["mlp_out"])
+    for name, message in ((place(store), "ends with @ and rows"), (f"{place(store)}@5000", "has .* rows .* not 5,000")):
+        with pytest.raises(ValueError, match=message):
+            activations.ActivationStore(name, ("mlp_out",))
+    with pytest.raises(ValueError, match="has 0 rows of 'resid_pre', not 123"):
+        activations.ActivationStore(store.folder, ("resid_pre",))
+
+
+def test_one_pass_adds_all_that_is_missing_and_no_more(harvest, monkeypatch):
+    asked, sites_of = [], teachers.Teacher._sites
+
+    def noted(self, wanted, *arguments):
+        asked.append({layer: tuple(sites) for layer, sites in wanted.items()})
+        return sites_of(self, wanted, *arguments)
+
+    monkeypatch.setattr(teachers.Teacher, "_sites", noted)
+    harvest(n_tokens=100, sites="mlp_in")
+    first = len(asked)
+    stores = harvest(n_tokens=100, sites=["mlp_in", "resid_post"], layer=[0, LAYER])
+    assert all(store.n == 100 for store in stores.values())
+    assert asked[first:] == [{0: ("mlp_in", "resid_post"), LAYER: ("resid_post",)}] * first
+    asked.clear()
+    harvest(n_tokens=400, sites="mlp_in")
+    assert asked == [{LAYER: ("mlp_in",)}] * len(asked)
+    more = len(asked)
+    asked.clear()
+    harvest(n_tokens=400, sites="mlp_in", cache_dir=stores[0].folder.parents[1] / "other")
+    assert len(asked) == first + more
+
+
+def test_opening_what_is_there_reads_no_rows(harvest, monkeypatch):
+    harvest()
+    monkeypatch.setattr(store_files.Files, "verify", lambda *_: pytest.fail("rows were read"))
+    harvest()
+
+
+def test_a_copy_is_read_once(harvest, monkeypatch, tmp_path):
+    harvest()
+    other, calls, verify = tmp_path / "other", [], store_files.Files.verify
+    shutil.copytree(tmp_path / "activations", other / "activations", copy_function=shutil.copy)
+    monkeypatch.setattr(store_files.Files, "verify", lambda self, *a: calls.append(a[0]) or verify(self, *a))
+    for _ in range(2):
+        harvest(cache_dir=other)
+    assert sorted(calls) == ["mlp_in", "mlp_out", "rows"]
+
+
+def test_a_changed_statement_harvests_anew(harvest, monkeypatch):
+    before = harvest().key
+    monkeypatch.setattr(kept, "code_of", lambda *_: "other code")
+    assert harvest().key != before
+
+
 # -- what can go wrong on disk -----------------------------------------------------------------------------------------
 
 
 def flip(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    ("damage", "file"),
-    [
-        (lambda f: os.truncate(f / "mlp_in.npy", 999), "mlp_in.npy: it has 999 bytes where"),
-        (lambda f: (f / "mlp_out.npy").unlink(), "mlp_out.npy: it has 0 bytes where"),
-        (lambda f: (f / "mlp_in.npy").open("ab").write(b"x"), "mlp_in.npy: it has"),
-        (lambda f: os.truncate(f / "mlp_in.json", 20), "mlp_in.json"),
-        (
-            lambda f: flip(f / "mlp_in.json", (f / "mlp_in.json").read_bytes().index(b'"bytes": ') + 9),
-            "mlp_in.json: its checksum",
-        ),
-        (lambda f: flip(f / "rows.npy", 500), "rows.npy: its checksum is wrong"),
-    ],
-)
-def test_damage_is_named(harvest, damage, file):
-    folder = harvest().folder
+def swap(folder: Path) -> None:
+    shutil.copy(folder / "mlp_in.bin", folder / "mlp_out.bin")
+
+
+DAMAGE = {
+    "truncated": (lambda f: os.truncate(f / "mlp_in.bin", 999), "mlp_in.bin: it has 999 bytes where"),
+    "missing": (lambda f: (f / "mlp_out.bin").unlink(), "mlp_out.bin: it has 0 bytes where"),
+    "another's": (swap, "mlp_out.bin: its checksum is wrong"),
+    "flipped": (lambda f: flip(f / "mlp_in.bin", 500), "mlp_in.bin: its checksum is wrong"),
+    "flipped rows": (lambda f: flip(f / "rows.bin", 500), "rows.bin: its checksum is wrong"),
+    "index cut": (lambda f: os.truncate(f / "index.json", 20), "index.json"),
+    "index changed": (lambda f: flip(f / "index.json", (f / "index.json").read_bytes().index(b'"d": ') + 5), "index"),
+    "index foreign": (lambda f: (f / "index.json").write_text("[1, 2]"), "index.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(harvest, name):
+    damage, message = DAMAGE[name]
+    store = harvest()
+    folder = place(store)
     damage(folder)
-    with pytest.raises(ValueError, match=f"store is damaged: .*{file}.*; delete the folder {folder} to harvest again"):
+    with pytest.raises(ValueError, match=f"store is damaged: .*{message}.*; delete the folder {folder} to harvest"):
         harvest()
     shutil.rmtree(folder)
     harvest().verify()
 
 
-def test_one_flipped_value_is_found_by_verify(harvest):
+def test_the_index_of_another_store_is_foreign(harvest):
+    one, other = place(harvest()), place(harvest(layer=0))
+    shutil.copy(other / "index.json", one / "index.json")
+    with pytest.raises(ValueError, match="index.json: it is that of another store"):
+        harvest()
+
+
+def test_one_flipped_value_is_found_by_verify_even_where_the_time_is_the_old(harvest):
     store = harvest()
-    store.verify()
-    flip(store.folder / "mlp_in.npy", 5000)
-    with pytest.raises(ValueError, match="mlp_in.npy: its checksum is wrong"):
+    path = place(store) / "mlp_in.bin"
+    about = path.stat()
+    flip(path, 5000)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    with pytest.raises(ValueError, match="mlp_in.bin: its checksum is wrong in block"):
         store.verify()
 
 
 def test_full_disk_is_named_before_work(harvest, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=5))
-    with pytest.raises(ValueError, match=r"the harvest takes 72,000 bytes, only 5 are free"):
+    monkeypatch.setattr(teachers.Teacher, "_sites", lambda *_: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=r"the harvest takes [\d,]+ bytes, only 5 are free"):
         harvest()
-    assert not list(tmp_path.rglob("*.npy"))
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_a_disk_that_fills_up_leaves_what_was_finished(harvest, monkeypatch):
+    harvest(n_tokens=100)
+    monkeypatch.setattr(store_files.Files, "_write", lambda _: (_ for _ in ()).throw(ValueError("no room")))
+    with pytest.raises(ValueError, match="no room"):
+        harvest()
+    monkeypatch.undo()
+    monkeypatch.setattr(activations, "BLOCK", 8)
+    same(harvest(n_tokens=100), harvest())
+    harvest().verify()
 
 
 def slow_harvest(model: str, corpus: str, cache: str, seconds: float, log: str) -> None:
-    """Harvest one text a batch with a checkpoint after each, and write down every batch."""
-    activations.CHECKPOINT_BATCHES = 1
-    run_to = teachers.Teacher.run_to
+    """Harvest two layers slowly, and write down every batch."""
+    activations.BLOCK = 8
+    sites = teachers.Teacher._sites
 
     def slow(self, *arguments):
         time.sleep(seconds)
         with open(log, "a") as file:
             file.write("batch\n")
-        return run_to(self, *arguments)
+        return sites(self, *arguments)
 
-    teachers.Teacher.run_to = slow
+    teachers.Teacher._sites = slow
     teacher = teachers.load(model, device="cpu")
-    activations.harvest(teacher, corpus, layer=LAYER, n_tokens=N, max_length=16, batch_size=4, cache_dir=cache)
+    options = {"max_length": 16, "batch_size": 4, "cache_dir": cache}
+    activations.harvest(teacher, corpus, layer=[0, LAYER], n_tokens=N, **options)
 
 
-def batches_done(cache: Path) -> int:
-    progress = list(cache.rglob("progress.json"))
-    return json.loads(progress[0].read_text())["batches"] if progress else 0
+def start(*arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("spawn").Process(target=slow_harvest, args=arguments)
+    process.start()
+    return process
 
 
-def test_killed_harvest_goes_on_where_it_stopped(teacher, corpus, tmp_path, harvest, pieces):
-    cache, log = tmp_path / "killed", tmp_path / "log"
-    arguments = (teacher.name, corpus, str(cache))
-    context = multiprocessing.get_context("spawn")
-    victim = context.Process(target=slow_harvest, args=(*arguments, 0.2, str(log)))
-    victim.start()
-    deadline = time.monotonic() + 120
-    while batches_done(cache) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    victim.kill()
-    victim.join()
-    done = batches_done(cache)
-    assert not list(cache.rglob("mlp_in.json"))
+def batches_logged(log: Path) -> int:
+    return len(log.read_text().split()) if log.exists() else 0
+
+
+def test_killed_at_any_moment_it_goes_on_and_is_the_same(teacher, corpus, tmp_path, harvest):
+    cache, log, whole = tmp_path / "killed", tmp_path / "log", harvest(layer=[0, LAYER])
+    moments = np.random.default_rng(0).integers(1, 12, 3)
+    for moment in moments:
+        log.unlink(missing_ok=True)
+        victim = start(teacher.name, corpus, str(cache), 0.03, str(log))
+        deadline = time.monotonic() + 120
+        while batches_logged(log) < moment and victim.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        victim.kill()
+        victim.join()
+    done = {layer: Path(f"{cache}/activations/{place(store).name}/index.json") for layer, store in whole.items()}
+    ends = [json.loads(path.read_text())["index"]["ends"] for path in done.values() if path.exists()]
+    assert ends and any(ends), "none of the killed processes finished a block"
+    for layer, store in harvest(layer=[0, LAYER], cache_dir=cache).items():
+        store.verify()
+        same(store, whole[layer])
+        assert content(place(store)) == content(place(whole[layer]))
+
+
+def test_two_processes_do_not_work_twice(teacher, corpus, tmp_path, harvest):
+    cache, log = tmp_path / "both", tmp_path / "log"
+    both = [start(teacher.name, corpus, str(cache), 0.05, str(log)) for _ in range(2)]
+    for process in both:
+        process.join(120)
+        assert process.exitcode == 0
+    twice = batches_logged(log)
     log.unlink()
-    second = context.Process(target=slow_harvest, args=(*arguments, 0.0, str(log)))
-    second.start()
-    second.join(120)
-    assert second.exitcode == 0
-    whole = harvest()
-    resumed = harvest(cache_dir=cache)
-    resumed.verify()
-    assert done >= 3 and len(log.read_text().split()) == len(pieces.batches(4)) - done
-    assert np.array_equal(resumed["mlp_in"], whole["mlp_in"]) and np.array_equal(resumed.rows, whole.rows)
-    assert not list(cache.rglob("partial*"))
+    start(teacher.name, corpus, str(tmp_path / "one"), 0.0, str(log)).join(120)
+    assert twice == batches_logged(log)
+    same(harvest(cache_dir=cache), harvest())
 
 
 # -- losses and padded batches -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from helpers.models import checkpoints
+from helpers.models import checkpoints, directions
 
 D = 16
 BASE = dict(vocab_size=64, hidden_size=D, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2)
@@ -384,12 +384,12 @@ def test_a_dense_checkpoint_is_named(tmp_path):
 
 def test_bad_arguments_are_named(deepseek):
     layer = checkpoints.read(deepseek, [1])[0]
-    with pytest.raises(ValueError, match="which='down': allowed: w_down, w_up, w_gate"):
+    with pytest.raises(ValueError, match="which='down' is unknown; allowed: 'w_down', 'w_up', 'w_gate'"):
         layer.weights("down")
     with pytest.raises(ValueError, match=r"experts=\[-1, 11\] are not in layer 1; allowed: 0 to 10"):
         layer.weights(experts=[0, -1, 11])
     for rank in (0, 7):
-        with pytest.raises(ValueError, match=f"rank={rank}: allowed: 1 to 6"):
+        with pytest.raises(ValueError, match=f"rank={rank}; allowed: 1 to 6"):
             checkpoints.principal(layer, rank)
     with pytest.raises(ValueError, match="source='nowhere' is no folder; allowed: a folder, or a hub id"):
         checkpoints.read("nowhere")
@@ -406,14 +406,14 @@ def test_weights_that_are_not_finite_are_named(deepseek):
 
 def check(w: torch.Tensor, rank: int):
     """Against NumPy in float64: values, residuals recomputed, and directions where their σ stands alone."""
-    u, squares, residuals = checkpoints.leading(w, rank)
+    u, squares, residuals = directions.leading(w, rank)
     left, sigma, _ = np.linalg.svd(w.double().numpy(), full_matrices=False)
     top = sigma[:, :1] ** 2
-    np.testing.assert_array_less(abs(squares.numpy() - sigma[:, :rank] ** 2) / top, checkpoints.TOLERANCE)
+    np.testing.assert_array_less(abs(squares.numpy() - sigma[:, :rank] ** 2) / top, directions.TOLERANCE)
     np.testing.assert_allclose(u @ u.mT, np.broadcast_to(np.eye(rank), (len(w), rank, rank)), atol=1e-5)
     wide, v = w.double(), u.double()
     error = torch.linalg.vector_norm(v @ wide @ wide.mT - squares[:, :, None] * v, dim=2).numpy() / top
-    assert error.max() <= 1.5 * checkpoints.TOLERANCE and abs(error - residuals.numpy()).max() < 5e-6
+    assert error.max() <= 1.5 * directions.TOLERANCE and abs(error - residuals.numpy()).max() < 5e-6
     gaps = np.diff(sigma**2, append=0)[:, :rank]
     cosine = abs(np.einsum("erd,edr->er", u.numpy(), left[:, :, :rank]))
     alone = np.minimum(abs(gaps), abs(np.diff(sigma**2, prepend=np.inf))[:, :rank]) > 1e-2 * top
@@ -458,17 +458,17 @@ def test_experts_of_low_rank_of_zeros_and_of_equal_values(shape, rank):
     two = torch.zeros(d, f)
     two[3, 5], two[-1, -1] = -3, 2
     w += [torch.zeros(d, f), two, torch.eye(max(d, f))[:d, :f], random(d, f) * torch.logspace(0, -12, f)]
-    u, squares, residuals = checkpoints.leading(torch.stack(w), rank)
+    u, squares, residuals = directions.leading(torch.stack(w), rank)
     wanted = np.linalg.svd(torch.stack(w).double().numpy(), compute_uv=False)[:, :rank] ** 2
     largest = wanted[:, :1].clip(1e-9)
     np.testing.assert_allclose(squares.numpy() / largest, wanted / largest, atol=1e-5)
-    assert u.isfinite().all() and residuals.max() <= checkpoints.TOLERANCE
+    assert u.isfinite().all() and residuals.max() <= directions.TOLERANCE
     assert u[7, 0].abs().argmax() == 3 and abs(squares[7, 0] - 9) < 1e-5
 
 
 def test_a_tolerance_that_float32_cannot_meet_is_named():
     with pytest.raises(ArithmeticError, match="residual .*, complete basis, tolerance 1.0e-12"):
-        checkpoints.leading(random(2, 50, 40), 2, tolerance=1e-12)
+        directions.leading(random(2, 50, 40), 2, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("which", checkpoints.WHICH)
@@ -480,7 +480,7 @@ def test_principal_of_a_checkpoint(which, tmp_path):
     largest = np.take_along_axis(left, abs(left).argmax(2, keepdims=True), 2)
     np.testing.assert_allclose(directions, left * np.sign(largest), atol=2e-5)
     np.testing.assert_allclose(shares, (sigma**2 / (sigma**2).sum(1, keepdims=True))[:, :3], rtol=1e-5)
-    assert residuals.shape == shares.shape and residuals.max() <= checkpoints.TOLERANCE
+    assert residuals.shape == shares.shape and residuals.max() <= directions.TOLERANCE
     again = checkpoints.principal(layer, 3, which)
     assert all(torch.equal(a, b) for a, b in zip((directions, shares, residuals), again, strict=True))
 

@@ -5,13 +5,16 @@ import re
 import time
 
 import huggingface_hub
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.models import corpora, hub
+from helpers.models import corpora, sources, teachers
+from tests import tiny
 
 SAMPLE = pd.read_parquet(corpora.WIKIPEDIA_SAMPLE)
 
@@ -130,7 +133,7 @@ def test_unknown_names_say_what_is_allowed(corpus):
 
 
 def test_unknown_split():
-    with pytest.raises(ValueError, match="split='dev' is unknown; allowed: train, validation, test"):
+    with pytest.raises(ValueError, match="split='dev' is unknown; allowed: 'train', 'validation', 'test'"):
         corpora.load(split="dev")
 
 
@@ -146,7 +149,7 @@ def test_hub_errors_name_the_corpus(monkeypatch):
     def unknown(*_):
         raise ValueError("the hub has no public dataset 'some/thing'")
 
-    monkeypatch.setattr(hub, "commit", unknown)
+    monkeypatch.setattr(sources, "commit", unknown)
     with pytest.raises(ValueError, match="corpus='some/thing': the hub has no public dataset"):
         corpora.load("some/thing")
 
@@ -161,7 +164,7 @@ def test_wikitext_headings_start_articles(monkeypatch):
         " = Lead = \n",
         " x = 3 .\n",
     ]
-    monkeypatch.setattr(hub, "commit", lambda *_: "c0ffee")
+    monkeypatch.setattr(sources, "commit", lambda *_: "c0ffee")
     monkeypatch.setattr(corpora, "load_dataset", lambda *_, **__: Dataset.from_dict({"text": lines}))
     rows = corpora.load("Salesforce/wikitext:wikitext-2-raw-v1")
     assert [text.strip() for text in rows["text"]] == ["The gold dollar .", "It was struck .", "x = 3 ."]
@@ -173,3 +176,70 @@ def test_fingerprint_follows_content(tmp_path):
     one = corpora.fingerprint(write(tmp_path, "my.txt", b"one"))
     assert one != corpora.fingerprint(write(tmp_path, "my.txt", b"two"))
     assert one == corpora.fingerprint(write(tmp_path, "other.txt", b"one"))
+
+
+# -- text, cut to what a model reads at once ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    return teachers.load(tiny.save(tmp_path_factory.mktemp("model"), "llama"), device="cpu")
+
+
+def documents(folder, *sizes: int) -> str:
+    """A file of documents of so many words each, one paragraph a document, all in the training split."""
+    random = torch.Generator().manual_seed(0)
+    rows = []
+    for i, n in enumerate(sizes):
+        words = [tiny.WORDS[j] for j in torch.randint(len(tiny.WORDS), (n,), generator=random)]
+        rows.append(json.dumps({"article": i, "text": " ".join(words), "split": "train"}))
+    return write(folder, "documents.jsonl", "\n".join(rows).encode())
+
+
+def shares(pieces: corpora.Texts) -> dict[int, int]:
+    """Tokens of each document."""
+    return {int(a): int(pieces.lengths[pieces.articles == a].sum()) for a in np.unique(pieces.articles)}
+
+
+def test_no_document_fills_a_split(reader, tmp_path):
+    corpus = documents(tmp_path, 20_000, *[60] * 30)
+    found = shares(corpora.texts(reader, corpus, n_tokens=1_000, max_length=33))
+    assert len(found) == 31 and found[0] <= 64
+    five = documents(tmp_path, *[5_000] * 5)
+    found = sorted(shares(corpora.texts(reader, five, n_tokens=1_600, max_length=33)).values())
+    assert len(found) == 5 and found[-1] - found[0] <= 64
+
+
+def test_pieces_are_a_prefix_and_all_of_the_text(reader, tmp_path):
+    corpus = documents(tmp_path, 3_000, 10, 700, 1, 45)
+    whole = corpora.texts(reader, corpus, n_tokens=3_756, max_length=20)
+    assert shares(whole) == {0: 3_000, 1: 10, 2: 700, 3: 1, 4: 45}
+    for n in (1, 19, 20, 500, 3_755):
+        part = corpora.texts(reader, corpus, n_tokens=n, max_length=20)
+        assert part.n_tokens == n and np.array_equal(part.articles, whole.articles[: len(part.tokens)])
+        for ours, theirs in zip(part.tokens, whole.tokens, strict=False):
+            assert np.array_equal(ours, theirs[: len(ours)])
+    rows = corpora.load(corpus)
+    for article, text in zip(rows["article"], rows["text"], strict=True):
+        words = [
+            reader.tokenizer.decode(t[1:]) for t, a in zip(whole.tokens, whole.articles, strict=True) if a == article
+        ]
+        assert " ".join(words) == text
+
+
+def test_a_long_document_costs_no_more_than_what_is_asked_for(reader, tmp_path, monkeypatch):
+    corpus, seen, call = documents(tmp_path, 200_000), [], type(reader.tokenizer).__call__
+    monkeypatch.setattr(
+        type(reader.tokenizer), "__call__", lambda self, text, **o: seen.extend(text) or call(self, text, **o)
+    )
+    adds_bos = teachers.Teacher.adds_bos
+    monkeypatch.setattr(teachers.Teacher, "adds_bos", property(lambda self: True))
+    corpora.texts(reader, corpus, n_tokens=500, max_length=32)
+    assert sum(map(len, seen)) < 20 * 500
+    monkeypatch.setattr(teachers.Teacher, "adds_bos", adds_bos)
+
+
+def test_text_without_whitespace_is_cut_too(reader, tmp_path):
+    corpus = write(tmp_path, "one.jsonl", json.dumps({"text": "x" * 10_000, "split": "train"}).encode())
+    with pytest.warns(UserWarning, match="has .* tokens, not n_tokens=1,000"):
+        assert corpora.texts(reader, corpus, n_tokens=1_000, max_length=32).n_tokens == 20  # of 512 characters each

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2MoeConfig
 
-from helpers.models import activations, checkpoints, layerwise, teachers
+from helpers.models import activations, checkpoints, layerwise, sources, teachers
 from helpers.models.layerwise import Layerwise
 from tests import tiny
 from tests.models import test_checkpoints as built
@@ -96,7 +96,12 @@ def save(name: str, folder: Path, **options) -> str:
 
 
 def load(folder: str, **options) -> Layerwise:
-    return teachers.load(folder, device="cpu", layerwise=True, **options)
+    return layerwise.load(folder, device="cpu", **options)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(activations, "BLOCK", 8)
 
 
 @pytest.fixture(scope="module")
@@ -224,15 +229,32 @@ def test_deepseek_needs_no_code_from_the_hub_and_has_its_bos(tmp_path):
 # -- one forward, one block --------------------------------------------------------------------------------------------
 
 
-def test_three_layers_take_one_forward(harvest, filled, tmp_path):
+def between(cache: Path) -> list[Path]:
+    return sorted((cache / "activations").glob("between-blocks-*/*-before-*"))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_three_layers_take_one_forward(together, harvest, filled, tmp_path):
     teacher = load(save("deepseek", tmp_path / "model"))
-    for layer in (0, 2, 3):
-        harvest(teacher, layer=layer)
+    for layers in [[0, 2, 3]] if together else [0, 2, 3]:
+        harvest(teacher, layer=layers)
     assert filled == [None, 0, 0, 1, 2, 2, 3]  # a layer is read twice: to harvest it, and to go on from it
     harvest(teacher, layer=2)
     assert len(filled) == 7
-    between = list((tmp_path / "activations").glob("between-blocks-*/before-*"))
-    assert [file.name for file in between] == ["before-3"]
+    files = between(tmp_path)
+    assert len(files) > 2 and {file.name.rpartition("-")[2] for file in files} == {"3"}
+
+
+def test_more_text_is_all_that_is_run_again(harvest, filled, monkeypatch, tmp_path):
+    teacher = load(save("deepseek", tmp_path / "model"))
+    expected = harvest(teacher, layer=3, cache_dir=tmp_path / "whole")
+    harvest(teacher, layer=3, n_tokens=60)
+    before, shapes, embed = between(tmp_path), [], Layerwise._base
+    monkeypatch.setattr(Layerwise, "_base", lambda self, h, m: shapes.append(h.shape[:2].numel()) or embed(self, h, m))
+    store = harvest(teacher, layer=3)
+    rows = sum(file.stat().st_size for file in set(between(tmp_path)) - set(before)) // (4 * teacher.d_model)
+    assert sum(shapes) == 4 * rows
+    assert np.array_equal(store["mlp_out"], expected["mlp_out"])
 
 
 def test_layers_in_any_order_and_later_sites(harvest, tmp_path):
@@ -255,7 +277,8 @@ def test_other_text_weights_and_dtype_have_other_files(harvest, tmp_path):
         harvest(teacher)
     harvest(teachers_[0], n_tokens=200)
     harvest(teachers_[0], split="validation", n_tokens=20)
-    assert len(list((tmp_path / "activations").glob("between-blocks-*"))) == 6
+    assert len(list((tmp_path / "activations").glob("between-blocks-*"))) == 4  # more text is more files in them
+    assert len({file.name for file in between(tmp_path)}) < len(between(tmp_path))
 
 
 def parameter_bytes(teacher: Layerwise) -> int:
@@ -265,9 +288,10 @@ def parameter_bytes(teacher: Layerwise) -> int:
 def test_only_the_block_at_work_has_weights(harvest, monkeypatch, tmp_path):
     teacher, held, sites = load(save("deepseek", tmp_path / "model")), [], Layerwise._sites
 
-    def watched(self, layer, *rest):
+    def watched(self, wanted, *rest):
+        (layer,) = wanted
         held.append(parameter_bytes(self) - sum(p.numel() * 4 for p in self.blocks[layer].parameters()))
-        return sites(self, layer, *rest)
+        return sites(self, wanted, *rest)
 
     monkeypatch.setattr(Layerwise, "_sites", watched)
     harvest(teacher, layer=3)
@@ -308,46 +332,49 @@ def kill(monkeypatch):
     def at(layer: int, number: int) -> None:
         seen, sites = [], Layerwise._sites
 
-        def dying(self, n, *rest):
-            seen.append(n)
+        def dying(self, wanted, *rest):
+            seen.extend(wanted)
             if seen.count(layer) > number:
                 monkeypatch.setattr(Layerwise, "_sites", sites)
                 raise Killed
-            return sites(self, n, *rest)
+            return sites(self, wanted, *rest)
 
         monkeypatch.setattr(Layerwise, "_sites", dying)
 
     return at
 
 
-def test_killed_run_goes_on_at_its_block(harvest, kill, filled, tmp_path):
+def test_killed_run_goes_on_at_its_block(harvest, kill, filled, monkeypatch, tmp_path):
     teacher = load(save("deepseek", tmp_path / "model"))
     expected = harvest(teacher, layer=3, cache_dir=tmp_path / "whole")
     filled.clear()
-    kill(2, 3)
+    kill(2, 9)
     with pytest.raises(Killed):
         harvest(teacher, layer=3)
     assert parameter_bytes(teacher) == 0
-    (part,) = (tmp_path / "activations").glob("between-blocks-*/part")
-    part.write_bytes(b"rubbish")
+    depths = [file.name.rpartition("-")[2] for file in between(tmp_path)]
+    assert set(depths) == {"2", "3"}  # some text has been through block 2, the rest not
+    seen, sites = [], Layerwise._sites
+    monkeypatch.setattr(Layerwise, "_sites", lambda self, w, *rest: seen.extend(w) or sites(self, w, *rest))
     store = harvest(teacher, layer=3)
-    assert filled == [None, 0, 1, 2, 2, 3]
+    assert filled == [None, 0, 1, 2, 2, 3] and set(seen) == {2, 3} and seen.count(2) < seen.count(3)
     for site in store.sites:
         assert np.array_equal(store[site], expected[site])
 
 
-def test_killed_harvest_goes_on_at_its_batch(harvest, corpus, kill, monkeypatch, tmp_path):
-    monkeypatch.setattr(activations, "CHECKPOINT_BATCHES", 2)
+def test_killed_harvest_goes_on_at_its_block_of_text(harvest, kill, monkeypatch, tmp_path):
     teacher = load(save("deepseek", tmp_path / "model"))
     expected = harvest(teacher, layer=3, cache_dir=tmp_path / "whole")
-    kill(3, 5)
+    kill(3, 9)
     with pytest.raises(Killed):
         harvest(teacher, layer=3)
     seen, sites = [], Layerwise._sites
-    monkeypatch.setattr(Layerwise, "_sites", lambda self, n, *rest: seen.append(n) or sites(self, n, *rest))
+    monkeypatch.setattr(Layerwise, "_sites", lambda self, w, *rest: seen.extend(w) or sites(self, w, *rest))
     store = harvest(teacher, layer=3)
-    batches = len(activations.texts(teacher, corpus, n_tokens=300, max_length=16).batches(4))
-    assert seen == [3] * (batches - 4)
+    resumed = len(seen)
+    assert set(seen) == {3}
+    harvest(teacher, layer=3, sites="resid_pre")
+    assert 0 < resumed < len(seen) - resumed
     for site in store.sites:
         assert np.array_equal(store[site], expected[site])
 
@@ -456,9 +483,9 @@ def test_what_a_layerwise_teacher_cannot_do(unread, tmp_path):
 
 def test_full_disk(harvest, unread, monkeypatch, tmp_path):
     teacher = load(save("deepseek", tmp_path / "model"))
-    monkeypatch.setattr(layerwise.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**20 + 100_000))
-    with pytest.raises(ValueError, match="takes .* bytes, only .* are free"):
-        harvest(teacher, sites=["mlp_in"], n_tokens=1000, layer=2)
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**20 + 66_000))
+    with pytest.raises(ValueError, match="text between blocks takes .* bytes, only .* are free"):
+        harvest(teacher, sites=["mlp_in"], n_tokens=990, layer=2)
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -479,7 +506,7 @@ def test_of_a_hub_id_only_the_shards_needed_are_fetched(sharded, harvest, monkey
         return str(cached)
 
     monkeypatch.setattr(layerwise, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(teachers.hub, "commit", lambda *_: "0123abcd")
+    monkeypatch.setattr(sources, "commit", lambda *_: "0123abcd")
     teacher = load("someone/olmoe")
     assert teacher.fingerprint == "0123abcd-layerwise"
     assert [file.name for file in cached.glob("*.safetensors")] == ([] if sharded else [checkpoints.SINGLE])
@@ -496,6 +523,6 @@ def test_hub_that_does_not_answer(monkeypatch):
         raise OSError("no route to the hub")
 
     monkeypatch.setattr(layerwise, "snapshot_download", fails)
-    monkeypatch.setattr(teachers.hub, "commit", lambda *_: "0123abcd")
+    monkeypatch.setattr(sources, "commit", lambda *_: "0123abcd")
     with pytest.raises(ValueError, match="'someone/olmoe': its files could not be fetched: no route to the hub"):
         load("someone/olmoe")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers.models import gemma, hub, teachers
+from helpers.models import sources, teachers
 from helpers.models.teachers import SITES, Splice
 from tests import tiny
 
@@ -207,7 +207,9 @@ def test_layer_out_of_range(llama, layer):
 
 
 def test_unknown_site(llama):
-    with pytest.raises(ValueError, match="site='attn' is unknown; allowed: resid_pre, mlp_in, mlp_out, resid_post"):
+    with pytest.raises(
+        ValueError, match="site='attn' is unknown; allowed: 'resid_pre', 'mlp_in', 'mlp_out', 'resid_post'"
+    ):
         llama.run_to(0, *sentences(llama, SHORT), ["attn"])
 
 
@@ -216,7 +218,7 @@ def test_unknown_site(llama):
     [
         ({"teacher": "gpt5"}, "teacher='gpt5' is unknown; allowed: 'gemma-3-270m'"),
         ({"teacher": "./nothing"}, "teacher='./nothing' is unknown"),
-        ({"dtype": "int8"}, "dtype='int8' is unknown; allowed: float32"),
+        ({"dtype": "int8"}, "dtype='int8' is unknown; allowed: 'float32'"),
         ({"device": "abacus"}, "device='abacus'"),
     ],
 )
@@ -261,7 +263,7 @@ def test_revision_the_hub_does_not_know(monkeypatch):
     def unknown(*_):
         raise ValueError("the hub has no public model 'some/thing' at revision 'x'")
 
-    monkeypatch.setattr(hub, "commit", unknown)
+    monkeypatch.setattr(sources, "commit", unknown)
     with pytest.raises(ValueError, match="teacher='some/thing': the hub has no public model"):
         teachers.load("some/thing", revision="x")
 
@@ -273,7 +275,6 @@ def fake_unpack(log: Path, seconds: float):
     """In place of the real one: writes one half of a model, waits, writes the other."""
 
     def unpack(gguf_file, folder):
-        folder.mkdir()
         (folder / "half").write_text("1")
         with log.open("a") as file:
             file.write("unpacked\n")
@@ -284,9 +285,9 @@ def fake_unpack(log: Path, seconds: float):
 
 
 def convert(cache: Path, log: Path, seconds: float) -> None:
-    gemma.unpack = fake_unpack(log, seconds)
-    gemma.PACKAGE_MODULE = package()
-    gemma.convert(cache)
+    sources.write_gemma = fake_unpack(log, seconds)
+    sources.PACKAGE_MODULE = package()
+    sources.gemma(cache)
 
 
 def package(problem: Exception | None = None) -> types.SimpleNamespace:
@@ -306,7 +307,7 @@ def start(*arguments) -> multiprocessing.Process:
 
 
 def finished(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "teachers").iterdir() if path.suffix != ".lock")
+    return sorted(path.name for path in (folder / "teachers").iterdir() if not path.name.endswith(".lock"))
 
 
 def test_two_processes_unpack_once(tmp_path):
@@ -327,29 +328,29 @@ def test_killed_unpacking_leaves_no_teacher(tmp_path):
         time.sleep(0.05)
     victim.kill()
     victim.join()
-    assert all(name.startswith(".converting-") for name in finished(tmp_path))
+    assert all(name.startswith(".") for name in finished(tmp_path))
     after = start(tmp_path, log, 0.0)
     after.join(120)
     (folder,) = finished(tmp_path)
-    assert folder == f"gemma-3-270m-{'0' * 12}-v{gemma.VERSION}"
-    assert sorted(path.name for path in (tmp_path / "teachers" / folder).iterdir()) == ["config.json", "half"]
+    inside = sorted(path.name for path in (tmp_path / "teachers" / folder).iterdir())
+    assert inside == ["config.json", "half", "kept.json"]
 
 
 @pytest.mark.parametrize(
     "problem", [ValueError("sha256 did not match"), FileNotFoundError("Missing chunk files: part3")]
 )
 def test_damaged_package_says_how_to_mend_it(tmp_path, monkeypatch, problem):
-    monkeypatch.setattr(gemma, "PACKAGE_MODULE", package(problem))
-    with pytest.raises(ValueError, match=f"{problem}; reinstall it: pip install --force-reinstall {gemma.PACKAGE}"):
-        gemma.convert(tmp_path)
+    monkeypatch.setattr(sources, "PACKAGE_MODULE", package(problem))
+    with pytest.raises(ValueError, match=f"{problem}; reinstall it: pip install --force-reinstall {sources.PACKAGE}"):
+        sources.gemma(tmp_path)
     assert finished(tmp_path) == []
 
 
 def test_full_disk_is_named_before_unpacking(tmp_path, monkeypatch):
-    monkeypatch.setattr(gemma, "PACKAGE_MODULE", package())
+    monkeypatch.setattr(sources, "PACKAGE_MODULE", package())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=5))
     with pytest.raises(ValueError, match="the teacher takes 1,500,000,000 bytes, only 5 are free"):
-        gemma.convert(tmp_path)
+        sources.gemma(tmp_path)
     assert finished(tmp_path) == []
 
 

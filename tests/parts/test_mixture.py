@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.kept import Kept
-from helpers.models import checkpoints, corpora, teachers
+from helpers.models import checkpoints, corpora, sources, teachers
 from helpers.parts import held_out, mixture
 from helpers.parts.held_out import KneserNey
 from tests import tiny
@@ -28,7 +28,7 @@ RECIPE = mixture.PretrainingRecipe(
     steps=6, batch_size=2, length=16, warmup=2, dropout=0.1, checkpoints=(0, 2), log_every=1, validate_every=3,
     n_validation=60,
 )  # fmt: skip
-SHIPPED = pytest.mark.skipif(not (mixture.FOLDER / "training.json").is_file(), reason="no model is shipped yet")
+SHIPPED = pytest.mark.skipif(not (sources.FOLDER / "training.json").is_file(), reason="no model is shipped yet")
 SENTENCE = "the whale swam under a ship and sailors of old saw it – naïvely night"
 
 
@@ -87,7 +87,7 @@ def test_no_document_of_the_book_texts_is_in_two_splits_and_no_paragraph_either(
 
 
 def test_the_readme_states_the_rows_of_the_texts():
-    readme = (mixture.FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    readme = (sources.FOLDER.parent / "README.md").read_text(encoding="utf-8")
     for name in ("State of the Union", "Moby Dick"):
         path = corpora.BOOK_TEXTS[name]
         rows = pd.read_parquet(path)
@@ -290,7 +290,7 @@ def test_a_loss_that_is_not_finite_is_named(corpus, tokenizer, tmp_path):
         (lambda: mixture.Size(d_model=20, n_heads=3), "n_heads=3"),
         (lambda: mixture.Size(n_experts=4, top_k=5), "top_k=5; allowed: 1 to n_experts=4"),
         (lambda: mixture.tokenizer("book-texts", 256), "vocabulary=256 .* at least 257"),
-        (lambda: mixture.record(mixture.FOLDER / "nowhere"), "allowed: a folder written by mixture.ship"),
+        (lambda: sources.record(sources.FOLDER / "nowhere"), "allowed: a folder written by mixture.ship"),
     ],
 )
 def test_bad_input_is_named(make, message):
@@ -401,8 +401,8 @@ def test_eight_bits_are_off_by_half_a_scale_at_most(tmp_path_factory, rows, colu
     tensors = {"a": torch.randn(rows, columns, generator=noise) * size, "norm": torch.randn(columns, generator=noise)}
     tensors["a"][0] = 0
     path = tmp_path_factory.mktemp("packed") / "weights.safetensors"
-    mixture.pack(tensors, path)
-    back = mixture.unpack(path)
+    sources.pack(tensors, path)
+    back = sources.unpack(path)
     assert set(back) == set(tensors) and torch.equal(back["norm"], tensors["norm"])
     half = tensors["a"].abs().amax(1, keepdim=True) / 254
     assert ((back["a"] - tensors["a"]).abs() <= half * 1.001).all() and (back["a"][0] == 0).all()
@@ -433,46 +433,46 @@ def test_what_is_shipped_has_a_tensor_for_each_expert_and_loads_anywhere(trained
 
 
 def test_names_of_the_book_lead_to_folders_of_the_hub(trained, shipped, tmp_path, monkeypatch):
-    monkeypatch.setattr(mixture, "FOLDER", shipped)
-    assert mixture.steps() == [0, 2, 6] and mixture.record()["note"] == "tiny"
-    assert mixture.folder("book-moe") == mixture.folder("book-moe@6") == shipped
-    assert mixture.folder("book-twin") == shipped / "twin"
+    monkeypatch.setattr(sources, "FOLDER", shipped)
+    assert sources.steps() == [0, 2, 6] and sources.record()["note"] == "tiny"
+    assert sources.folder("book-moe") == sources.folder("book-moe@6") == shipped
+    assert sources.folder("book-twin") == shipped / "twin"
     early = teachers.load("book-moe@2", device="cpu", cache_dir=tmp_path)
     assert early.fingerprint != teachers.load("book-moe", device="cpu").fingerprint
     exact = teachers.load(str(trained["mixture"].checkpoints[2]), device="cpu")
     ids = torch.arange(1, 30)[None]
     assert torch.allclose(early.model(ids).logits, exact.model(ids).logits, atol=0.01)
-    assert [layer.layer for layer in checkpoints.read(mixture.folder("book-moe@0", cache_dir=tmp_path))] == [0, 1]
+    assert [layer.layer for layer in checkpoints.read(sources.folder("book-moe@0", cache_dir=tmp_path))] == [0, 1]
     for name in ("book-moe@5", "book-twin@2", "book-gpt"):
         with pytest.raises(ValueError, match=r"STEP of \[0, 2, 6\]"):
-            mixture.folder(name)
+            sources.folder(name)
         with pytest.raises(ValueError, match="is not among the shipped models"):
             teachers.load(name)
 
 
 def test_a_folder_that_could_not_be_written_leaves_the_old_one(shipped, trained, tmp_path, monkeypatch):
     target = mixture.ship(trained["mixture"], trained["twin"], {"n": 1}, tmp_path / "moe")
-    monkeypatch.setattr(mixture, "pack", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(sources, "pack", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(ValueError, match="moe cannot be written: disk full"):
         mixture.ship(trained["mixture"], trained["twin"], {"n": 2}, tmp_path / "moe")
-    assert mixture.record(target)["n"] == 1 and [p.name for p in tmp_path.iterdir()] == ["moe"]
+    assert sources.record(target)["n"] == 1 and [p.name for p in tmp_path.iterdir()] == ["moe"]
 
 
 @SHIPPED
 def test_the_shipped_model_is_small_and_whole():
-    sizes = {path: path.stat().st_size for path in mixture.FOLDER.rglob("*") if path.is_file()}
-    assert sizes[mixture.FOLDER / "model.safetensors"] <= 25e6 and sum(sizes.values()) <= 60e6
-    assert sum(p.stat().st_size for p in mixture.FOLDER.parent.iterdir() if p.is_file()) < 8e6
-    config = json.loads((mixture.FOLDER / "config.json").read_text())
+    sizes = {path: path.stat().st_size for path in sources.FOLDER.rglob("*") if path.is_file()}
+    assert sizes[sources.FOLDER / "model.safetensors"] <= 25e6 and sum(sizes.values()) <= 60e6
+    assert sum(p.stat().st_size for p in sources.FOLDER.parent.iterdir() if p.is_file()) < 8e6
+    config = json.loads((sources.FOLDER / "config.json").read_text())
     assert config["model_type"] == "olmoe" and config["num_experts"] >= 32
     assert config["num_experts_per_tok"] >= 4 and config["num_hidden_layers"] >= 4
-    assert mixture.steps()[0] == 0 and mixture.steps()[-1] == mixture.record()["steps"]
-    assert len(checkpoints.read(mixture.FOLDER)) == config["num_hidden_layers"]
+    assert sources.steps()[0] == 0 and sources.steps()[-1] == sources.record()["steps"]
+    assert len(checkpoints.read(sources.FOLDER)) == config["num_hidden_layers"]
 
 
 @SHIPPED
 def test_the_shipped_model_beats_the_counts_on_held_out_documents():
-    rows = {row["model"]: row for row in mixture.record()["held_out"] if row["source"] == "all"}
+    rows = {row["model"]: row for row in sources.record()["held_out"] if row["source"] == "all"}
     assert rows["mixture"]["documents"] >= 40 and rows["mixture"]["difference_high"] < 0
 
 
@@ -486,5 +486,5 @@ def test_no_expert_of_the_shipped_model_is_idle_in_any_layer():
 def test_the_shipped_tokenizer_was_trained_on_the_book_texts():
     """Trained again, it is the same: the merges are a function of the text."""
     again = mixture._train_bpe(corpora.load("book-texts", "train")["text"][:], 4096)
-    kept = json.loads((mixture.FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
+    kept = json.loads((sources.FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
     assert json.loads(again.to_str())["model"] == kept["model"]
