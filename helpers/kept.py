@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -237,7 +238,7 @@ def _imported(tree: ast.AST, package: str = "") -> set[str]:
             above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             names |= {base, *(f"{base}.{each.name}" for each in node.names)}
-        elif isinstance(node, ast.Constant) and str(node.value).startswith("helpers."):  # imported by its name
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"helpers(\.\w+)+", str(node.value)):  # by its name
             names.add(str(node.value))
     return {name for name in names if name.split(".")[0] == "helpers"}
 

@@ -6,7 +6,7 @@ Definitions follow the book's glossary: FVU is centred on the mean of the same r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -191,26 +191,6 @@ def resampled(seeds: int, units: int, n_resamples: int, seed: int) -> Iterator[t
         yield random.integers(seeds, size=seeds), random.integers(units, size=units)
 
 
-def crossed_interval(
-    data: Float[np.ndarray, "seeds units ..."],
-    statistic: Callable[[np.ndarray], float],
-    *,
-    seed: int = 0,
-    n_resamples: int = 2000,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap that resamples the first two axes, each as a whole: seeds, and units such as articles.
-
-    With one seed only the units are resampled, and the interval says nothing about seeds.
-    """
-    data = np.asarray(data)
-    if data.ndim < 2 or data.shape[1] < 2:
-        raise ValueError(f"data has shape {data.shape}; allowed: [seeds, units, ...] with at least 2 units to resample")
-    values = [statistic(data[i][:, j]) for i, j in resampled(*data.shape[:2], n_resamples, seed)]
-    lo, hi = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(lo), float(hi)
-
-
 FEWEST = 5
 """A bootstrap over fewer articles is no interval."""
 
@@ -231,19 +211,6 @@ class Comparison:
         if len(self.by_seed) == 1:
             return "articles"
         return "seeds" if self.n == len(self.by_seed) else "seed × article"
-
-
-def compared(
-    data: Float[np.ndarray, "seeds articles ..."], statistic: Callable[[np.ndarray], float], **bootstrap
-) -> Comparison:
-    """`statistic` of `data`, of each seed's share of it, and of resamples (`crossed_interval`).
-
-    The largest of many rates is larger in a resample than in the sample, on average; where that leaves the number
-    itself outside its interval, the interval is widened to hold it.
-    """
-    value, (low, high) = statistic(data), crossed_interval(data, statistic, **bootstrap)
-    by_seed = [statistic(data[i : i + 1]) for i in range(len(data))]
-    return Comparison(value, (min(low, value), max(high, value)), by_seed, data.shape[0] * data.shape[1])
 
 
 def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.mean, **bootstrap) -> Comparison:
@@ -361,7 +328,8 @@ class Sums:
             return Comparison(value, None, by_seed, len(seeds) * min(sizes))
         values = [of(*draw) for draw in resampled(len(seeds), min(sizes), n_resamples, seed)]
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-        interval = (float(min(low, value)), float(max(high, value)))  # see `compared`
+        # the largest of many rates is larger in a resample than in the sample: widen the interval to hold the number
+        interval = (float(min(low, value)), float(max(high, value)))
         return Comparison(value, interval, by_seed, len(seeds) * min(sizes))
 
     def fvu(self, name: Hashable, **bootstrap) -> Comparison:

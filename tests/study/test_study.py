@@ -13,9 +13,10 @@ from helpers.dictionary import topk_sae
 from helpers.kept import Kept
 from helpers.settings import generator
 from helpers.study import study as module
-from helpers.study.scores import Sums, by_group, compared, evaluate
+from helpers.study.scores import Sums, by_group, evaluate
 from helpers.study.study import Arm, Judged, Outcome, at_best, choose, fits, run, study, sums, trained, tune
 from helpers.training import Shuffled, remedies
+from tests.reference.metrics_numpy import slow_comparison
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def table():
 
 def test_a_comparison_is_that_of_stacked_sums(table):
     data = np.stack([[table.cells["a"][seed][c] for c in ("errors", "norms")] for seed in (0, 1, 2)]).swapaxes(1, 2)
-    theirs = compared(data, lambda some: some[..., 0].sum() / some[..., 1].sum())
+    theirs = slow_comparison(data, lambda some: some[..., 0].sum() / some[..., 1].sum())
     assert numbers(table.fvu("a")) == pytest.approx(numbers(theirs))
     columns = [
         [table.cells["a"][seed]["nats"], table.cells["b"][seed]["nats"], table.shared["mean"], table.shared["clean"]]
@@ -222,7 +223,7 @@ def test_a_comparison_is_that_of_stacked_sums(table):
         return (mean - a) / (mean - clean) - (mean - b) / (mean - clean)
 
     ours = table.compare(lambda a, b: a.ce_recovered("mean") - b.ce_recovered("mean"), "a", "b")
-    theirs = compared(np.stack(columns).swapaxes(1, 2), gap)
+    theirs = slow_comparison(np.stack(columns).swapaxes(1, 2), gap)
     assert numbers(ours) == pytest.approx(numbers(theirs)) and ours.n == 18 and ours.resampled == "seed × article"
     assert table.compare(lambda a, b: a.fvu - b.fvu, "a", "a").ci == (0, 0), "the same draws for all cells"
     assert table.ratio("a", "b").value == pytest.approx(table.compare(lambda b, a: a.fvu / b.fvu, "b", "a").value)
