@@ -206,18 +206,14 @@ def harvest(
     Raises `ValueError` before any work for a layer, site, split, dtype or corpus that is not there or a full
     disk, and for a store that is damaged, naming the file.
     """
-    layers = [layer] if isinstance(layer, int) else list(layer)
-    allowed(bool(layers), f"layer={layer!r} names no layer", f"0 to {teacher.n_layers - 1}")
-    for each in layers:
-        teacher.block(each)
-    sites = check_sites(sites)
+    layers, sites = _layers(teacher, layer), check_sites(sites)
     one_of("store_dtype", store_dtype, STORE_DTYPES)
     allowed(batch_size >= 1, f"batch_size={batch_size} is no batch", "at least 1")
     allowed(n_tokens >= 1, f"n_tokens={n_tokens} is no text", "at least 1")
     what = _identity(teacher) | {"corpus": corpora.fingerprint(corpus), "split": split, "max_length": max_length}
     what |= {"batch_size": batch_size, "block": BLOCK, "store_dtype": store_dtype}
     makers = Teacher, type(teacher), harvest
-    asked = {n: Kept("activations", what | {"layer": n}, *makers, cache_dir=cache_dir) for n in sorted(set(layers))}
+    asked = {n: Kept("activations", what | {"layer": n}, *makers, cache_dir=cache_dir) for n in layers}
     if any(_lacking(asked, sites, n_tokens)):
         with contextlib.ExitStack() as locks:
             for each in asked.values():
@@ -226,12 +222,20 @@ def harvest(
                 blocks, ended = _blocks(teacher, corpus, split, max_length, n_tokens)
                 files = {n: Files(each.folder / each.key) for n, each in asked.items()}
                 _grow(teacher, files, sites, blocks, ended, batch_size, np.dtype(store_dtype))
-    stores = {}
-    for n, each in asked.items():
-        there = min(n_tokens, Files(each.folder / each.key).n)
-        corpora.check_length(corpus, split, there, n_tokens)
-        stores[n] = ActivationStore(each.folder / f"{each.key}@{there}", sites, teacher.tokenizer)
+    there = {n: min(n_tokens, Files(each.folder / each.key).n) for n, each in asked.items()}
+    corpora.check_length(corpus, split, min(there.values()), n_tokens)
+    names = {n: each.folder / f"{each.key}@{there[n]}" for n, each in asked.items()}
+    stores = {n: ActivationStore(name, sites, teacher.tokenizer) for n, name in names.items()}
     return stores[layer] if isinstance(layer, int) else stores
+
+
+def _layers(teacher: Teacher, layer: int | Sequence[int]) -> list[int]:
+    """The layers asked for in ascending order; `ValueError` for one that is not there."""
+    layers = [layer] if isinstance(layer, int) else list(layer)
+    allowed(bool(layers), f"layer={layer!r} names no layer", f"0 to {teacher.n_layers - 1}")
+    for each in layers:
+        teacher.block(each)
+    return sorted(set(layers))
 
 
 def _lacking(asked: Mapping[int, Kept], sites: Sequence[str], n_tokens: int) -> Iterator[bool]:
