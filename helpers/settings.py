@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from platformdirs import user_cache_path
-from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:  # it takes a second, which the command line does without
@@ -187,6 +186,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def packed(tree: Any, about: Mapping[str, str]) -> bytes:
     """A tree as the bytes of a safetensors file: its numbers and texts are JSON in the header. See `unpacked`."""
+    import torch
+    from safetensors.torch import save
+
     tensors: dict[str, torch.Tensor] = {}
 
     def plain(value: Any) -> Any:
@@ -219,6 +221,8 @@ def header(payload: bytes) -> dict[str, str]:
 
 def unpacked(payload: bytes) -> Any:
     """The tree of `packed`."""
+    from safetensors.torch import load
+
     tensors = load(payload)
     tree = json.loads(header(payload)["tree"])
 
