@@ -295,8 +295,9 @@ class Kept:
     def __init__(self, kind: str, what: Any, *makers: Any, cache_dir: CacheDir = None):
         found = list(makers)
         self.what = json.dumps(described(what, found), sort_keys=True)
-        self.asked = digest(kind, self.what)
-        self.key = digest(self.asked, code_of(*found), json.dumps(versions()))
+        # what was asked for stays the same where the code that answers moves to another module
+        self.asked = digest(kind, re.sub(r'"helpers\.([a-z_0-9]+\.)+', '"', self.what))
+        self.key = digest(kind, self.what, code_of(*found), json.dumps(versions()))
         self.folder = settings.cache_dir(cache_dir or None) / kind
         self.path = self.folder / f"{self.key}.kept"
 

@@ -610,3 +610,14 @@ def test_nothing_is_unpickled(path):
             if called in ("np.load", "numpy.load"):
                 assert given.get("allow_pickle", "False") == "False", f"line {node.lineno}"
             assert called not in ("pd.read_pickle", "pandas.read_pickle"), f"line {node.lineno}"
+
+
+def test_what_was_asked_for_is_the_same_where_the_code_moves(tmp_path, monkeypatch):
+    """Committed cells of long runs are found again when a class or function has moved to another module."""
+    from helpers.training.remedies import Switch
+
+    before = Kept("cells", Switch(0.1), cache_dir=tmp_path)
+    monkeypatch.setattr(Switch, "__module__", "helpers.training.loop")
+    after = Kept("cells", Switch(0.1), cache_dir=tmp_path)
+    assert after.asked == before.asked and after.key != before.key
+    assert Kept("cells", Switch(0.2), cache_dir=tmp_path).asked != before.asked

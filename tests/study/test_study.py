@@ -144,7 +144,8 @@ def test_a_finished_cell_is_a_small_file_that_goes_on_elsewhere(tmp_path, monkey
     first = run(Toy(), [PLAIN], 0, cache_dir=tmp_path / "here", cells=cells)[0]
     (file,) = cells.iterdir()
     assert file.name.startswith("plain-seed-0-") and str(tmp_path) not in file.read_text("utf-8")
-    assert json.loads(file.read_text("utf-8"))["asked"][0] == ["Toy", [["steps", 8]]]
+    problem = json.loads(file.read_text("utf-8"))["asked"][0]
+    assert problem == {"object": [f"{__name__}.Toy", {"mapping": [["steps", 8]]}]}
     monkeypatch.setattr(module, "fits", lambda *_, **__: pytest.fail("it was trained again"))
     again = run(Toy(), [PLAIN], 0, cache_dir=tmp_path / "there", cells=cells)[0]
     assert again.fvu == first.fvu and again.validation == first.validation and again.about == first.about
