@@ -137,13 +137,16 @@ RUN = 6
 
 
 def code_lines(text: str) -> list[tuple[int, str]]:
-    """Lines of code with their numbers, stripped; without comments, docstrings and imports."""
+    """Lines of code with their numbers, stripped; without comments, docstrings, imports and heads of functions, which
+    a method that stands in for another has to repeat."""
     tree = ast.parse(text)
     out = set()
     for node in ast.walk(tree):
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if is_text and isinstance(node.value.value, str) or isinstance(node, ast.Import | ast.ImportFrom):
             out |= set(range(node.lineno, node.end_lineno + 1))
+        if isinstance(node, ast.FunctionDef):
+            out |= set(range(node.lineno, node.body[0].lineno))
     rows = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:

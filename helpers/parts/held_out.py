@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from helpers.models import activations, corpora
 from helpers.models.teachers import Teacher
-from helpers.parts.mixture import bytes_per_token
+from helpers.parts.mixture import BOS
 from helpers.settings import allowed
 from helpers.study.scores import bootstrap_interval
 
@@ -131,6 +131,12 @@ def _discounted(keys: np.ndarray, counts: np.ndarray, contexts: int, vocabulary:
 
 
 # -- held-out loss -----------------------------------------------------------------------------------------------------
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " vocabulary"]:
+    """UTF-8 bytes that each token of a byte-level vocabulary stands for; 0 for BOS."""
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return np.array([0 if name == BOS else len(name) for name in names])
 
 
 def held_out_losses(

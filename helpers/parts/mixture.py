@@ -79,12 +79,6 @@ def _train_bpe(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     return bpe
 
 
-def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " vocabulary"]:
-    """UTF-8 bytes that each token of a byte-level vocabulary stands for; 0 for BOS."""
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return np.array([0 if name == BOS else len(name) for name in names])
-
-
 def paragraphs(tokenizer: PreTrainedTokenizerBase, corpus: str, split: str = "train") -> list[Int[np.ndarray, " _"]]:
     """Token ids of every paragraph of a split, BOS in front."""
     return [np.array(ids, np.int32) for ids in tokenizer(corpora.load(corpus, split)["text"][:]).input_ids]

@@ -109,7 +109,7 @@ def test_any_text_comes_back_from_its_tokens(tokenizer, text):
     assert ids[0] == tokenizer.bos_token_id == 0
     assert tokenizer.decode(ids[1:], skip_special_tokens=False) == text
     if mixture.BOS not in text:
-        assert mixture.bytes_per_token(tokenizer)[ids].sum() == len(text.encode("utf-8"))
+        assert held_out.bytes_per_token(tokenizer)[ids].sum() == len(text.encode("utf-8"))
 
 
 def test_a_batch_depends_on_its_step_alone_and_an_epoch_reads_every_token_once():
