@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from benchmarks import common
 from helpers import dictionary, settings, training
 from helpers.study.sweep import cores, sweep
-from helpers.training import remedies
+from helpers.training import loop, remedies
 
 ALPHA, RUNS, STEPS = 0.1, 8, 60
 SIZES = ((128, 16, 4, 128), (512, 64, 8, 256), (2048, 256, 16, 512))
@@ -52,7 +52,7 @@ class Stacked:
         parts = [torch.stack(same).detach().requires_grad_() for same in zip(*parts, strict=True)]
         self.w_enc, self.b_enc, self.w_dec, self.b_dec = self.parameters = parts
         self.optimiser = torch.optim.Adam(parts, lr=1e-3, fused=True)
-        self.variance = training._variance(Same(d, batch))
+        self.variance = loop._variance(Same(d, batch))
 
     def step(self, _: int) -> Tensor:
         x = self.x - self.b_dec[:, None]

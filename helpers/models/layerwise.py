@@ -258,7 +258,7 @@ class _States:
             yield torch.from_numpy(np.array(rows[first:last])).view(self.dtype).view(*ids.shape, self.d_model)
             first = last
 
-    def write(self, n: int, batches: Sequence[Tensor], streams: Iterable[Float[Tensor, "batch seq d_model"]]) -> None:
+    def write(self, n: int, batches: Sequence[Tensor], streams: Iterable[Float[Tensor, "_ _ d_model"]]) -> None:
         with settings.written(self._file(n, batches)) as aside, aside.open("wb") as file:
             for hidden in streams:
                 file.write(hidden.cpu().contiguous().view(torch.uint8).numpy().data)

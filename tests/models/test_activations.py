@@ -119,7 +119,7 @@ def test_batches_hold_every_piece_once_and_little_padding(lengths, batch_size):
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         inside = [lengths[i] for i in batch]
-        assert len(batch) <= batch_size and inside[0] == max(inside) and min(inside) >= activations.FILLED * max(inside)
+        assert len(batch) <= batch_size and inside[0] == max(inside) and min(inside) >= corpora.FILLED * max(inside)
 
 
 def test_everything_that_matters_is_in_the_key(harvest, tmp_path):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from helpers.models import checkpoints, directions
+from helpers.models.directions import TOLERANCE
 
 D = 16
 BASE = dict(vocab_size=64, hidden_size=D, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2)
@@ -409,11 +410,11 @@ def check(w: torch.Tensor, rank: int):
     u, squares, residuals = directions.leading(w, rank)
     left, sigma, _ = np.linalg.svd(w.double().numpy(), full_matrices=False)
     top = sigma[:, :1] ** 2
-    np.testing.assert_array_less(abs(squares.numpy() - sigma[:, :rank] ** 2) / top, directions.TOLERANCE)
+    np.testing.assert_array_less(abs(squares.numpy() - sigma[:, :rank] ** 2) / top, TOLERANCE)
     np.testing.assert_allclose(u @ u.mT, np.broadcast_to(np.eye(rank), (len(w), rank, rank)), atol=1e-5)
     wide, v = w.double(), u.double()
     error = torch.linalg.vector_norm(v @ wide @ wide.mT - squares[:, :, None] * v, dim=2).numpy() / top
-    assert error.max() <= 1.5 * directions.TOLERANCE and abs(error - residuals.numpy()).max() < 5e-6
+    assert error.max() <= 1.5 * TOLERANCE and abs(error - residuals.numpy()).max() < 5e-6
     gaps = np.diff(sigma**2, append=0)[:, :rank]
     cosine = abs(np.einsum("erd,edr->er", u.numpy(), left[:, :, :rank]))
     alone = np.minimum(abs(gaps), abs(np.diff(sigma**2, prepend=np.inf))[:, :rank]) > 1e-2 * top
@@ -462,7 +463,7 @@ def test_experts_of_low_rank_of_zeros_and_of_equal_values(shape, rank):
     wanted = np.linalg.svd(torch.stack(w).double().numpy(), compute_uv=False)[:, :rank] ** 2
     largest = wanted[:, :1].clip(1e-9)
     np.testing.assert_allclose(squares.numpy() / largest, wanted / largest, atol=1e-5)
-    assert u.isfinite().all() and residuals.max() <= directions.TOLERANCE
+    assert u.isfinite().all() and residuals.max() <= TOLERANCE
     assert u[7, 0].abs().argmax() == 3 and abs(squares[7, 0] - 9) < 1e-5
 
 
@@ -480,7 +481,7 @@ def test_principal_of_a_checkpoint(which, tmp_path):
     largest = np.take_along_axis(left, abs(left).argmax(2, keepdims=True), 2)
     np.testing.assert_allclose(directions, left * np.sign(largest), atol=2e-5)
     np.testing.assert_allclose(shares, (sigma**2 / (sigma**2).sum(1, keepdims=True))[:, :3], rtol=1e-5)
-    assert residuals.shape == shares.shape and residuals.max() <= directions.TOLERANCE
+    assert residuals.shape == shares.shape and residuals.max() <= TOLERANCE
     again = checkpoints.principal(layer, 3, which)
     assert all(torch.equal(a, b) for a, b in zip((directions, shares, residuals), again, strict=True))
 

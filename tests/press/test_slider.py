@@ -92,7 +92,9 @@ def test_several_sliders_on_a_page_have_different_ids(one):
     assert len(ids) == len(set(ids)) == 4
 
 
-def test_no_figure_is_left_open(one):
+def test_no_figure_is_left_open():
+    plt.close("all")
+    slider.slider(draw, {"k": [1, 5]}, alt=str)
     assert plt.get_fignums() == []
 
 
