@@ -393,7 +393,7 @@ class _PretrainingRun:
         if not all(path.is_dir() for path in folders.values()):
             return
         for path in folders.values():
-            check_sealed(path)
+            check_sealed(path, path.name)
         self.model.load_state_dict(state["model"])
         if state["optimiser"]:
             self.optimiser.load_state_dict(state["optimiser"])
