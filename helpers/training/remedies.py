@@ -57,6 +57,12 @@ class Moment:
         """y − ŷ, without gradient."""
         return (self.target - self.trace.output).detach()
 
+    @property
+    def experts(self) -> Int[Tensor, "batch k"]:
+        """The router rows that were chosen; each brings `expert_rank` atoms."""
+        rank = self.dictionary.expert_rank
+        return self.trace.codes.indices[:, ::rank] // rank
+
     def dead(self, silent_for: int) -> Int[Tensor, " n_dead"]:
         """Atoms that have not fired for that many steps."""
         return (self.silent >= silent_for).nonzero()[:, 0]
@@ -173,7 +179,7 @@ class Switch(Balance):
 
     def loss(self, now: Moment) -> Tensor:
         scores = now.trace.scores
-        share = load_shares(now.trace.codes.indices, scores.shape[1], scores.dtype)
+        share = load_shares(now.experts, scores.shape[1], scores.dtype)
         probability = (scores / self.temperature).softmax(-1).mean(0)
         return self.alpha * len(share) * (share * probability).sum()
 
@@ -207,9 +213,8 @@ class LossFree(Balance):
 
     @torch.no_grad()
     def after_step(self, now: Moment) -> None:
-        rank, bias = now.dictionary.expert_rank, now.dictionary.selection_bias
+        bias, chosen = now.dictionary.selection_bias, now.experts
         allowed(bias is not None, "the model has selection_bias=False", "True with loss-free balancing")
-        chosen = now.trace.codes.indices[:, ::rank] // rank
         load = torch.bincount(chosen.reshape(-1), minlength=len(bias))
         bias += self.gamma * torch.sign(chosen.numel() - load * len(bias))  # whole numbers: a mean load moves nothing
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, Trace, sae_to_moe, secret_moe, topk_sae
+from helpers.parts.interventions import Pinned
 from helpers.settings import generator
 from helpers.training import Shuffled, fit, remedies
 from helpers.training.remedies import Moment, normalised_mse
@@ -134,13 +135,17 @@ def test_loss_free_moves_each_bias_against_its_load(choices):
     np.testing.assert_allclose(model.selection_bias, expected, rtol=1e-6)
 
 
-def test_loss_free_counts_experts_where_an_expert_is_a_block_of_atoms():
+def test_loads_are_counted_by_expert_where_an_expert_is_a_block_of_atoms():
     rows = [Rows(torch.randn(n, 3, generator=generator(1))) for n in (4, 8, 8)]
     model = RankOneDictionary(*rows[1:], k=1, router=rows[0], expert_rank=2, selection_bias=True)
     x = torch.randn(20, 3, generator=generator(2))
     trace = model.trace(x)
-    remedies.LossFree(1.0).after_step(Moment(model, x, x, trace, torch.tensor(0.0), torch.zeros(8).long(), 0, 1))
+    now = Moment(model, x, x, trace, torch.tensor(0.0), torch.zeros(8).long(), 0, 1)
     load = torch.bincount(trace.scores.argmax(1), minlength=4).float()
+    switch = 0.3 * 4 * (load / 20 * trace.scores.softmax(-1).mean(0)).sum()
+    torch.testing.assert_close(remedies.Switch(0.3).loss(now), switch)
+    torch.testing.assert_close(Pinned().balanced(now), load / 20)
+    remedies.LossFree(1.0).after_step(now)
     torch.testing.assert_close(model.selection_bias, torch.sign(load.mean() - load))
 
 
