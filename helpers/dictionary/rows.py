@@ -42,6 +42,16 @@ def gather_dots(
     return _GatherDots.apply(x.to(weight.dtype), weight, indices, known)
 
 
+def power_of_two(size: Tensor) -> Tensor:
+    """The largest power of two that is no larger than each size, 1 for 0: to divide by it rounds nothing."""
+    return torch.where(size > 0, size / (2 * torch.frexp(size).mantissa), 1.0)
+
+
+def unit(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Vectors at length 1, however short or long they are; zeros stay zeros."""
+    return F.normalize(vectors / power_of_two(vectors.abs().amax(1, keepdim=True)), dim=1)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`; on a CPU, where no gradient is wanted, by oneDNN, whose float32 product is the faster one on AMD."""
     plain = torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype
