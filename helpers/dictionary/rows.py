@@ -36,8 +36,13 @@ def gather_dots(
     """z_bi = x_b · weight[indices[b,i]].
 
     `known` holds these products when a dense pass has already computed them; they are then not computed again,
-    but the gradient is still the sparse one.
+    but the gradient is still the sparse one. Raises `ValueError` for an index outside 0 … n − 1 on a CPU, where nothing
+    else would notice one.
     """
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(indices)
+        if low < 0 or high >= len(weight):
+            raise ValueError(f"indices run from {int(low)} to {int(high)}; allowed: 0 to {len(weight) - 1}")
     known = known if known is None else known.to(weight.dtype)  # under autocast a dense pass is half precision
     return _GatherDots.apply(x.to(weight.dtype), weight, indices, known)
 
