@@ -11,7 +11,7 @@ No function here builds the dense [batch, n] matrix of codes; only the router's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -174,10 +174,34 @@ class RankOneDictionary(nn.Module):
     def _shared_layers(self) -> list[nn.Linear]:
         return [] if self.shared is None else [layer for layer in self.shared.modules() if isinstance(layer, nn.Linear)]
 
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """As PyTorch's, but a parameter with several roles stays one, also where tensors are assigned.
+
+        Raises `ValueError` where `state_dict` has different values for its roles.
+        """
+        roles: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            roles.setdefault(parameter, []).append(name)
+        given = [[name for name in names if name in state_dict] for names in roles.values()]
+        for first, *others in filter(None, given):
+            for other in others:
+                if not torch.equal(state_dict[first], state_dict[other]):
+                    raise ValueError(f"{first} and {other} differ; allowed: equal ones, since they are one parameter")
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        for names, held in zip(roles.values(), given, strict=True):
+            one = self.get_parameter((held or names)[0])
+            for name in names if assign else ():
+                module, _, last = name.rpartition(".")
+                setattr(self.get_submodule(module), last, one)
+        return result
+
     def constrain_gradient_(self) -> None:
         """Before an optimiser step: what the constraint of `constrain_` makes of the gradient."""
         if self.unit_norm:
             self.decoder.project_gradient_()
+        for rows in self.modules():
+            if isinstance(rows, Packed):
+                rows.drop_unused_gradient_()
 
     def constrain_(self) -> None:
         """After an optimiser step: unit-norm decoder rows, if the model has them."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from helpers.dictionary.family import RankOneDictionary
 from helpers.dictionary.models import as_sae
 from helpers.dictionary.packed import Packed
-from helpers.dictionary.rows import Rows
+from helpers.dictionary.rows import Rows, unit
 
 # -- exchange with SAELens ---------------------------------------------------------------------------------------------
 
@@ -95,11 +95,13 @@ def load_saelens(folder: str | Path) -> RankOneDictionary:
     w_enc, b_enc, w_dec = tensors["W_enc"].T.contiguous(), tensors["b_enc"], tensors["W_dec"]
     if config.get("rescale_acts_by_decoder_norm"):
         norms = w_dec.norm(dim=1)
-        w_enc, b_enc, w_dec = w_enc * norms[:, None], b_enc * norms, w_dec / norms[:, None]
+        w_enc, b_enc, w_dec = w_enc * norms[:, None], b_enc * norms, unit(w_dec)  # a row of zeros stays one
     b_dec = nn.Parameter(tensors["b_dec"])
     b_in = b_dec if config.get("apply_b_dec_to_input", True) else None
-    unit = bool(torch.allclose(w_dec.norm(dim=1), w_dec.new_ones(len(w_dec)), atol=1e-3))
-    return RankOneDictionary(Rows(w_enc, b_enc), Rows(w_dec), k=config["k"], b_in=b_in, b_out=b_dec, unit_norm=unit)
+    lengths = w_dec.norm(dim=1)
+    like_ours = bool(((lengths - 1).abs() < 1e-3)[lengths > 0].all())
+    rows = Rows(w_enc, b_enc), Rows(w_dec)
+    return RankOneDictionary(*rows, k=config["k"], b_in=b_in, b_out=b_dec, unit_norm=like_ours)
 
 
 # -- packed files ------------------------------------------------------------------------------------------------------

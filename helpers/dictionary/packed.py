@@ -98,8 +98,8 @@ class Packed(Rows):
         return Packed(self.weight, self.rows, self.width, self.bias, self.degrees)
 
     @torch.no_grad()
-    def project_gradient_(self) -> None:
-        super().project_gradient_()
+    def drop_unused_gradient_(self) -> None:
+        """Numbers behind a row's degree get no gradient, so they stay zero."""
         if self.degrees is not None and self.weight.grad is not None:
             self.weight.grad.masked_fill_(self._unused(), 0.0)
 

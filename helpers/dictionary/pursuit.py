@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helpers.dictionary import GATHER_SHARE, Packed, Rows, SparseCodes, packed_products, weighted_sum
+from helpers.dictionary.rows import power_of_two
 
 GATHER_COST, PRODUCT_COST, GRAM_COST, BASIS_COST = 57.0, 22.0, 84.0, 80.0
 """Picoseconds of a multiply-add, one core, float32: gathering packed atoms, a matrix product, summing chosen rows of
@@ -54,7 +55,7 @@ def correlations(
         raise ValueError("method='gather' with dense atoms; allowed: packed atoms, or method='dense'")
     if method is not None:
         atoms.gathers = method == "gather"
-    return atoms.correlate(_signals(x, atoms))
+    return atoms.correlate(_signals(x, atoms).to(atoms.weight.dtype))
 
 
 class _Atoms:
@@ -68,11 +69,35 @@ class _Atoms:
         self.rows = atoms.rows.long() if self.packed else None
         self.width = atoms.width if self.packed else self.weight.shape[1]
         self.gathers = self.packed and self.weight.shape[1] <= GATHER_SHARE * self.width
-        self.longest = self.weight.norm(dim=1).amax() if self.weight.numel() else self.weight.new_zeros(())
+        self.dtype, self.longest = self.weight.dtype, self.weight.new_ones(())
+        self.scale, self.ratio = self.weight.new_ones(len(self)), None
         self._dense = None if self.packed else self.weight
 
     def __len__(self) -> int:
         return len(self.weight)
+
+    def scaled(self) -> _Atoms:
+        """In float32 at least, each divided by a power of two, `scale`, unless lengths are alike and ordinary."""
+        self.weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        if self.weight.numel():
+            lengths = self.weight.norm(dim=1)
+            self.longest = top = lengths.amax()
+            if not (1e-6 < top < 1e6 and lengths.amin() > top / 16):
+                if not torch.isfinite(largest := self.weight.abs().amax(1)).all():
+                    raise ValueError("atoms have entries that are infinite or not a number; allowed: finite ones")
+                self.scale = power_of_two(largest).double()
+                self.ratio = self.scale / self.scale[largest > 0].amax() if largest.any() else None
+                self.weight = (self.weight / self.scale[:, None]).to(self.weight.dtype)
+                self.longest = self.weight.norm(dim=1).amax()
+        self._dense = None if self.packed else self.weight
+        return self
+
+    def weigh(self, score: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores with the atoms' own lengths, and what one must be above so that it is no rounding."""
+        if self.ratio is None:
+            return score, floor
+        own = score * self.ratio
+        return torch.where(score > floor[:, None], own, own.clamp_max(0)), torch.zeros_like(floor)
 
     @property
     def dense(self) -> Tensor:
@@ -108,10 +133,27 @@ class _Atoms:
 def _signals(x: Tensor, atoms: _Atoms) -> Tensor:
     if x.shape[1] != atoms.width:
         raise ValueError(f"x has {x.shape[1]} columns; allowed: {atoms.width}, the length of the atoms")
-    x = x.to(atoms.weight.dtype)
     if not torch.isfinite(x).all():
         raise ValueError("x has entries that are infinite or not a number; allowed: finite ones")
-    return x
+    return x if x.is_floating_point() else x.to(atoms.weight.dtype)
+
+
+def _at_unit_size(x: Tensor, atoms: _Atoms) -> tuple[Tensor, Tensor]:
+    """Signals divided by powers of two so that their largest entries are 1 to 2, and these powers."""
+    x = _signals(x, atoms)
+    size = power_of_two(x.abs().amax(1))
+    return (x / size[:, None]).to(atoms.weight.dtype), size
+
+
+def _at_own_size(values: Tensor, indices: Tensor, size: Tensor, atoms: _Atoms) -> Tensor:
+    """Coefficients for signals and atoms as they were given."""
+    factor = size.double()[:, None] / atoms.scale.double()[indices]
+    found = torch.where(values == 0, 0.0, values.double() * factor).to(atoms.dtype)
+    if not torch.isfinite(found).all():
+        raise ValueError(
+            f"x and atoms have sizes so different that coefficients overflow; allowed: what {atoms.dtype} holds"
+        )
+    return found
 
 
 # -- orthogonal matching pursuit ---------------------------------------------------------------------------------------
@@ -148,10 +190,11 @@ def omp(
         gram: whether correlations are updated through the Gram matrix of all atoms (n² numbers, at most `GRAM_BYTES`
             where we choose), or computed from the residual at each step. None takes what costs less.
 
-    Raises `ValueError` for parameters out of range, x that is not finite, and `gram=True` with `nonnegative`.
+    Signals and atoms may have any size: they are divided by powers of two first. Raises `ValueError` for parameters out
+    of range, x or atoms that are not finite, `gram=True` with `nonnegative`, and coefficients beyond the atoms' dtype.
     """
-    atoms = _Atoms(atoms)
-    x = _signals(x, atoms)
+    atoms = _Atoms(atoms).scaled()
+    x, size = _at_unit_size(x, atoms)
     _check(k, len(atoms), select, nonnegative, tolerance, chunk, gram)
     gram = not nonnegative and _gram_pays(len(x), atoms, k) if gram is None else gram
     products = atoms.gram() if gram and len(x) else None
@@ -160,7 +203,8 @@ def omp(
         _nonnegative(part, atoms, k, tolerance) if nonnegative else _free(part, atoms, k, select, tolerance, products)
         for part in x.split(chunk)
     ]
-    return SparseCodes(*(torch.cat(same) for same in zip(*parts, strict=True)))
+    indices, values = (torch.cat(same) for same in zip(*parts, strict=True))
+    return SparseCodes(indices, _at_own_size(values, indices, size, atoms))
 
 
 def _free(
@@ -207,9 +251,10 @@ def _choose(x, atoms: _Atoms, k: int, select: str, tolerance: float | None, stat
     for step in range(k):
         score = state.correlations()
         score = score.abs() if select == "magnitude" else score.clone()
+        score, least = atoms.weigh(score, floor)
         score.scatter_(1, indices[:, :step], -torch.inf)
         best, chosen = score.max(1)
-        live = live & (best > floor)
+        live = live & (best > least)
         if tolerance is not None:
             live = live & (state.residual_norm(indices, step) > tolerance * norm)
         if not live.any():  # distinct indices for what stays unused
@@ -319,12 +364,12 @@ def least_squares(
     Where atoms depend on each other there are many, and the one of least norm (of coefficients times lengths) is
     returned: of two equal atoms each gets half. Atoms count as dependent where one has less than √(100 ε) of its length
     outside the span of others, ε the rounding of their own precision: .35 % in float32, 1.5·10⁻⁷ in float64.
-    An atom of zeros gets zero.
+    An atom of zeros gets zero. Sizes, dtypes and refusals are those of `omp`.
 
     Normal equations by Cholesky, refined once; `chunk` samples at a time, with about 4k(m + k) numbers each.
     """
-    atoms = _Atoms(atoms)
-    x = _signals(x, atoms)
+    atoms = _Atoms(atoms).scaled()
+    x, size = _at_unit_size(x, atoms)
     if len(indices) != len(x):
         raise ValueError(f"indices has {len(indices)} rows; allowed: {len(x)}, as x has")
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(atoms):
@@ -335,7 +380,7 @@ def least_squares(
     if indices.numel():
         for part, at, to in zip(x.split(chunk), indices.split(chunk), values.split(chunk), strict=True):
             to.copy_(_solve(part, atoms.vectors(at)))
-    return values
+    return _at_own_size(values, indices, size, atoms)
 
 
 def _solve(x: Tensor, vectors: Tensor, used: Tensor | None = None) -> Tensor:
@@ -366,9 +411,9 @@ def _nonnegative(x: Tensor, atoms: _Atoms, k: int, tolerance: float | None) -> t
     used = torch.zeros_like(indices, dtype=torch.bool)
     vectors, values, residual = x.new_zeros(len(x), k, x.shape[1]), x.new_zeros(len(x), k), x
     for step in range(k):
-        score = _without(atoms.correlate(residual), indices, used)
-        best, chosen = score.max(1)
-        live = live & (best > floor)
+        score, least = atoms.weigh(atoms.correlate(residual), floor)
+        best, chosen = _without(score, indices, used).max(1)
+        live = live & (best > least)
         if tolerance is not None:
             live = live & (residual.norm(dim=1) > tolerance * norm)
         if not live.any():

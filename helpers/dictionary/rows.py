@@ -36,10 +36,25 @@ def gather_dots(
     """z_bi = x_b · weight[indices[b,i]].
 
     `known` holds these products when a dense pass has already computed them; they are then not computed again,
-    but the gradient is still the sparse one.
+    but the gradient is still the sparse one. Raises `ValueError` for an index outside 0 … n − 1 on a CPU, where nothing
+    else would notice one.
     """
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(indices)
+        if low < 0 or high >= len(weight):
+            raise ValueError(f"indices run from {int(low)} to {int(high)}; allowed: 0 to {len(weight) - 1}")
     known = known if known is None else known.to(weight.dtype)  # under autocast a dense pass is half precision
     return _GatherDots.apply(x.to(weight.dtype), weight, indices, known)
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """The largest power of two that is no larger than each size, 1 for 0: to divide by it rounds nothing."""
+    return torch.where(size > 0, size / (2 * torch.frexp(size).mantissa), 1.0)
+
+
+def unit(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Vectors at length 1, however short or long they are; zeros stay zeros."""
+    return F.normalize(vectors / power_of_two(vectors.abs().amax(1, keepdim=True)), dim=1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

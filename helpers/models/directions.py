@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from helpers.dictionary.rows import power_of_two
+
 TOLERANCE = 1e-5
 """`leading` stops where ‖WWᵀu − σ²u‖ ≤ TOLERANCE·σ₁² for each direction u asked for."""
 
@@ -19,13 +21,17 @@ TOLERANCE = 1e-5
 def leading(
     w: Float[Tensor, "batch d_model d_ff"], rank: int, tolerance: float = TOLERANCE
 ) -> tuple[Float[Tensor, "batch rank d_model"], Float[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
-    """Top left singular vectors of each matrix, their σ², and their residuals ‖WWᵀu − σ²u‖/σ₁².
+    """Top left singular vectors of each matrix, their σ² (float64), and their residuals ‖WWᵀu − σ²u‖/σ₁².
 
     Block Krylov (Golub & Underwood 1977; Musco & Musco 2015): orthonormal rows that span X, XWWᵀ, X(WWᵀ)², … from a
     random block X, and within them the best approximation (Rayleigh–Ritz), until the residuals are small. It takes
     products with thin blocks only: few where σ₁ stands out, some 25 for Gaussian noise. Raises `ArithmeticError` where
     even rows that span everything leave a larger residual, as for a tolerance below what float32 resolves.
     """
+    scale = power_of_two(w.abs().amax((1, 2), keepdim=True))
+    if ((scale < 1e-4) | (scale > 1e4)).any():  # their fourth powers must be numbers of float32
+        u, squares, residuals = leading(w / scale, rank, tolerance)
+        return u, squares * scale[:, :, 0].double().square(), residuals
     limit = min(w.shape[1:])
     block = min(rank + 7, limit)
     new = torch.randn(block, w.shape[2], generator=torch.Generator().manual_seed(0)).to(w) @ w.mT
@@ -46,7 +52,7 @@ def leading(
             error = torch.linalg.vector_norm(mix @ back - squares[:, :, None] * u, dim=2)
             residuals = error / squares[:, :1].clamp_min(torch.finfo(w.dtype).tiny)
             if residuals.max() <= tolerance:
-                return u, squares, residuals
+                return u, squares.double(), residuals
             if size >= 2 * limit:
                 raise ArithmeticError(f"residual {residuals.max():.1e}, complete basis, tolerance {tolerance:.1e}")
 

@@ -48,31 +48,28 @@ def fvu_bound(w: ArrayLike, d: ArrayLike, log_n: ArrayLike) -> np.ndarray | np.f
         d: dimensions of the Gaussian.
         log_n: ln N in nats, or the entropy of the region, which is no larger (the proof uses only that).
 
-    Returns the lower end of the last bracket, so rounding never overstates the bound. Arguments are broadcast.
+    Returns the lower end of the last bracket less what its own arithmetic may have rounded, 4·10⁻¹⁵·(1 − ln F) of it,
+    so rounding never overstates the bound; at log_n = 0 it is 1 − w/d, rounded. Arguments are broadcast.
     Raises `ValueError` for a negative w or log_n and for d below 1.
     """
     w, d, log_n = np.broadcast_arrays(*(np.asarray(value, float) for value in (w, d, log_n)))
     for name, value, least in (("w", w, 0), ("d", d, 1), ("log_n", log_n, 0)):
         allowed(bool((value >= least).all()), f"{name}={value}", f"at least {least}")
-    p, budget = np.minimum(w / d, 1.0), 2 * log_n / d
-    inside = p < 1
-    p, budget = np.where(inside, p, 0.0), np.where(inside, budget, 0.0)
-    high = np.log1p(-p)
-    low = high - (budget - special.xlogy(p, p)) / (1 - p)  # 1 − F ≤ 1 in the first term: kl is at least the budget here
-    for _ in range(80):  # halvings: more than float64 can tell apart
-        middle = (low + high) / 2
-        above = _kl_of_log(p, middle) > budget  # the error is still too small
-        low, high = np.where(above, middle, low), np.where(above, high, middle)
-    # at ln N = 0 the root is a double one, which bisection finds to half the digits only
-    return np.where(inside, np.where(budget == 0, 1 - p, np.exp(low)), 0.0)
+    inside = w < d
+    w, log_n = np.where(inside, w, 0.0), np.where(inside, log_n, 0.0)
+    p, rest, budget = w / d, (d - w) / d, 2 * log_n / d
+    near, far = np.zeros_like(p), (budget - special.xlogy(p, p)) / rest  # of s = ln((1 − p)/F); kl(far) ≥ the budget
+    for _ in range(100):  # halvings: more than float64 can tell apart
+        middle = (near + far) / 2
+        enough = _kl_below(p, rest, middle) > budget  # the error is still too small
+        near, far = np.where(enough, near, middle), np.where(enough, middle, far)
+    rounded = 16 * np.finfo(float).eps * (1 + far - np.log(rest))
+    return np.where(inside, np.where(budget == 0, rest, np.exp(np.log(rest) - far - rounded)), 0.0)
 
 
-def _kl_of_log(p: np.ndarray | np.floating, log_f: np.ndarray | np.floating) -> np.ndarray | np.floating:
-    """kl(p ‖ 1 − F) from ln F, which may be far below the smallest float."""
-    with np.errstate(divide="ignore"):
-        log_rest = np.where(log_f < 0, np.log(-np.expm1(np.minimum(log_f, 0))), -np.inf)
-    first = np.where(p > 0, special.xlogy(p, p) - p * np.where(p > 0, log_rest, 0.0), 0.0)
-    return first + special.xlogy(1 - p, 1 - p) - (1 - p) * log_f
+def _kl_below(p: ArrayLike, rest: ArrayLike, s: ArrayLike) -> np.ndarray | np.floating:
+    """kl(p ‖ 1 − F) at F = (1 − p)·e^−s, rest = 1 − p: exact to rounding where F is tiny, and near its double root."""
+    return rest * s - p * np.log1p(-rest * np.expm1(-s) / np.where(p > 0, p, 1.0))
 
 
 def measurements(model: RankOneDictionary) -> int:

@@ -62,7 +62,7 @@ class KneserNey:
         self.vocabulary, self.bos, self.order = vocabulary, bos, order
         tokens, place = self._flat([np.append(text, bos) for text in texts])
         context, found = np.zeros(len(tokens), np.int64), []
-        for n in range(1, order + 1):
+        for n in range(1, min(order, 1 + int(place.max())) + 1):  # a longer n-gram is nowhere
             here = np.flatnonzero(place >= max(1, n - 1))  # where an n-gram ends; a BOS in front is none of its own
             ask = {"return_index": True, "return_inverse": True, "return_counts": True}
             keys, index, inverse, counts = np.unique(context[here] * vocabulary + tokens[here], **ask)
@@ -73,7 +73,7 @@ class KneserNey:
         self.orders: list[_NGrams] = []
         contexts = 1
         for n, (keys, counts, first, row) in enumerate(found, 1):
-            if n < order:
+            if n < len(found):
                 neighbours = np.bincount(row[found[n][2]], minlength=len(keys))
                 counts = np.where(place[first] == n - 1, counts, neighbours)
             self.orders.append(_discounted(keys, counts, contexts, vocabulary))
@@ -81,6 +81,7 @@ class KneserNey:
 
     def _flat(self, texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """All tokens in a row, and the place of each in its text."""
+        allowed(len(texts) > 0, "texts is empty", "at least one text")
         for number, text in enumerate(texts):
             begins = len(text) > 0 and text[0] == self.bos
             allowed(begins, f"text {number} does not begin with bos={self.bos}", "texts that do")
@@ -119,11 +120,12 @@ class KneserNey:
 def _discounted(keys: np.ndarray, counts: np.ndarray, contexts: int, vocabulary: int) -> _NGrams:
     """Discounts from the counts of counts (Chen & Goodman 1999), and each context's total and γ."""
     n1, n2, n3, n4 = (int((counts == c).sum()) for c in range(1, 5))
-    if min(n1, n2, n3) == 0:  # a text too small for the estimate
-        discounts = np.array([0.0, 0.5, 0.5, 0.5])
-    else:
+    discounts = np.array([0.0, 0.5, 0.5, 0.5])
+    if min(n1, n2, n3):
         y = n1 / (n1 + 2 * n2)
-        discounts = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+        estimated = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+        if min(estimated[1:]) > 0:  # else the text is too small for the estimate, as where a count of counts is 0
+            discounts = estimated
     owner = keys // vocabulary
     totals = np.bincount(owner, counts, contexts)
     taken = np.bincount(owner, discounts[np.minimum(counts, 3)], contexts)

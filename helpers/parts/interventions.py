@@ -90,7 +90,7 @@ class Pinned(Balance):
 
     def balanced(self, now: Moment) -> Float[Tensor, " n"]:
         """The loads f that are put in the formula; they sum to 1."""
-        scores, indices = now.trace.scores, now.trace.codes.indices
+        scores, indices = now.trace.scores, now.experts
         n = scores.shape[1]
         if self.load == "random":
             rows = _random_rows(n, now.inputs.shape[1], self.seed).to(now.inputs)

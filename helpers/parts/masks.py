@@ -347,12 +347,17 @@ def babel(atoms: Rows | Tensor, order: int) -> Float[Tensor, " orders"]:
 def recovery_coefficient(atoms: Float[Tensor, "n m"], supports: Int[Tensor, "batch k"]) -> Float[Tensor, " batch"]:
     """Tropp's max over j outside Λ of ‖Φ_Λ⁺φ_j‖₁, for each support Λ; below 1 matching pursuit never leaves Λ.
 
-    Infinite where the atoms of Λ are dependent.
+    Infinite where the atoms of Λ are dependent: one has less than √(100 ε) of its length outside the span of others, as
+    in `pursuit.least_squares`.
     """
     chosen = atoms[supports]
-    solved, singular = torch.linalg.solve_ex(chosen @ chosen.mT, chosen @ atoms.T)
+    gram = chosen @ chosen.mT
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    shares = factor.diagonal(dim1=1, dim2=2).square() / gram.diagonal(dim1=1, dim2=2)
+    independent = (failed == 0) & (shares >= 100 * torch.finfo(gram.dtype).eps).all(1)
+    solved = torch.cholesky_solve(chosen @ atoms.T, factor)
     sums = solved.abs().sum(1).scatter(1, supports, -math.inf).amax(1)
-    return torch.where((singular > 0) | sums.isnan(), math.inf, sums)
+    return torch.where(independent, sums, math.inf)
 
 
 def smallest_gain(atoms: Float[Tensor, "size m"]) -> tuple[float, Float[Tensor, " size"]]:

@@ -15,15 +15,16 @@ import torch
 from jaxtyping import Float, Int, Num
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn import functional as F
 
+from helpers.dictionary.rows import unit
 from helpers.training.loop import as_tensor
 
 
 def fvu(output: Float[Tensor, "rows d"], target: Float[Tensor, "rows d"]) -> float:
     """Σ‖y − ŷ‖² / Σ‖y − ȳ‖², ȳ the per-dimension mean of the SAME rows; float64. 0 is perfect, 1 is the mean."""
     target, output = target.double(), output.double()
-    total = (target - target.mean(0)).square().sum()
+    shifted = target - target[:1]  # a constant leaves exact zeros, which its rounded mean would not
+    total = (shifted - shifted.mean(0)).square().sum()
     if total == 0:
         raise ValueError("target is constant; allowed: rows that vary, since FVU divides by their variance")
     return float((target - output).square().sum() / total)
@@ -45,7 +46,11 @@ class Evaluation:
 
     @property
     def fvu(self) -> float:
-        return float(self.squared_error.sum() / self.squared_norm.sum())
+        """Raises `ValueError` where the targets do not vary."""
+        total = self.squared_norm.sum()
+        if total == 0:
+            raise ValueError("targets are constant; allowed: rows that vary, since FVU divides by their variance")
+        return float(self.squared_error.sum() / total)
 
     @property
     def dead(self) -> float:
@@ -77,7 +82,11 @@ def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluati
     if len(inputs) != len(targets):
         raise ValueError(f"targets has {len(targets)} rows; allowed: {len(inputs)}, as many as inputs")
     where = next(model.parameters())
-    mean = sum(as_tensor(targets, s).double().sum(0) for s in _slices(len(targets), batch_size)) / len(targets)
+    first = as_tensor(targets, slice(1)).to(where.dtype).double()  # from which a constant differs by exact zeros
+    beyond = sum(
+        (as_tensor(targets, s).to(where.dtype).double() - first).sum(0) for s in _slices(len(targets), batch_size)
+    )
+    mean = (first + beyond / len(targets)).cpu()
     errors, norms, fired, silent = [], [], torch.zeros(model.n_atoms, dtype=torch.long, device=where.device), 0
     for rows in _slices(len(inputs), batch_size):
         x, y = (as_tensor(a, rows).to(where.device, where.dtype) for a in (inputs, targets))
@@ -173,13 +182,14 @@ def recovery(
     MCC is the mean cosine of the best one-to-one matching (Hungarian), summed over min(n_learned, n_true) pairs and
     divided by n_true, so that a true feature without a partner counts 0.
     """
-    cosines = F.normalize(truth, dim=1) @ F.normalize(learned, dim=1).T
+    truth, learned = unit(truth), unit(learned)
+    cosines = truth @ learned.T
     if not learned.shape[0]:
         nothing = learned.new_zeros(0)
         return Recovery(learned.new_zeros(len(truth)), nothing, nothing, 0.0, threshold)
     pairs = linear_sum_assignment(cosines.clamp(min=0).double().cpu().numpy(), maximize=True)
     mcc = float(cosines[pairs].clamp(min=0).double().sum() / len(truth))
-    among = F.normalize(learned, dim=1) @ F.normalize(learned, dim=1).T
+    among = learned @ learned.T
     among.fill_diagonal_(-1)
     return Recovery(cosines.amax(1), cosines.amax(0), among.amax(1), mcc, threshold)
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from helpers import settings
 from helpers.dictionary import ACTIVATIONS
+from helpers.dictionary.rows import unit
 from helpers.settings import allowed
 
 if TYPE_CHECKING:
@@ -56,6 +56,18 @@ class Moment:
     def residual(self) -> Float[Tensor, "batch d_out"]:
         """y − ŷ, without gradient."""
         return (self.target - self.trace.output).detach()
+
+    @property
+    def experts(self) -> Int[Tensor, "batch k"]:
+        """The router rows that were chosen; each brings `expert_rank` atoms."""
+        rank = self.dictionary.expert_rank
+        return self.trace.codes.indices[:, ::rank] // rank
+
+    @property
+    def rounding(self) -> Float[Tensor, ""]:
+        """Squared residuals that sum to no more than this are rounding: the batch is perfect."""
+        size = self.target.square().sum() + self.trace.output.detach().square().sum()
+        return (4 * torch.finfo(size.dtype).eps) ** 2 * size
 
     def dead(self, silent_for: int) -> Int[Tensor, " n_dead"]:
         """Atoms that have not fired for that many steps."""
@@ -173,7 +185,7 @@ class Switch(Balance):
 
     def loss(self, now: Moment) -> Tensor:
         scores = now.trace.scores
-        share = load_shares(now.trace.codes.indices, scores.shape[1], scores.dtype)
+        share = load_shares(now.experts, scores.shape[1], scores.dtype)
         probability = (scores / self.temperature).softmax(-1).mean(0)
         return self.alpha * len(share) * (share * probability).sum()
 
@@ -207,9 +219,8 @@ class LossFree(Balance):
 
     @torch.no_grad()
     def after_step(self, now: Moment) -> None:
-        rank, bias = now.dictionary.expert_rank, now.dictionary.selection_bias
+        bias, chosen = now.dictionary.selection_bias, now.experts
         allowed(bias is not None, "the model has selection_bias=False", "True with loss-free balancing")
-        chosen = now.trace.codes.indices[:, ::rank] // rank
         load = torch.bincount(chosen.reshape(-1), minlength=len(bias))
         bias += self.gamma * torch.sign(chosen.numel() - load * len(bias))  # whole numbers: a mean load moves nothing
 
@@ -249,6 +260,7 @@ class AuxK(Balance):
         residual = now.residual
         guess = now.dictionary.decoder.combine(values, dead[top.indices])
         variance = (residual - residual.mean(0)).square().sum()
+        variance = torch.where(variance > now.rounding, variance, torch.inf)  # nothing is left to explain
         return self.coefficient * (guess - residual).square().sum() / variance
 
 
@@ -274,10 +286,11 @@ class Ghost(Balance):
         # a factor per sample drops out in the rescaling below, so exp need not overflow
         ghost = (pre_acts - pre_acts.detach().amax(1, keepdim=True)).exp() @ now.dictionary.decoder.vectors(dead)
         residual = now.residual
-        tiny = torch.finfo(ghost.dtype).tiny
-        scale = residual.norm(dim=1, keepdim=True) / (2 * ghost.norm(dim=1, keepdim=True)).clamp_min(tiny)
-        error = (scale.detach() * ghost - residual).square().sum()
-        return self.coefficient * error * (now.loss / error).detach()
+        length = ghost.detach().norm(dim=1, keepdim=True)
+        scale = residual.norm(dim=1, keepdim=True) / (2 * torch.where(length > 0, length, torch.inf))
+        error = (scale * ghost - residual).square().sum()
+        perfect = residual.square().sum() <= now.rounding
+        return self.coefficient * error * (now.loss / torch.where(perfect, torch.inf, error)).detach()
 
 
 @dataclass(frozen=True)
@@ -287,7 +300,8 @@ class Resample(Balance):
     At every `every`-th step until the share `until` of the run, each atom that was silent for half of `every` draws a
     sample of the batch with probability ∝ (its squared error)^`power`: 2, or 1 in paper B. Decoder: the sample, centred
     by b_in, at length 1 (or its residual: `toward`), a packed atom's part of it. Encoder: the same direction at `scale`
-    times the mean length of the live rows; bias 0; Adam's moments of these rows 0.
+    times the mean length of the live rows; bias 0; Adam's moments of these rows 0. Atoms that cannot have any of their
+    sample, packed ones, stay as they are, and all do on a batch that is rebuilt perfectly.
     """
 
     every: int = 250
@@ -307,14 +321,18 @@ class Resample(Balance):
         dead = now.dead(max(1, self.every // 2))
         if done % self.every or done > self.until * now.steps or not len(dead):
             return
+        if now.residual.square().sum() <= now.rounding:
+            return
         model, alive = now.dictionary, torch.ones_like(now.silent, dtype=torch.bool)
         alive[dead] = False
         start = self._starts(now, len(dead))
         lengths = model.encoder.weight[alive if alive.any() else ~alive].norm(dim=1)
-        model.decoder.weight[dead] = F.normalize(model.decoder.restrict(start, dead), dim=1)
+        rows, same = (unit(part.restrict(start, dead)) for part in (model.decoder, model.encoder))
+        able = rows.any(1) & same.any(1)  # a packed atom may have no place where its sample is not zero
+        dead = dead[able]
+        model.decoder.weight[dead] = rows[able]
         if model.encoder is not model.decoder:
-            same = F.normalize(model.encoder.restrict(start, dead), dim=1)
-            model.encoder.weight[dead] = self.scale * lengths.mean() * same
+            model.encoder.weight[dead] = self.scale * lengths.mean() * same[able]
         if model.encoder.bias is not None:
             model.encoder.bias[dead] = 0
         for parameter in (model.decoder.weight, model.encoder.weight, model.encoder.bias):

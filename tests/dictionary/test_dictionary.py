@@ -343,3 +343,45 @@ def test_costs_are_those_of_the_products_written_out():
     assert sae.multiply_adds == 20 * 10 + 4 * 10 == count_by_hand(sae)
     dense = dictionary.dense_mlp(10, 6, 9, generator=generator(0))
     assert dense.multiply_adds == 9 * 16 == count_by_hand(dense) and dense.active_neurons == 9
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_a_state_keeps_shared_parameters_shared(assign):
+    make = dictionary.topk_sae, {"d_model": 5, "n_features": 9, "k": 2, "dtype": torch.float64}
+    ours, theirs = (dictionary.sae_to_moe(make[0](**make[1], generator=generator(seed))) for seed in (0, 1))
+    with torch.no_grad():
+        theirs.b_in.add_(1)
+    state = {name: value.clone() for name, value in theirs.state_dict().items()}
+    ours.load_state_dict(state, assign=assign)
+    assert ours.b_in is ours.b_out and ours.router.weight is ours.encoder.weight
+    assert ours.n_parameters == theirs.n_parameters
+    x = random(4, 5)
+    assert torch.equal(ours(x), theirs(x))
+    state["b_out"] += 1
+    with pytest.raises(ValueError, match="b_in and b_out differ"):
+        ours.load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize("bad", [-1, 6, 10**6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_indices_outside_are_refused(bad, dtype):
+    x, weight, indices = torch.ones(2, 3, dtype=dtype), torch.ones(6, 3, dtype=dtype), torch.tensor([[0, 5], [1, bad]])
+    with pytest.raises(ValueError, match=r"indices run from -?\d+ to \d+; allowed: 0 to 5"):
+        dictionary.gather_dots(x, weight, indices)
+
+
+def test_a_saelens_checkpoint_may_have_decoder_rows_of_zeros(tmp_path):
+    """A dead latent, choosing by |d_j|·z_j: it adds nothing."""
+    sae = dictionary.topk_sae(6, 12, 10, generator=generator(0))
+    with torch.no_grad():
+        sae.decoder.weight.mul_(torch.arange(12)[:, None])
+    dictionary.save_saelens(sae, tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text()) | {"rescale_acts_by_decoder_norm": True}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    read = dictionary.load_saelens(tmp_path)
+    x = random(30, 6).float()
+    z = (sae.encoder.scores(x - sae.b_in)).clamp_min(0).detach()
+    chosen = torch.zeros_like(z).scatter(1, (z * torch.arange(12)).topk(10).indices, 1)
+    expected = (chosen * z) @ sae.decoder.weight + sae.b_out
+    torch.testing.assert_close(read(x), expected, rtol=1e-5, atol=1e-5)
+    assert read.unit_norm and not read.decoder.weight[0].any()

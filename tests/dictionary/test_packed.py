@@ -253,3 +253,16 @@ def test_a_copy_is_independent():
     other = copy.deepcopy(sae)
     other.encoder.weight.data.zero_()
     assert F.normalize(sae.encoder.weight, dim=1).norm() > 0
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_unused_numbers_of_every_role_stay_zero_in_training(tied, unit_norm):
+    rows, degrees = mask(20, 9, 4), torch.arange(20) % 4 + 1
+    roles = [Packed(torch.randn(20, 4, generator=generator(i)), rows, 9, degrees=degrees) for i in range(3)]
+    encoder, decoder, router = roles[:1] * 3 if tied else roles
+    sae = dictionary.RankOneDictionary(encoder, decoder, k=3, router=router, gate="softmax", unit_norm=unit_norm)
+    training.fit(sae, Shuffled(torch.randn(64, 9, generator=generator(5)), batch_size=16), steps=20, lr=1e-2)
+    unused = torch.arange(4) >= degrees[:, None]
+    for role in (encoder, decoder, router):
+        assert not role.weight[unused].any() and role.weight[~unused].all()

@@ -406,3 +406,55 @@ def test_the_gram_matrix_is_that_of_the_atoms():
     for atoms in (packed(1100, 40, 4), packed(1100, 40, 35), problem(m=40, n=1100)[1]):
         dense = atoms if isinstance(atoms, torch.Tensor) else atoms.vectors().detach()
         torch.testing.assert_close(pursuit._Atoms(atoms).gram(), dense @ dense.T, rtol=1e-12, atol=1e-12)
+
+
+# -- signals and atoms of any size and dtype ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("power", [-140, -64, -12, 60, 126])
+def test_neither_signals_nor_atoms_have_a_unit(options, dtype, power):
+    """Sizes are powers of two, so codes are the same to the bit; sizes beyond the dtype are left out."""
+    x, atoms = problem(dtype=dtype)
+    plain = pursuit.omp(x, atoms, 4, **options)
+    wide = x.double() * 2.0**power
+    small = (atoms.double() * 2.0**power).to(dtype)
+    codes = pursuit.omp(wide, atoms.double(), 4, **options)
+    torch.testing.assert_close(
+        codes.to_dense(100) / 2.0**power, pursuit.omp(x.double(), atoms.double(), 4, **options).to_dense(100)
+    )
+    if torch.equal(small.double(), atoms.double() * 2.0**power):
+        codes = pursuit.omp(small[:20], small, 1, **options)  # atoms are their own codes
+        assert torch.equal(codes.values, torch.ones_like(codes.values)) or dtype.itemsize == 2
+        at = plain.indices
+        least = pursuit.least_squares((wide).to(dtype) if dtype.itemsize > 2 else wide, small, at)
+        torch.testing.assert_close(least, pursuit.least_squares(x, atoms, at), rtol=1e-2, atol=1e-5)
+    assert plain.values.dtype == dtype and plain.fires.sum(1).double().mean() > 3.5
+
+
+@pytest.mark.parametrize("options", EVERY, ids=str)
+@pytest.mark.parametrize("long", [1e2, 1e6, 1e12, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_one_long_atom_does_not_hide_the_others(options, long, dtype):
+    x, atoms = problem(dtype=dtype)
+    atoms[3] *= long
+    codes = pursuit.omp(x, atoms, 5, **options)
+    wanted = pursuit.omp(
+        x.double(), atoms.double() / torch.where(torch.arange(100) == 3, long / 100, 1)[:, None], 5, **options
+    )
+    assert_sound(codes, 100)
+    assert torch.equal(codes.indices.sort().values, wanted.indices.sort().values)
+    values = codes.to_dense(100).double()
+    values[:, 3] *= long / 100
+    torch.testing.assert_close(values, wanted.to_dense(100), rtol=1e-3, atol=1e-4)
+
+
+def test_what_no_dtype_can_say_is_refused():
+    x, atoms = problem(dtype=torch.float32)
+    with pytest.raises(ValueError, match="overflow"):
+        pursuit.omp(1e30 * x, 1e-30 * atoms, 3)
+    atoms[17, 2] = torch.nan
+    for ask in (lambda: pursuit.omp(x, atoms, 3), lambda: pursuit.least_squares(x, atoms, torch.zeros(20, 1).long())):
+        with pytest.raises(ValueError, match="atoms have entries"):
+            ask()

@@ -467,6 +467,17 @@ def test_experts_of_low_rank_of_zeros_and_of_equal_values(shape, rank):
     assert u[7, 0].abs().argmax() == 3 and abs(squares[7, 0] - 9) < 1e-5
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-25, 1e-12, 1e12, 1e25, 1e37])
+def test_each_matrix_is_taken_at_its_own_size(size):
+    w = random(3, 60, 50)
+    sizes = torch.tensor([size, 1.0, 0.0])[:, None, None]
+    u, squares, residuals = directions.leading(w * sizes, 2)
+    plain, wanted, _ = directions.leading(w, 2)
+    assert residuals.max() <= directions.TOLERANCE
+    np.testing.assert_allclose(squares, wanted * sizes[:, :, 0].double() ** 2, rtol=1e-5)
+    np.testing.assert_allclose((u * plain).sum(2)[:2].abs(), 1, atol=1e-3)
+
+
 def test_a_tolerance_that_float32_cannot_meet_is_named():
     with pytest.raises(ArithmeticError, match="residual .*, complete basis, tolerance 1.0e-12"):
         directions.leading(random(2, 50, 40), 2, tolerance=1e-12)
@@ -475,15 +486,15 @@ def test_a_tolerance_that_float32_cannot_meet_is_named():
 @pytest.mark.parametrize("which", checkpoints.WHICH)
 def test_principal_of_a_checkpoint(which, tmp_path):
     layer = checkpoints.read(save("qwen3", tmp_path / "model"))[1]
-    directions, shares, residuals = checkpoints.principal(layer, 3, which)
+    found, shares, residuals = checkpoints.principal(layer, 3, which)
     left, sigma, _ = np.linalg.svd(all_of(layer, which), full_matrices=False)
     left = left[:, :, :3].transpose(0, 2, 1)
     largest = np.take_along_axis(left, abs(left).argmax(2, keepdims=True), 2)
-    np.testing.assert_allclose(directions, left * np.sign(largest), atol=2e-5)
+    np.testing.assert_allclose(found, left * np.sign(largest), atol=2e-5)
     np.testing.assert_allclose(shares, (sigma**2 / (sigma**2).sum(1, keepdims=True))[:, :3], rtol=1e-5)
     assert residuals.shape == shares.shape and residuals.max() <= TOLERANCE
     again = checkpoints.principal(layer, 3, which)
-    assert all(torch.equal(a, b) for a, b in zip((directions, shares, residuals), again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((found, shares, residuals), again, strict=True))
 
 
 # The hub

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -208,3 +209,22 @@ def test_sparse_data_of_the_same_covariance_is_not_bound():
 def test_bad_parameters_are_named(call, named):
     with pytest.raises(ValueError, match=named):
         call()
+
+
+@given(st.integers(0, 2000), st.integers(1, 2000), st.floats(-12, 4))
+@settings(max_examples=100, deadline=None)
+def test_rounding_never_overstates_the_bound(w, more, log_size):
+    """In 60 digits, the divergence at the bound is at least the budget, and at a little more it is not."""
+    d, log_n = w + more, 10**log_size
+    found = float(bounds.fvu_bound(w, d, log_n))
+    if found < 1e-290:
+        return
+    with mpmath.workdps(60):
+        p, budget = mpmath.mpf(w) / d, 2 * mpmath.mpf(log_n) / d
+
+        def kl(f):
+            return (p * mpmath.log(p / (1 - f)) if w else 0) + (1 - p) * mpmath.log((1 - p) / f)
+
+        assert kl(mpmath.mpf(found)) >= budget
+        slack = 1 + mpmath.mpf(2e-14) * (1 + abs(mpmath.log(found)))
+        assert found * slack >= 1 - p or kl(found * slack) < budget

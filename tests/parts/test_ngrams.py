@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helpers.parts.held_out import KneserNey
@@ -41,7 +41,8 @@ def slow(texts, order):
         discounts[n] = [0, 0.5, 0.5, 0.5]
         if of[1] and of[2] and of[3]:
             y = of[1] / (of[1] + 2 * of[2])
-            discounts[n] = [0, *(i - (i + 1) * y * of[i + 1] / of[i] for i in (1, 2, 3))]
+            found = [i - (i + 1) * y * of[i + 1] / of[i] for i in (1, 2, 3)]
+            discounts[n] = [0, *found] if min(found) > 0 else discounts[n]
 
     def p(w, h):
         n = len(h) + 1
@@ -90,3 +91,22 @@ def test_a_longer_context_helps_where_it_decides():
 def test_bad_input_is_named(texts, order, message):
     with pytest.raises(ValueError, match=message):
         KneserNey([np.array(t) for t in texts], vocabulary=V, bos=BOS, order=order)
+
+
+ANY_TEXT = st.lists(st.lists(st.integers(0, 2), max_size=15), min_size=1, max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANY_TEXT, st.integers(1, 6), st.lists(st.integers(0, 2), max_size=4))
+@example([[1, 2, 1, 1, 1, 1, 2, 1, 2]], 2, [2])  # a discount estimated below 0 gave −.033
+@example([[]], 3, [])  # no n-gram of the order at all
+def test_it_is_a_distribution_after_any_text(texts, order, history):
+    model = KneserNey(opened(texts), vocabulary=3, bos=BOS, order=order)
+    asked = np.array([BOS, *history])
+    p = np.exp(model.nats([asked])[0] - model.nats([np.append(asked, token) for token in range(3)]))
+    assert p.min() > 0 and p.sum() == pytest.approx(1)
+
+
+def test_no_text_is_refused():
+    with pytest.raises(ValueError, match="texts is empty"):
+        KneserNey([], vocabulary=3, bos=BOS)

@@ -156,3 +156,23 @@ def test_a_table_has_no_interval_over_few_units_and_a_wider_one_at_a_higher_leve
     assert lone.compare(lambda cell: cell.fvu, fewest=5).value == errors[0, 0]
     with pytest.raises(ValueError, match="at least 2"):
         lone.compare(lambda cell: cell.fvu)
+
+
+def test_a_constant_target_is_refused_though_its_mean_is_rounded():
+    constant = torch.full((1000, 3), 0.1, dtype=torch.float64)
+    assert (constant - constant.mean(0)).any()  # or the test would be idle
+    with pytest.raises(ValueError, match="constant"):
+        scores.fvu(constant + 1, constant)
+    with pytest.raises(ValueError, match="constant"):
+        _ = scores.evaluate(topk_sae(3, 9, 2, generator=generator(0), dtype=torch.float64), constant).fvu
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-13, 1e20, 1e38])
+def test_recovery_does_not_depend_on_lengths(size):
+    truth = torch.randn(5, 8, generator=generator(0))
+    learned = torch.cat([truth[:3], torch.randn(4, 8, generator=generator(1)), 2 * truth[:1]])
+    plain, scaled = scores.recovery(learned, truth), scores.recovery(learned * (size / 8), truth)
+    assert scaled.mcc == pytest.approx(
+        plain.mcc, abs=0.05 if size < 1e-38 else 1e-6
+    )  # denormal numbers have few digits
+    assert (scaled.found, scaled.duplicates) == (plain.found, plain.duplicates)

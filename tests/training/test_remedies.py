@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, Trace, sae_to_moe, secret_moe, topk_sae
+from helpers.dictionary import (
+    RankOneDictionary,
+    Rows,
+    SparseCodes,
+    Trace,
+    expander_sae,
+    sae_to_moe,
+    secret_moe,
+    topk_sae,
+)
+from helpers.parts.interventions import Pinned
 from helpers.settings import generator
 from helpers.training import Shuffled, fit, remedies
 from helpers.training.remedies import Moment, normalised_mse
@@ -134,13 +144,17 @@ def test_loss_free_moves_each_bias_against_its_load(choices):
     np.testing.assert_allclose(model.selection_bias, expected, rtol=1e-6)
 
 
-def test_loss_free_counts_experts_where_an_expert_is_a_block_of_atoms():
+def test_loads_are_counted_by_expert_where_an_expert_is_a_block_of_atoms():
     rows = [Rows(torch.randn(n, 3, generator=generator(1))) for n in (4, 8, 8)]
     model = RankOneDictionary(*rows[1:], k=1, router=rows[0], expert_rank=2, selection_bias=True)
     x = torch.randn(20, 3, generator=generator(2))
     trace = model.trace(x)
-    remedies.LossFree(1.0).after_step(Moment(model, x, x, trace, torch.tensor(0.0), torch.zeros(8).long(), 0, 1))
+    now = Moment(model, x, x, trace, torch.tensor(0.0), torch.zeros(8).long(), 0, 1)
     load = torch.bincount(trace.scores.argmax(1), minlength=4).float()
+    switch = 0.3 * 4 * (load / 20 * trace.scores.softmax(-1).mean(0)).sum()
+    torch.testing.assert_close(remedies.Switch(0.3).loss(now), switch)
+    torch.testing.assert_close(Pinned().balanced(now), load / 20)
+    remedies.LossFree(1.0).after_step(now)
     torch.testing.assert_close(model.selection_bias, torch.sign(load.mean() - load))
 
 
@@ -441,3 +455,52 @@ def test_a_balance_does_nothing_by_default():
 def test_bad_parameters_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# -- where nothing is left to explain ----------------------------------------------------------------------------------
+
+ACTING = [remedies.AuxK(), remedies.Ghost(), remedies.Resample(every=1), remedies.Resample(every=1, toward="residual")]
+
+
+@pytest.mark.parametrize("remedy", ACTING)
+@pytest.mark.parametrize("error", ["none", "rounding", "the same everywhere"])
+def test_a_perfect_batch_is_left_alone(remedy, error):
+    model = sae()
+    x = 1e3 + normal(BATCH, D, seed=5)
+    off = {"none": 0.0, "rounding": 1e-13 * normal(BATCH, D, seed=6), "the same everywhere": 0.1}[error]
+    trace = Trace(x - off, SparseCodes(torch.zeros(BATCH, 1).long(), torch.ones(BATCH, 1)), torch.zeros(BATCH, N))
+    now = Moment(model, x, x, trace, normalised_mse(trace.output, x, VARIANCE), SILENT.clone(), 0, 100)
+    before = arrays(model)
+    value = torch.as_tensor(remedy.loss(now))
+    remedy.after_step(now)
+    for rows in (model.encoder, model.decoder):
+        assert torch.isfinite(rows.weight).all()
+    if value.requires_grad:
+        value.backward()
+        assert all(np.isfinite(gradient).all() for gradient in autograd(model).values())
+    assert torch.isfinite(value)
+    if error != "the same everywhere" or isinstance(remedy, remedies.AuxK):  # an offset is no variance, but a residual
+        assert value == 0 and now.silent.equal(SILENT)
+        assert all(np.array_equal(old, new) for old, new in zip(before.values(), arrays(model).values(), strict=True))
+
+
+def test_ghosts_of_zero_atoms_are_nothing():
+    model = sae()
+    with torch.no_grad():
+        model.decoder.weight[DEAD] = 0
+    value = remedies.Ghost().loss(moment(model, dense=False))
+    value.backward()
+    assert torch.isfinite(value) and all(np.isfinite(gradient).all() for gradient in autograd(model).values())
+
+
+@pytest.mark.parametrize("toward", ["input", "residual"])
+def test_a_packed_atom_without_a_place_for_its_sample_stays(toward):
+    model = expander_sae(torch.tensor([[0, 1], [0, 1], [2, 3], [2, 3]]), 4, 1, generator=generator(0))
+    x = torch.tensor([[3.0, 1, 0, 0], [2, 5, 0, 0]])
+    nothing = Trace(torch.zeros(2, 4), SparseCodes(torch.zeros(2, 1).long(), torch.ones(2, 1)), torch.zeros(2, 4))
+    silent, before = torch.tensor([0, 9, 0, 9]), model.decoder.weight.detach().clone()
+    remedies.Resample(every=1, toward=toward).after_step(Moment(model, x, x, nothing, x.sum(), silent, 0, 100))
+    after = model.decoder.weight.detach()
+    torch.testing.assert_close(after.norm(dim=1), torch.ones(4))
+    assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]]) and not torch.equal(after[1], before[1])
+    assert silent.tolist() == [0, 0, 0, 9]
