@@ -535,7 +535,7 @@ def test_principal_of_a_checkpoint(which, tmp_path):
     np.testing.assert_allclose(shares, (sigma**2 / (sigma**2).sum(1, keepdims=True))[:, :3], rtol=1e-5)
     assert residuals.shape == shares.shape and residuals.max() <= directions.TOLERANCE
     again = checkpoints.principal(layer, 3, which)
-    assert all(torch.equal(a, b) for a, b in zip((directions, shares, residuals), again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((found, shares, residuals), again, strict=True))
 
 
 # The hub
