@@ -88,8 +88,10 @@ QUANTISED = {  # the end of an expert tensor's name tells
     "compressed-tensors": r"weight_packed",
     "bitsandbytes": r"(?:SCB|weight\.(?:absmax|quant_map|quant_state\S*))",
 }
-RENORMALISED = ("mixtral", "granitemoe", "gpt_oss")  # a softmax over the chosen logits, whatever the configuration says
-TESTED = (*RENORMALISED, "olmoe", "deepseek", "deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe")
+# Of these the weights add up to 1, whatever the configuration says; of PLAIN they do if it says so.
+_GRANITE, _DEEPSEEK = ("granitemoe", "granitemoeshared", "granitemoehybrid"), ("deepseek", "deepseek_v2", "deepseek_v3")
+RENORMALISED = (*_GRANITE, "mixtral", "gpt_oss", "minimax", "minimax_m2", "qwen3_5_moe_text")
+PLAIN = (*_DEEPSEEK, "olmoe", "flex_olmo", "dots1", "glm4_moe", "qwen2_moe", "qwen3_moe", "qwen3_next")
 
 
 class Entry(NamedTuple):
@@ -317,8 +319,8 @@ class Checkpoint:
     def tensor(self, name: str | None) -> Tensor | None:
         if name is None:
             return None
-        entry = self.entry(name)
-        return _read(self.open, entry.file, entry.start, DTYPES[entry.dtype], entry.shape).float()
+        file, start, dtype, shape = self.entry(name)
+        return _read(self.open, file, start, DTYPES[dtype], shape).float()
 
     @cached_property
     def layers_with_experts(self) -> list[int]:
@@ -338,10 +340,12 @@ class Checkpoint:
                     f"supported; allowed: {', '.join(DTYPES)}, as in a copy saved with dtype=torch.bfloat16"
                 )
         layout, router_name = self._layout(n)
+        known, model_type, top_k = RENORMALISED + PLAIN, config.get("model_type"), config.get("num_experts_per_tok")
+        given = f"{self.source} has model_type={model_type!r}, whose routing was not compared with its class"
+        allowed(model_type in known, given, ", ".join(known))
         router = self.tensor(names[router_name])
         correction = self.tensor(next((names[s] for s in names if s.endswith("e_score_correction_bias")), None))
         plan = partial(self.slabs, n, layout, tuple(router.shape))
-        kind, top_k = config.get("model_type"), config.get("num_experts_per_tok")
         good = isinstance(top_k, int) and 1 <= top_k <= len(router)
         allowed(good, f"config.json of {self.source}: num_experts_per_tok={top_k}", f"1 to {len(router)}")
         grouped = config.get("topk_method", "greedy" if correction is None else "noaux_tc") != "greedy"
@@ -352,12 +356,12 @@ class Checkpoint:
             correction=correction,
             top_k=top_k,
             scoring=config.get("scoring_func") or ("softmax" if correction is None else "sigmoid"),
-            norm_topk_prob=kind in RENORMALISED or bool(config.get("norm_topk_prob", False)),
+            norm_topk_prob=model_type in RENORMALISED or bool(config.get("norm_topk_prob", False)),
             scale=float(config.get("routed_scaling_factor") or 1),
             n_group=(grouped and config.get("n_group")) or 1,
             topk_group=(grouped and config.get("topk_group")) or 1,
             layout=layout.name,
-            notes=tuple(self._notes(names, kind)),
+            notes=tuple(self._notes(names)),
             d_ff=plan("w_down")[0].d_ff,
             plan=plan,
             _open=self.open,
@@ -383,8 +387,7 @@ class Checkpoint:
             entry = self.entry(name)
             if len(entry.shape) != len(axes) or entry.shape[axes.index("d")] != d_model:
                 raise ValueError(f"{name} of {self.source} is {list(entry.shape)}; expected axes {axes}, d={d_model}")
-            *fused, rows, columns = entry.shape
-            dtype = DTYPES[entry.dtype]
+            dtype, (*fused, rows, columns) = DTYPES[entry.dtype], entry.shape
             for i in range(fused[0] if fused else 1):
                 start = entry.start + i * rows * columns * dtype.itemsize
                 number = i if fused else int(match[1])
@@ -395,15 +398,13 @@ class Checkpoint:
             raise ValueError(f"{self.source}: layer {n}: {which} has d_ff of {', '.join(map(str, sorted(widths)))}")
         return [slabs[e] for e in range(n_experts)]
 
-    def _notes(self, names: dict[str, str], kind: str | None) -> Iterator[str]:
+    def _notes(self, names: dict[str, str]) -> Iterator[str]:
         if self.dense_layers:
             yield f"layers {_ranges(self.dense_layers)} have a dense MLP and are skipped"
         if shared := sorted({m[0] for name in names if (m := re.search(r"(?:mlp|moe)\.shared_experts?(?=\.)", name))}):
             yield f"shared experts ({', '.join(shared)}) are not read"
         if biases := sorted(name for name in names if _is_expert(name) and name.endswith("bias")):
             yield f"biases of the experts ({', '.join(biases)}) are not read"
-        if kind not in TESTED:
-            yield f"model_type {kind!r} was not tested: how its router scores is taken from its configuration"
 
 
 def _is_expert(name: str) -> bool:
@@ -422,8 +423,8 @@ def _read(open_file: Opener, file: str, start: int, dtype: torch.dtype, shape: t
 
 def _ranges(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 5] as '0 to 2, 5'."""
-    groups = itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
-    runs = [[n for _, n in run] for _, run in groups]
+    places = enumerate(sorted(numbers))
+    runs = [[n for _, n in run] for _, run in itertools.groupby(places, lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
@@ -433,8 +434,7 @@ def _opener(source: str, revision: str | None) -> Opener:
     if folder.is_dir():
         return lambda name: (folder / name).open("rb")
     named = source.count("/") == 1 and not source.startswith((".", "/", "~"))
-    hub_id = "a folder, or a hub id such as 'allenai/OLMoE-1B-7B-0924'"
-    allowed(named, f"source={source!r} is no folder", hub_id)
+    allowed(named, f"source={source!r} is no folder", "a folder, or a hub id such as 'allenai/OLMoE-1B-7B-0924'")
     try:
         commit, silent = sources.commit("model", source, revision), ""
     except sources.Unreachable as error:

@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+from transformers.utils import ModelOutput
 
 from helpers import kept, settings
 from helpers.models import checkpoints, sources
@@ -206,9 +207,9 @@ class Layerwise(Teacher):
         """The residual stream after block `n`."""
         return self._sites({n: ("resid_post",)}, hidden, attention_mask)[n]["resid_post"]
 
-    def _base(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> ModelOutput:
         mask = None if attention_mask is None else attention_mask.to(self.where)
-        return self.model.base_model(inputs_embeds=hidden, attention_mask=mask, use_cache=False)[0]
+        return self.model.base_model(inputs_embeds=hidden, attention_mask=mask, use_cache=False)
 
     def _advance(self, layer: int, blocks: Sequence[Sequence[Tensor]], states: _States) -> None:
         """Take all text through the blocks before `layer`, from the latest of them that it has been through."""

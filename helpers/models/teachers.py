@@ -15,16 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from helpers import settings
 from helpers.models import sources
+from helpers.models.architecture import MLP, check_loaded, children, find_blocks
 from helpers.models.sources import ALLOWED, EMBEDDED
 from helpers.settings import allowed, one_of
 
@@ -92,6 +95,10 @@ class Teacher:
         return f"Teacher({self.name!r}, {self.n_layers} layers, d_model={self.d_model}, {self.dtype}, {self.device})"
 
     @property
+    def _named(self) -> str:
+        return f"teacher={self.name!r} ({type(self.model).__name__})"
+
+    @property
     def asked(self) -> str:
         """What a key says of it."""
         return self.fingerprint
@@ -119,7 +126,7 @@ class Teacher:
     @cached_property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks, found by structure."""
-        return find_blocks(self.model, self.name)
+        return find_blocks(self.model, self._named)
 
     def block(self, layer: int) -> nn.Module:
         """The block at `layer`; `ValueError` when there is none."""
@@ -128,8 +135,11 @@ class Teacher:
         return self.blocks[layer]
 
     def mlp(self, layer: int) -> nn.Module:
-        """The MLP module at `layer`; `ValueError` when there is none."""
-        return _child(self.block(layer), _is_mlp)
+        """The MLP module at `layer`; `ValueError` when there is none, or more than one."""
+        found = children(self.block(layer), MLP)
+        given = f"{self._named}: layer {layer} has {', '.join(found)}"
+        allowed(len(found) == 1, given, "one MLP in a block, since mlp_in and mlp_out are one module's")
+        return next(iter(found.values()))
 
     @property
     def adds_bos(self) -> bool:
@@ -188,20 +198,18 @@ class Teacher:
     ) -> TokenLosses:
         """As `loss`; where the splice's rows carry a gradient, so do the nats. The model's own weights stay frozen."""
         input_ids = input_ids.to(self.device)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
+        mask = (real[:, 1:] * real[:, :-1]).bool()
+        logits = self._logits_by_rows if self._splits else self._logits_at_once
         hooks = contextlib.nullcontext()
         if splice is not None:
-            kept = self.rows_kept(input_ids, attention_mask).to(self.device)
-            hooks = self._splice(splice, kept)
-        with hooks:
-            hidden = self._base(input_ids, attention_mask)[:, :-1]
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
-        mask = (mask[:, 1:] * mask[:, :-1]).bool()
+            hooks = self._splice(splice, self.rows_kept(input_ids, attention_mask).to(self.device))
         nats = torch.zeros(mask.shape, device=self.device)
-        targets, states = input_ids[:, 1:][mask], hidden[mask]
-        chunks = zip(states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-        parts = [F.cross_entropy(self._logits(h).float(), t, reduction="none") for h, t in chunks]
-        if parts:
-            nats[mask] = torch.cat(parts)
+        targets = input_ids[:, 1:][mask].split(LOGIT_ROWS)
+        with hooks:
+            chunks = zip(logits(input_ids, attention_mask, F.pad(mask, (0, 1))), targets, strict=True)
+            parts = [F.cross_entropy(rows.float(), target, reduction="none") for rows, target in chunks]
+        nats[mask] = torch.cat(parts)
         return TokenLosses(nats, mask)
 
     def randomised(self, seed: int) -> Teacher:
@@ -231,18 +239,78 @@ class Teacher:
                 for site in sites:
                     hooks.enter_context(self._hook(layer, site, partial(take, layer, site)))
             hooks.enter_context(contextlib.suppress(_Stop))
-            self._base(inputs, attention_mask)
+            self._forward(inputs, attention_mask)
         return found
 
-    def _base(self, input_ids: Tensor, attention_mask: Tensor | None) -> Float[Tensor, "batch seq d_model"]:
-        """Final hidden states, without the logits."""
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ModelOutput:
+        """The whole of the model's own forward pass."""
         mask = None if attention_mask is None else attention_mask.to(self.device)
-        return self.model.base_model(input_ids.to(self.device), attention_mask=mask, use_cache=False)[0]
+        return self.model(input_ids=input_ids.to(self.device), attention_mask=mask, use_cache=False)
 
-    def _logits(self, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocabulary"]:
-        logits = self.model.get_output_embeddings()(hidden)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    def _logits_at_once(
+        self, input_ids: Tensor, attention_mask: Tensor | None, wanted: Bool[Tensor, "batch seq"], n: int = LOGIT_ROWS
+    ) -> tuple[Float[Tensor, "rows vocabulary"], ...]:
+        """The model's own logits of the `wanted` tokens, `n` rows each."""
+        return self._forward(input_ids, attention_mask).logits[wanted].split(n)
+
+    def _logits_by_rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None, wanted: Bool[Tensor, "batch seq"], n: int = LOGIT_ROWS
+    ) -> Iterator[Float[Tensor, "rows vocabulary"]]:
+        """As `_logits_at_once`, `n` rows in memory at a time.
+
+        The base model runs once; then the model's forward runs on its hidden states, `n` rows in the base's place: what
+        a class does to them (scales, caps, biases) is its own.
+        """
+        base, outputs = self.model.base_model, []
+
+        def take(module: nn.Module, args: tuple, output: ModelOutput) -> None:
+            outputs.append(output)
+            raise _Stop
+
+        hook = base.register_forward_hook(take)
+        try:
+            self._forward(input_ids, attention_mask)
+        except _Stop:
+            pass
+        finally:
+            hook.remove()
+        for rows, ids in zip(outputs[0][0][wanted].split(n), input_ids[wanted].split(n), strict=True):
+            given = replace(outputs[0], last_hidden_state=rows[None])
+            with mock.patch.object(base, "forward", lambda *_, given=given, **__: given):
+                yield self._forward(ids[None]).logits[0]
+
+    @torch.inference_mode()
+    def check_sites(self) -> None:
+        """`ValueError` unless text comes to every site once, as [batch, seq, d_model]."""
+        ids = torch.arange(1, 9, device=self.device)[None]
+        given = self._named
+        seen = {(layer, site): [] for layer in range(self.n_layers) for site in SITES}
+        with contextlib.ExitStack() as hooks:
+            for (layer, site), values in seen.items():
+                hooks.enter_context(self._hook(layer, site, values.append))
+            try:
+                self._forward(ids)
+            except Exception as error:  # each class fails in its own way
+                raise ValueError(f"{given} cannot be run on text alone: {sources.reason(error)}") from error
+        for (layer, site), values in seen.items():
+            shapes = [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
+            given_site = f"{given}: {site} of layer {layer}, with 8 tokens, is {shapes or 'never reached'}"
+            allowed(shapes == [[1, 8, self.d_model]], given_site, f"once [1, 8, {self.d_model}]")
+        _ = self._splits  # its passes are no part of a later one that is watched
+
+    @cached_property
+    @torch.no_grad()
+    def _splits(self) -> bool:
+        """Whether `_logits_by_rows` gives the model's own logits, seen on a few tokens in three parts."""
+        ids = torch.arange(1, 9, device=self.device)[None]
+        tokens = ids, None, torch.ones_like(ids).bool()
+        own = torch.cat(self._logits_at_once(*tokens))
+        try:
+            by_rows = torch.cat(list(self._logits_by_rows(*tokens, n=3)))
+        except Exception:  # a class whose base model is itself, or is not called, fails in its own way
+            return False
+        close = max(1e-4, 4 * torch.finfo(own.dtype).eps) * own.abs().max()
+        return by_rows.shape == own.shape and bool((by_rows - own).abs().max() <= close)
 
     @contextlib.contextmanager
     def _splice(self, splice: Splice, kept: Bool[Tensor, "batch seq"]) -> Iterator[None]:
@@ -297,31 +365,34 @@ def load(
     where = settings.device(device)
     source, fingerprint, hub = sources.find(teacher, revision, cache_dir)
     options = {**hub, "attn_implementation": attn_implementation, "dtype": getattr(torch, dtype)}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are named below
     try:
         with _no_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:  # transformers, safetensors and the hub client each raise their own kinds
         remedy = f"delete {source} to unpack it again" if teacher == EMBEDDED else f"allowed: {ALLOWED}"
         raise ValueError(
             f"teacher={teacher!r} (revision={revision!r}, attn_implementation={attn_implementation!r}) "
             f"could not be loaded: {sources.reason(error)}; {remedy}"
         ) from error
+    check_loaded(model, info, f"teacher={teacher!r} ({type(model).__name__})")
     if where.type == "cpu" and model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm" if _aligned(model) else "eager")
     fingerprint = fingerprint or getattr(model.config, "_commit_hash", None) or str(source)
     loaded = Teacher(teacher, fingerprint, _frozen(model.to(where)), tokenizer)
-    loaded.mlp(0)  # an architecture without blocks or MLPs is named now, not after a harvest
+    loaded.check_sites()  # now, not after a harvest
     return loaded
 
 
 def _aligned(model: PreTrainedModel) -> bool:
-    """Whether experts have rows and columns of whole 16 bytes, as grouped_mm wants on a CPU.
+    """Whether experts have rows and columns of whole 16 bytes and no float64, as grouped_mm wants on a CPU.
 
     It was 0.4 s for a training step of a small OLMoE, `eager` 0.6 s, and the default of `transformers` 5.23 some 20 s.
     """
     experts = (p for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3)
-    return all(side * p.element_size() % 16 == 0 for p in experts for side in p.shape[1:])
+    fits = (p.dtype != torch.float64 and side * p.element_size() % 16 == 0 for p in experts for side in p.shape[1:])
+    return all(fits)
 
 
 def check_sites(sites: Iterable[str]) -> tuple[str, ...]:
@@ -331,34 +402,6 @@ def check_sites(sites: Iterable[str]) -> tuple[str, ...]:
     for site in sites:
         one_of("site", site, SITES)
     return sites
-
-
-def find_blocks(model: nn.Module, name: str = "") -> nn.ModuleList:
-    """The list of transformer blocks: the longest `ModuleList` whose members all have attention and an MLP."""
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(_child(b, _is_attention) and _child(b, _is_mlp) for b in module)
-    ]
-    if not lists:
-        raise ValueError(
-            f"teacher={name!r} ({type(model).__name__}) has no blocks with attention and an MLP; allowed: {ALLOWED}"
-        )
-    return max(lists, key=len)
-
-
-def _child(block: nn.Module, wanted: Callable[[str], bool]) -> nn.Module | None:
-    return next((child for name, child in block.named_children() if wanted(name)), None)
-
-
-def _is_mlp(name: str) -> bool:
-    return name in ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-
-
-def _is_attention(name: str) -> bool:
-    return "attn" in name or "attention" in name
 
 
 def _on_input(function: Callable) -> Callable:

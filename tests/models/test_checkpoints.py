@@ -263,10 +263,63 @@ def test_modules_after_the_last_layer_are_no_layers(deepseek):
     assert [layer.layer for layer in checkpoints.read(deepseek)] == [1]
 
 
-def test_notes_of_gpt_oss_and_of_an_unknown_class(tmp_path):
+def test_notes_of_gpt_oss(tmp_path):
     assert "experts.down_proj_bias" in "".join(checkpoints.read(save("gpt-oss", tmp_path / "g"))[0].notes)
-    folder = shard(tmp_path / "d", deepseek_16b(), DEEPSEEK_16B | {"model_type": "other"})
-    assert "model_type 'other' was not tested" in checkpoints.read(folder)[0].notes[-1]
+
+
+@pytest.mark.parametrize("kind", ["other", "phimoe"])  # phimoe's weights are those of a softmax with a threshold
+def test_a_class_whose_routing_was_not_compared_is_refused(tmp_path, kind):
+    folder = shard(tmp_path / "d", deepseek_16b(), DEEPSEEK_16B | {"model_type": kind})
+    with pytest.raises(ValueError, match=f"model_type='{kind}', whose routing was not compared"):
+        checkpoints.read(folder)
+
+
+SIZES = BASE | dict(intermediate_size=24, moe_intermediate_size=8, head_dim=8)
+EXPERTS = dict(num_experts=8, num_experts_per_tok=3)
+ROUTED = dict(
+    n_routed_experts=8, num_experts_per_tok=3, first_k_dense_replace=0, n_shared_experts=1, n_group=4, topk_group=2
+)
+LOCAL_EIGHT = dict(num_local_experts=8, num_experts_per_tok=3)
+ATTENTION = dict(layer_types=["full_attention"] * 3)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+ROUTERS = {
+    "Olmoe": EXPERTS, "FlexOlmo": EXPERTS, "Qwen2Moe": EXPERTS, "Qwen3Moe": EXPERTS | dict(norm_topk_prob=True),
+    "Qwen3Next": EXPERTS | ATTENTION | LINEAR | dict(shared_expert_intermediate_size=8),
+    "Qwen3_5MoeText": EXPERTS | ATTENTION | LINEAR | dict(shared_expert_intermediate_size=8),
+    "Mixtral": LOCAL_EIGHT, "GptOss": LOCAL_EIGHT, "MiniMaxM2": LOCAL_EIGHT, "MiniMax": LOCAL_EIGHT | ATTENTION,
+    "GraniteMoe": LOCAL_EIGHT, "GraniteMoeShared": LOCAL_EIGHT | dict(shared_intermediate_size=8),
+    "GraniteMoeHybrid": LOCAL_EIGHT | ATTENTION | dict(shared_intermediate_size=8, mamba_n_heads=4),
+    "DeepseekV2": ROUTED | MLA | dict(head_dim=4, topk_method="group_limited_greedy", routed_scaling_factor=2.0),
+    "DeepseekV3": ROUTED | MLA | dict(head_dim=4),
+    "Glm4Moe": ROUTED | dict(norm_topk_prob=True, routed_scaling_factor=1.5),
+    "Dots1": ROUTED | ATTENTION,
+}  # fmt: skip
+
+
+def test_all_classes_that_are_allowed_are_compared():
+    kinds = {getattr(transformers, f"{name}Config").model_type for name in ROUTERS}
+    assert kinds | {"deepseek"} == {*checkpoints.RENORMALISED, *checkpoints.PLAIN}  # deepseek's class is no part of it
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_route_is_what_the_models_experts_are_given(name, tmp_path):
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **ROUTERS[name]})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    given = []
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_((0.3 * torch.randn(tensor.shape)).to(tensor))
+        model.save_pretrained(tmp_path)
+        ends = "layers.1.mlp.experts", "layers.1.block_sparse_moe.experts"
+        experts = next(module for path, module in model.named_modules() if path.endswith(ends))
+        take = lambda module, args, kwargs: given.extend((*args, *kwargs.values()))  # noqa: E731
+        experts.register_forward_pre_hook(take, with_kwargs=True)
+        model(torch.randint(4, 60, (2, 20), generator=torch.Generator().manual_seed(1)))
+    x, indices, weights = (each.reshape(40, -1) for each in given[:3])
+    expected = torch.zeros(40, 8).scatter(1, indices, weights.float())
+    (layer,) = checkpoints.read(tmp_path, [1])
+    torch.testing.assert_close(layer.route(x).to_dense(8), expected, rtol=1e-4, atol=1e-5)
 
 
 # Bad input

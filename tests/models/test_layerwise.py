@@ -249,8 +249,10 @@ def test_more_text_is_all_that_is_run_again(harvest, filled, monkeypatch, tmp_pa
     teacher = load(save("deepseek", tmp_path / "model"))
     expected = harvest(teacher, layer=3, cache_dir=tmp_path / "whole")
     harvest(teacher, layer=3, n_tokens=60)
-    before, shapes, embed = between(tmp_path), [], Layerwise._base
-    monkeypatch.setattr(Layerwise, "_base", lambda self, h, m: shapes.append(h.shape[:2].numel()) or embed(self, h, m))
+    before, shapes, embed = between(tmp_path), [], Layerwise._forward
+    monkeypatch.setattr(
+        Layerwise, "_forward", lambda self, h, m: shapes.append(h.shape[:2].numel()) or embed(self, h, m)
+    )
     store = harvest(teacher, layer=3)
     rows = sum(file.stat().st_size for file in set(between(tmp_path)) - set(before)) // (4 * teacher.d_model)
     assert sum(shapes) == 4 * rows

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from helpers.models import sources, teachers
 from helpers.models.teachers import SITES, Splice
@@ -249,6 +250,35 @@ def test_damaged_weights_are_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="could not be loaded"):
         teachers.load(folder)
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+ALTERED = {
+    "lost": (lambda w: {n: v for n, v in w.items() if n != DOWN}, f"the checkpoint lacks {DOWN}"),
+    "torch.compile": (lambda w: {"_orig_mod." + n: v for n, v in w.items()}, "lacks .*a prefix _orig_mod. or module."),
+    "DDP": (lambda w: {"module." + n: v for n, v in w.items()}, "lacks .*a prefix _orig_mod. or module."),
+    "shape": (lambda w: w | {DOWN: w[DOWN][:, 1:].clone()}, rf"another shape {DOWN} \[16, 23\], not \[16, 24\]"),
+    "bias": (lambda w: w | {DOWN[:-6] + "bias": torch.ones(16)}, f"without a place for it {DOWN[:-6]}bias"),
+    "head": (lambda w: {n: v for n, v in w.items() if n != "lm_head.weight"}, "lacks lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("what", ALTERED)
+def test_weights_that_do_not_cover_the_model_are_named(tmp_path, what):
+    folder = tiny.save(tmp_path, "llama")
+    change, message = ALTERED[what]
+    file = Path(folder) / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        teachers.load(folder, device="cpu")
+
+
+def test_buffers_and_value_heads_of_old_checkpoints_are_passed_over(tmp_path):
+    folder = tiny.save(tmp_path, "llama")
+    file = Path(folder) / "model.safetensors"
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "v_head.weight": torch.ones(1, 16)}
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    assert teachers.load(folder, device="cpu").n_layers == 3
 
 
 def test_no_network_is_an_error_within_seconds(monkeypatch):
