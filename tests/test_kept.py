@@ -1,6 +1,7 @@
 """What is kept: under which key, and what a kill, a second process, a damaged file or a full disk can do to it."""
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import os
@@ -385,8 +386,12 @@ def kill(child, after):
 @pytest.mark.parametrize("busy", ["writing", "making"])
 def test_killed_at_twenty_random_moments_nothing_is_half_or_old(tmp_path, busy):
     draw, value = random.Random(0), np.arange(300_000)
+    begun, begins = (
+        os.pipe()
+    )  # a byte each time that something is made, so that kills fall into work on a busy machine too
 
     def make():
+        os.write(begins, b".")
         if busy == "making":
             time.sleep(0.05)
         return [value, "end"]
@@ -398,14 +403,22 @@ def test_killed_at_twenty_random_moments_nothing_is_half_or_old(tmp_path, busy):
     started = time.monotonic()
     keep("things", 0, make, cache_dir=tmp_path)
     pace = time.monotonic() - started  # of this machine as busy as it is
-    for _ in range(20):
-        kill(fork(work), draw.uniform(0.0, 4 * pace))
+    os.read(begun, 1)
+    for turn in range(20):
+        child = fork(work)
+        for _ in range(1 + turn % 2):  # every other one has ended a piece of work before it is killed in the next
+            os.read(begun, 1)
+        kill(child, draw.uniform(0.0, 2 * pace))
+        os.set_blocking(begun, False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(begun, 10**6)
+        os.set_blocking(begun, True)
         for number in range(10**6):
             if (found := Kept("things", number, make, cache_dir=tmp_path).read()) is None:
                 break  # this one was cut off: nothing there, or all of it
             assert found[1] == "end" and np.array_equal(found[0], value)
     assert keep("things", number, make, cache_dir=tmp_path)[1] == "end"
-    assert number > 1  # they did come forward
+    assert number > 10  # they did come forward
     folder = tmp_path / "things"
     assert not list(folder.glob(f".{Kept('things', number, make, cache_dir=tmp_path).key}*.part"))
 
