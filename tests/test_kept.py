@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -386,9 +387,7 @@ def kill(child, after):
 @pytest.mark.parametrize("busy", ["writing", "making"])
 def test_killed_at_twenty_random_moments_nothing_is_half_or_old(tmp_path, busy):
     draw, value = random.Random(0), np.arange(300_000)
-    begun, begins = (
-        os.pipe()
-    )  # a byte each time that something is made, so that kills fall into work on a busy machine too
+    begun, begins = os.pipe()  # a byte for each thing that is begun: kills fall into work, however busy the machine
 
     def make():
         os.write(begins, b".")
@@ -404,21 +403,23 @@ def test_killed_at_twenty_random_moments_nothing_is_half_or_old(tmp_path, busy):
     keep("things", 0, make, cache_dir=tmp_path)
     pace = time.monotonic() - started  # of this machine as busy as it is
     os.read(begun, 1)
+    os.set_blocking(begun, False)
     for turn in range(20):
         child = fork(work)
         for _ in range(1 + turn % 2):  # every other one has ended a piece of work before it is killed in the next
+            select.select([begun], [], [], 60)
             os.read(begun, 1)
         kill(child, draw.uniform(0.0, 2 * pace))
-        os.set_blocking(begun, False)
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):  # what else it began
             os.read(begun, 10**6)
-        os.set_blocking(begun, True)
         for number in range(10**6):
             if (found := Kept("things", number, make, cache_dir=tmp_path).read()) is None:
                 break  # this one was cut off: nothing there, or all of it
             assert found[1] == "end" and np.array_equal(found[0], value)
     assert keep("things", number, make, cache_dir=tmp_path)[1] == "end"
     assert number > 10  # they did come forward
+    os.close(begun)
+    os.close(begins)
     folder = tmp_path / "things"
     assert not list(folder.glob(f".{Kept('things', number, make, cache_dir=tmp_path).key}*.part"))
 
