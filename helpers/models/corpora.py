@@ -90,12 +90,12 @@ def local_file(corpus: str) -> Path | None:
 
 
 def fingerprint(corpus: str) -> str:
-    """What determines a corpus, for cache keys: the SHA-256 of a file, the commit of a hub set (its name offline)."""
+    """What determines a corpus, for keys: a file's SHA-256 and ending, or a hub set's commit (offline: its name)."""
     if corpus == "book-texts":
         return "+".join(fingerprint(str(path)) for path in BOOK_TEXTS.values())
     path = local_file(corpus)
     if path is not None:
-        return f"sha256:{kept.file_digest(path)}"
+        return f"sha256:{kept.file_digest(path)}{path.suffix.lower()}"
     with contextlib.suppress(sources.Unreachable):
         return f"{corpus}@{sources.commit('dataset', corpus.partition(':')[0])}"
     return corpus

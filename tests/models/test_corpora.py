@@ -243,3 +243,11 @@ def test_text_without_whitespace_is_cut_too(reader, tmp_path):
     corpus = write(tmp_path, "one.jsonl", json.dumps({"text": "x" * 10_000, "split": "train"}).encode())
     with pytest.warns(UserWarning, match="has .* tokens, not n_tokens=1,000"):
         assert corpora.texts(reader, corpus, n_tokens=1_000, max_length=32).n_tokens == 20  # of 512 characters each
+
+
+def test_the_same_bytes_read_in_two_ways_are_two_corpora(tmp_path):
+    """A harvest of one must not be served for the other; a copy under another name is the same corpus."""
+    for name in ("a.jsonl", "b.jsonl", "a.txt"):
+        (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
+    first, copy, lines = (corpora.fingerprint(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl", "a.txt"))
+    assert first == copy != lines
