@@ -42,13 +42,13 @@ def restricted_isometry(atoms: Float[Tensor, "n d"], k: int, *, most: int = 2_00
     """δ = max over 1 ≤ |S| ≤ k of δ_S, exact, by enumeration.
 
     All sizes are visited: with linearly dependent atoms δ_S can shrink when S grows. Raises `ValueError` for k outside
-    1 to n, and for more than `most` supports; there `masks.babel` of unit atoms is an
-    upper bound, and any `isometry_of` a lower one.
+    1 to n, and for more than `most` supports; there the Babel function of unit atoms
+    (chapter 4) is an upper bound, and any `isometry_of` a lower one.
     """
     n, own = len(atoms), atoms.detach().double()
     allowed(1 <= k <= n, f"k={k}", f"1 to {n}, the number of atoms")
     count = sum(math.comb(n, size) for size in range(1, k + 1))
-    allowed(count <= most, f"k={k} of {n} atoms makes {count:,} supports", f"{most:,}. Bound δ by masks.babel instead")
+    allowed(count <= most, f"k={k} of {n} atoms makes {count:,} supports", f"{most:,}. Bound δ by the Babel function instead")
     gram, worst = own @ own.T, 0.0
     for size in range(1, k + 1):
         rest: Iterator[tuple[int, ...]] = combinations(range(n), size)
