@@ -48,7 +48,7 @@ def restricted_isometry(atoms: Float[Tensor, "n d"], k: int, *, most: int = 2_00
     n, own = len(atoms), atoms.detach().double()
     allowed(1 <= k <= n, f"k={k}", f"1 to {n}, the number of atoms")
     count = sum(math.comb(n, size) for size in range(1, k + 1))
-    allowed(count <= most, f"k={k} of {n} atoms makes {count:,} supports", f"{most:,}. Bound δ by the Babel function instead")
+    allowed(count <= most, f"k={k} of {n} atoms makes {count:,} supports", f"{most:,}; the Babel function bounds δ")
     gram, worst = own @ own.T, 0.0
     for size in range(1, k + 1):
         rest: Iterator[tuple[int, ...]] = combinations(range(n), size)
