@@ -13,11 +13,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from scipy import special
-from torch import Tensor
 
 from helpers.dictionary import RankOneDictionary
 from helpers.settings import allowed
@@ -91,40 +88,6 @@ def model_bound(model: RankOneDictionary) -> float:
     """
     allowed(model.d_in == model.d_out, f"d_out={model.d_out}", f"d_in={model.d_in}")
     return float(fvu_bound(measurements(model), model.d_in, log_configurations(model.n_features, model.k)))
-
-
-# -- challengers: the best of N subspaces, chosen for each sample by an oracle -----------------------------------------
-
-
-def random_subspaces(n: int, w: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d w"]:
-    """n orthonormal bases of w-dimensional subspaces, evenly drawn; float64. Raises `ValueError` unless w ≤ d."""
-    allowed(1 <= w <= d, f"w={w}", f"1 to d={d}")
-    noise = torch.randn(n, d, w, generator=generator, device=generator.device, dtype=torch.float64)
-    return torch.linalg.qr(noise).Q
-
-
-def nearest_subspace(
-    x: Float[Tensor, "batch d"], bases: Float[Tensor, "n d w"]
-) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """For each row the subspace that holds most of it, and ‖x − P x‖² there: N regions, w measurements in each."""
-    held = torch.stack([(x @ basis).square().sum(1) for basis in bases.to(x.dtype)], dim=1)
-    most, nearest = held.max(1)
-    return nearest, (x.square().sum(1) - most).clamp_min(0)
-
-
-def fit_subspaces(x: Float[Tensor, "rows d"], bases: Float[Tensor, "n d w"], rounds: int = 10) -> Tensor:
-    """Learned subspaces [n, d, w]: give each row to its nearest one, refit each to its rows, and repeat (k-subspaces).
-
-    A subspace that got fewer than w rows stays as it is.
-    """
-    bases, w = bases.clone(), bases.shape[2]
-    for _ in range(rounds):
-        nearest, _ = nearest_subspace(x, bases)
-        for j in range(len(bases)):
-            rows = x[nearest == j].to(bases.dtype)
-            if len(rows) >= w:
-                bases[j] = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -w:]
-    return bases
 
 
 def random_subspaces_fvu(w: int, d: int, log_n: float, *, points: int = 8001) -> float:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helpers.dictionary import ACTIVATIONS, RankOneDictionary, Rows, SparseCodes
+from helpers.dictionary import ACTIVATIONS, RankOneDictionary, Rows, SparseCodes, pursuit, weighted_sum
 from helpers.settings import allowed, one_of
 
 POWERS = {1: "identity", 2: "square", 3: "cube"}
@@ -42,34 +42,19 @@ def restricted_isometry(atoms: Float[Tensor, "n d"], k: int, *, most: int = 2_00
     """δ = max over 1 ≤ |S| ≤ k of δ_S, exact, by enumeration.
 
     All sizes are visited: with linearly dependent atoms δ_S can shrink when S grows. Raises `ValueError` for k outside
-    1 to n, and for more than `most` supports; there, `babel` is an upper and any `isometry_of` a lower bound.
+    1 to n, and for more than `most` supports; there the Babel function of unit atoms
+    (chapter 4) is an upper bound, and any `isometry_of` a lower one.
     """
     n, own = len(atoms), atoms.detach().double()
     allowed(1 <= k <= n, f"k={k}", f"1 to {n}, the number of atoms")
     count = sum(math.comb(n, size) for size in range(1, k + 1))
-    allowed(count <= most, f"k={k} of {n} atoms makes {count:,} supports", f"{most:,}. Bound δ by babel instead")
+    allowed(count <= most, f"k={k} of {n} atoms makes {count:,} supports", f"{most:,}; the Babel function bounds δ")
     gram, worst = own @ own.T, 0.0
     for size in range(1, k + 1):
         rest: Iterator[tuple[int, ...]] = combinations(range(n), size)
         while part := list(islice(rest, 65_536)):
             s = torch.tensor(part)
             worst = max(worst, float(_isometry(gram[s[:, :, None], s[:, None, :]]).max()))
-    return worst
-
-
-def babel(atoms: Float[Tensor, "n d"], k: int, *, chunk: int = 2048) -> float:
-    """Upper bound on δ: max_j (|‖a_j‖² − 1| + the k − 1 largest |a_i·a_j|, i ≠ j), by Gershgorin's discs.
-
-    With unit atoms this is the Babel function μ₁(k − 1) (Tropp 2004).
-    """
-    allowed(1 <= k <= len(atoms), f"k={k}", f"1 to {len(atoms)}, the number of atoms")
-    worst, atoms = 0.0, atoms.detach()
-    for start in range(0, len(atoms), chunk):
-        dots = (atoms[start : start + chunk] @ atoms.T).double().abs()
-        own = torch.arange(len(dots), device=dots.device)
-        diagonal = dots[own, start + own]
-        dots[own, start + own] = 0
-        worst = max(worst, float(((diagonal - 1).abs() + dots.topk(k - 1, dim=1).values.sum(1)).max()))
     return worst
 
 
@@ -107,24 +92,15 @@ def projection(
     atoms: Float[Tensor, "n d"], supports: Int[Tensor, "batch k"], x: Float[Tensor, "batch d"]
 ) -> Float[Tensor, "batch d"]:
     """P_S x for each row of x with its own support, in float64."""
-    parts = []
-    for (rows, gram), part in zip(_grams(atoms, supports), x.split(_rows_at_once(atoms, supports)), strict=True):
-        chosen = atoms[rows].double()
-        dots = torch.einsum("bkd,bd->bk", chosen, part.double())
-        codes = torch.linalg.pinv(gram, rtol=RANK_TOLERANCE, hermitian=True) @ dots[:, :, None]
-        parts.append(torch.einsum("bk,bkd->bd", codes[:, :, 0], chosen))
-    return torch.cat(parts)
+    atoms = atoms.detach().double()
+    return weighted_sum(pursuit.least_squares(x.double(), atoms, supports), supports, atoms)
 
 
 def _grams(atoms: Tensor, supports: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Supports, a block at a time, with their Gram matrices in float64."""
-    for rows in supports.split(_rows_at_once(atoms, supports)):
+    for rows in supports.split(max(1, GATHER_BYTES // (8 * supports.shape[1] * atoms.shape[1]))):
         chosen = atoms.detach()[rows].double()
         yield rows, chosen @ chosen.transpose(1, 2)
-
-
-def _rows_at_once(atoms: Tensor, supports: Tensor) -> int:
-    return max(1, GATHER_BYTES // (8 * supports.shape[1] * atoms.shape[1]))
 
 
 def _non_zero(values: Tensor) -> Tensor:
@@ -408,15 +384,6 @@ def flattening_rank(polynomial: Polynomial, tolerance: float = 1e-6) -> int:
     products = (_root(outer * inner**a) @ _root(inner ** (p - a)) for a in range(p))
     spectra = (torch.linalg.svdvals(product) for product in products)
     return max(int((values > tolerance * values[0]).sum()) for values in spectra)
-
-
-def generic_width(d: int, m: int, p: int) -> int:
-    """Width below which a dense MLP computes almost no polynomial map of degree p from d to m dimensions.
-
-    Symmetric tensors have m·C(d+p−1, p) coordinates; w neurons reach a set of dimension at most w(m + d − 1), as the
-    scale of a neuron's input can be moved to its output.
-    """
-    return -(-m * math.comb(d + p - 1, p) // (m + d - 1))
 
 
 def _root(gram: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 import math
 
-import numpy as np
-
 
 def kl(p, q):
     total = 0.0
@@ -33,13 +31,3 @@ def fvu_bound(w, d, log_n):
         else:
             high = middle
     return low
-
-
-def best_of(x, bases):
-    """Share of each row of x that lies outside the subspace holding most of it, by least squares."""
-    shares = np.empty((len(x), len(bases)))
-    for i, row in enumerate(x):
-        for j, basis in enumerate(bases):
-            fitted = basis @ np.linalg.lstsq(basis, row, rcond=None)[0]
-            shares[i, j] = np.sum((row - fitted) ** 2)
-    return shares.argmin(1), shares.min(1)
