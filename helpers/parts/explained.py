@@ -66,11 +66,13 @@ def estimate(statistic: Callable[[np.ndarray], float], *parts: Explained, **boot
     return Sums(cells).compare(of, **{"n_resamples": 1000, "fewest": FEWEST} | bootstrap)
 
 
-def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explained] | float, **bootstrap) -> Comparison:
-    """FVE of one over FVE of another, or over a number; of lists, one for each layer, the layers' geometric mean.
+def fve(part: Explained, **bootstrap) -> Comparison:
+    """FVE with its interval; unlike a `ratio` it may be negative."""
+    return estimate(lambda shares: shares[0], part, **bootstrap)
 
-    Over 1.0 it is the FVE itself, with its interval.
-    """
+
+def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explained] | float, **bootstrap) -> Comparison:
+    """FVE of one over FVE of another, or over a number; of lists, one for each layer, the layers' geometric mean."""
     of = [of] if isinstance(of, Explained) else list(of)
     if isinstance(to, float):
         return estimate(lambda shares: geometric(shares / to), *of, **bootstrap)
@@ -159,7 +161,7 @@ def ladder_rows(found: Mapping[Key, Explained], expected: float, **about) -> lis
     times the rank; centred ones with their intervals."""
     rows = []
     for key, part in found.items():
-        share = listed(ratio(part, 1.0, n_resamples=400 if key.centred else 0))
+        share = listed(fve(part, n_resamples=400 if key.centred else 0))
         row = about | key._asdict() | {"fve": share, "by_draw": part.by_draw}
         base = expected * key.rank
         rows.append(row | {"ratio": [None if each is None else each / base for each in share]})

@@ -339,7 +339,7 @@ def test_ratios_pair_draws_and_articles():
     total = random.uniform(5, 10, 8)
     many = Explained(random.uniform(1, 2, (4, 8)), total)
     one = Explained(3 * many.explained.mean(0)[None], total)
-    assert explained.ratio(many, 1.0).value == pytest.approx(many.explained.sum() / 4 / total.sum())
+    assert explained.fve(many).value == pytest.approx(many.explained.sum() / 4 / total.sum())
     thrice = Explained(3 * many.explained, total)
     assert listed(explained.ratio(thrice, many)) == pytest.approx([3, 3, 3])
     value, low, high = listed(explained.ratio(one, many))
@@ -347,12 +347,14 @@ def test_ratios_pair_draws_and_articles():
     both = explained.ratio([thrice, many], [many, many])
     assert listed(both) == pytest.approx([3**0.5] * 3)
     assert both.n == 32 and both.resampled == "seed × article" and explained.ratio(one, one).resampled == "articles"
-    assert explained.ratio([many, thrice], 0.1).value == pytest.approx(3**0.5 * explained.ratio(many, 1.0).value / 0.1)
+    assert explained.ratio([many, thrice], 0.1).value == pytest.approx(3**0.5 * explained.fve(many).value / 0.1)
     few = Explained(many.explained[:, :4], total[:4])
     assert listed(explained.ratio(few, few)) == [pytest.approx(1), None, None]
     lone = Explained(many.explained[:, :1], total[:1])
-    assert listed(explained.ratio(lone, 1.0)) == [pytest.approx(lone.fve), None, None]
-    assert explained.ratio(many, 1.0, n_resamples=0).ci is None
+    assert listed(explained.fve(lone)) == [pytest.approx(lone.fve), None, None]
+    assert explained.fve(many, n_resamples=0).ci is None
+    worse = explained.fve(Explained(-many.explained, total))  # codes by a rule can be worse than nothing
+    assert worse.value == pytest.approx(-explained.fve(many).value) and worse.ci[1] < 0
     with pytest.raises(ValueError, match="draws × articles"):
         explained.ratio(many, few)
     with pytest.raises(ValueError, match="as many"):
