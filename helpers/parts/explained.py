@@ -67,7 +67,7 @@ def estimate(statistic: Callable[[np.ndarray], float], *parts: Explained, **boot
 
 
 def fve(part: Explained, **bootstrap) -> Comparison:
-    """FVE with its interval."""
+    """FVE with its interval; unlike a `ratio` it may be negative."""
     return estimate(lambda shares: shares[0], part, **bootstrap)
 
 
@@ -81,24 +81,18 @@ def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explaine
     return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, **bootstrap)
 
 
-def over_layers(of: Sequence[Explained], to: Sequence[Explained] | float, **bootstrap) -> Comparison:
+def over_layers(of: Sequence[Explained], to: float, **bootstrap) -> Comparison:
     """`ratio` of parts without chance, one for each layer, with an interval over layers × articles, each resampled as
     a whole. Few layers make a rough interval; with one layer it is over articles only.
 
-    Raises `ValueError` for parts of several draws, and for lists of other lengths.
+    Raises `ValueError` for parts of several draws.
     """
-    under = [None] * len(of) if isinstance(to, float) else to
-    single = all(len(part.explained) == 1 for part in (*of, *under) if part is not None)
-    given = f"{len(of) + len(under)} parts for {len(of)} layers"
-    allowed(single and len(of) == len(under), given, "parts of one draw, one or two for each")
-    layers = {}
-    for layer, (over, part) in enumerate(zip(of, under, strict=True)):
-        base = Explained(to * over.total[None], over.total) if part is None else part
-        layers[layer] = {"over": over.explained[0], "its total": over.total}
-        layers[layer] |= {"under": base.explained[0], "that total": base.total}
+    draws = [len(part.explained) for part in of]
+    allowed(set(draws) == {1}, f"parts of {draws} draws", "one draw each")
+    layers = {i: {"explained": part.explained[0], "total": part.total} for i, part in enumerate(of)}
 
     def statistic(cell) -> float:
-        return geometric(cell["over"] / cell["its total"] / (cell["under"] / cell["that total"]))
+        return geometric(cell["explained"] / cell["total"] / to)
 
     return Sums({"": layers}).compare(statistic, **{"n_resamples": 1000, "fewest": FEWEST} | bootstrap)
 

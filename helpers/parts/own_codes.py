@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from helpers import settings
-from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, topk_sae, weighted_sum
-from helpers.models.activations import ActivationStore
+from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, weighted_sum
 from helpers.models.checkpoints import MoELayer
 from helpers.parts.explained import Explained
 from helpers.parts.inside import SITES, WHICH, LayerRows, derangement, projected, random_directions, random_router
+from helpers.parts.language_model import Sae, SiteRows
 from helpers.settings import one_of
 from helpers.study import study
+from helpers.study.scores import by_group
 from helpers.study.study import Arm, Judged
-from helpers.training import Shuffled
 
 RULES = ("score", "gate")
 FITTED = ("none", "one", "each")
@@ -91,72 +91,41 @@ def by_rule(
 # -- a dictionary that is trained --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedSAE:
-    """The problem (`study.Problem`) of a TopK SAE of the implicit one's shape (n = experts, k = top_k) at a site.
+class TrainedSAE(SiteRows):
+    """The problem of a TopK SAE at a site of the layer, judged as the ladder's controls are.
 
-    It sees the fitting rows divided by one number so that their mean variance is 1, and starts with b_dec at their
-    mean. Rates are chosen by what its own codes leave of the `validation` rows.
+    Train rows are those that fit the controls, test rows those that judge them; rates are chosen by what the SAE's own
+    codes leave of the validation rows.
     """
-
-    bench: LayerRows
-    validation: ActivationStore
-    site: str
-    steps: int
-    batch_size: int
-
-    @property
-    def asked(self) -> list:
-        bench, stores = self.bench, (self.bench.fitting, self.bench.judging, self.validation)
-        shape = [bench.moe.n_experts, bench.moe.top_k, self.site]
-        return [*shape, [store.key for store in stores], self.steps, self.batch_size]
-
-    @property
-    def scale(self) -> float:
-        return float(self.bench.fitting.moments(self.site).variance) ** 0.5
-
-    def build(self, seed: int) -> RankOneDictionary:
-        moe, b_dec = self.bench.moe, (self.bench.mean(self.site) / self.scale).cpu()
-        return topk_sae(moe.d_model, moe.n_experts, moe.top_k, generator=settings.generator(seed), b_dec=b_dec)
-
-    def stream(self, seed: int, device: torch.device) -> Shuffled:
-        rows = self.bench.rows("fitting", self.site, False) / self.scale
-        identity = f"{self.bench.fitting.key}/{self.site}/{self.scale!r}"
-        return Shuffled(rows, batch_size=self.batch_size, seed=seed, fingerprint=identity, device=device)
 
     def judge(self, student: RankOneDictionary, seed: int) -> Judged:
         """Sums of squares by article: `total`, and what is explained by its `own` codes and by least squares on its
         `choice`."""
-        chosen, own = (self.explained(student, self.bench, own_codes=each) for each in (False, True))
-        unseen = self.explained(student, replace(self.bench, judging=self.validation), own_codes=True)
-        sums = {"choice": chosen.explained[0], "own": own.explained[0], "total": own.total}
-        return Judged(sums, {"fvu": 1 - unseen.fve})
+        unseen = self.explained(student, "validation")
+        return Judged(self.explained(student, "test"), {"fvu": 1 - float(unseen["own"].sum() / unseen["total"].sum())})
 
     @torch.no_grad()
-    def explained(self, sae: RankOneDictionary, bench: LayerRows, *, own_codes: bool) -> Explained:
-        """What it explains of the judging rows: by least squares on its choice, or by its own codes.
-
-        Least squares starts from where the SAE does, its own b_dec, so its own codes can do no better. The total is
-        that of all other controls, about the mean of the fitting rows.
-        """
-        rows, y = bench.rows("judging", self.site, False) / self.scale, bench.rows("judging", self.site)
-        if own_codes:
-            left = (rows - sae(rows)).double().square().sum(1)
-        else:
-            rest = rows if sae.b_out is None else rows - sae.b_out
-            found = projected(sae.decoder.weight.detach(), sae.encode(rows).indices, rest)[0]
-            left = rest.double().square().sum(1) - found
-        return bench.judged([y.double().square().sum(1) - self.scale**2 * left], self.site, True)
+    def explained(self, sae: RankOneDictionary, split: str) -> dict[str, Float[np.ndarray, " articles"]]:
+        """The total is that of all other controls, about the mean of the train rows. Least squares starts from where
+        the SAE does, its own b_dec, so its own codes can do no better."""
+        rows = self.rows(split).to(sae.b_out)
+        rest, total = rows - sae.b_out, (rows - self.mean.to(rows)).double().square().sum(1)
+        found = projected(sae.decoder.weight, sae.encode(rows).indices, rest)[0]
+        left = {"choice": rest.double().square().sum(1) - found, "own": (rows - sae(rows)).double().square().sum(1)}
+        sums = {"total": total} | {name: total - each for name, each in left.items()}
+        article = torch.from_numpy(np.array(self.store(split).article))
+        return {name: by_group(each.cpu(), article) for name, each in sums.items()}
 
 
-def best_sae(problem: TrainedSAE, lrs: Sequence[float], seed: int, **options) -> tuple[float, dict[str, Explained]]:
-    """The best learning rate of a TopK SAE, and what the SAE explains: `sae` and `sae_own` of the ladder.
-
-    `options` of `study.study`.
+def best_sae(
+    problem: TrainedSAE, shape: tuple[int, int], lrs: Sequence[float], seed: int, **options
+) -> tuple[float, dict[str, Explained]]:
+    """The best learning rate of a TopK SAE of the implicit one's `shape` (n = experts, k = top_k), whose b_dec starts
+    at the mean, and what the SAE explains: `sae` and `sae_own` of the ladder. `options` of `study.study`.
     """
     options = {"together": len(lrs), "workers": 0} | options
-    arm = Arm(f"SAE of layer {problem.bench.moe.layer}, {problem.site}", TrainedSAE.build)
-    tried = study.tune(problem, {"": arm}, sorted(lrs), seed, device=problem.bench.device, **options)[""]
+    arm = Arm(f"SAE, {problem.site}", Sae(*shape, centred=True))
+    tried = study.tune(problem, {"": arm}, sorted(lrs), seed, **options)[""]
     best = study.choose(tried)
     sums = tried[best].sums
     parts = {"sae": sums["choice"], "sae_own": sums["own"]}
