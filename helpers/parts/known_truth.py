@@ -316,7 +316,7 @@ def difference_of_means(first: np.ndarray, second: np.ndarray) -> float:
 def paired(
     first: pd.DataFrame, second: pd.DataFrame, column: str, statistic: Callable[..., float] = ratio_of_means
 ) -> Comparison:
-    """A `statistic` of one column of two candidates' lines, whose seeds are resampled in pairs."""
+    """A `statistic` of one column of two candidates' lines, with an interval over pairs of seeds."""
     return over_seeds(*(each.sort_values("seed")[column] for each in (first, second)), statistic=statistic)
 
 
