@@ -20,6 +20,7 @@ from helpers.parts.explained import Explained, Key, listed
 from helpers.press import figures
 from helpers.study import study
 from tests import tiny
+from tests.reference.metrics_numpy import of_two
 
 D, EXPERTS, TOP_K, LAYER = 16, 6, 2, 1
 
@@ -358,13 +359,13 @@ def test_ratios_pair_draws_and_articles():
         explained.ratio([many, many], [many])
 
 
-def test_over_layers_resamples_layers_too():
+def test_the_interval_over_layers_leaves_layers_out_too():
     total = np.full(8, 2.0)
     parts = [Explained(np.full((1, 8), share), total) for share in (0.4, 1.6)]
     value, low, high = listed(explained.over_layers(parts, 0.1))
     assert value == pytest.approx(explained.ratio(parts, 0.1).value)
     assert listed(explained.ratio(parts, 0.1)) == pytest.approx([value] * 3)  # the articles do not differ: layers do
-    assert (low, high) == pytest.approx((2, 8))
+    assert (low, high) == pytest.approx(of_two(value, 2, 8))
     assert explained.over_layers(parts, parts[:1] * 2).value == pytest.approx(value / 2)
     assert listed(explained.over_layers(parts[:1], 0.1)) == pytest.approx([2, 2, 2])
     few = [Explained(part.explained[:, :4], total[:4]) for part in parts]

@@ -44,6 +44,12 @@ def slow_recovery(learned, truth, threshold):
     }
 
 
+def of_two(value: float, one: float, other: float) -> tuple[float, float]:
+    """The interval where two units vary alone, and the statistic of each of them without the other is known."""
+    margin = float(student.ppf(0.975, 1)) * abs(one - other) / 2
+    return value - margin, value + margin
+
+
 def slow_comparison(data: np.ndarray, statistic: Callable[[np.ndarray], float], *, level: float = 0.95) -> Comparison:
     """`statistic` of `data` [seeds, units, ...], of each seed's share of it, and with each seed or unit left out."""
     value, variances, degrees = statistic(data), [], []
