@@ -11,7 +11,7 @@ No function here builds the dense [batch, n] matrix of codes; only the router's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -174,26 +174,24 @@ class RankOneDictionary(nn.Module):
     def _shared_layers(self) -> list[nn.Linear]:
         return [] if self.shared is None else [layer for layer in self.shared.modules() if isinstance(layer, nn.Linear)]
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
-        """As PyTorch's, but a parameter with several roles stays one, also where tensors are assigned.
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
+        """PyTorch calls it for a parent's `load_state_dict` too: a parameter with several roles stays one.
 
         Raises `ValueError` where `state_dict` has different values for its roles.
         """
         roles: dict[nn.Parameter, list[str]] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
-            roles.setdefault(parameter, []).append(name)
-        given = [[name for name in names if name in state_dict] for names in roles.values()]
-        for first, *others in filter(None, given):
+            roles.setdefault(parameter, []).append(prefix + name)
+        for parameter, names in roles.items():
+            first, *others = [name for name in names if name in state_dict] or [None]
             for other in others:
                 if not torch.equal(state_dict[first], state_dict[other]):
                     raise ValueError(f"{first} and {other} differ; allowed: equal ones, since they are one parameter")
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        for names, held in zip(roles.values(), given, strict=True):
-            one = self.get_parameter((held or names)[0])
-            for name in names if assign else ():
-                module, _, last = name.rpartition(".")
-                setattr(self.get_submodule(module), last, one)
-        return result
+            if first is not None and local_metadata.get("assign_to_params_buffers"):
+                one = state_dict[first]  # as one parameter it is assigned as it is; a tensor would become several
+                one = one if isinstance(one, nn.Parameter) else nn.Parameter(one, parameter.requires_grad)
+                state_dict.update(dict.fromkeys(names, one))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def constrain_gradient_(self) -> None:
         """Before an optimiser step: what the constraint of `constrain_` makes of the gradient."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helpers.dictionary import rows as dense
-from helpers.dictionary.rows import Rows, linear, starts_by_row, weighted_sum
+from helpers.dictionary.rows import Rows, check_indices, linear, starts_by_row, weighted_sum
 
 TILE_BYTES = 8 * 2**20
 """Largest dense tile of packed rows that a pass over all of them builds; it lives as long as that product."""
@@ -80,10 +80,12 @@ class Packed(Rows):
         return scores if self.bias is None else scores.add_(self.bias)
 
     def _products(self, x: Tensor, indices: Tensor, known: Tensor | None) -> Tensor:
+        check_indices(indices, len(self.weight))
         known = known if known is None else known.to(self.weight.dtype)  # as `gather_dots` does
         return _PackedDots.apply(x.to(self.weight.dtype), self.weight, self.rows, indices, known)
 
     def combine(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> Float[Tensor, "batch d"]:
+        check_indices(indices, len(self.weight))
         return _PackedSum.apply(values.to(self.weight.dtype), indices, self.weight, self.rows, self.width)
 
     def vectors(self, only: Tensor | None = None) -> Float[Tensor, "n d"]:

@@ -39,12 +39,17 @@ def gather_dots(
     but the gradient is still the sparse one. Raises `ValueError` for an index outside 0 … n − 1 on a CPU, where nothing
     else would notice one.
     """
-    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(indices)
-        if low < 0 or high >= len(weight):
-            raise ValueError(f"indices run from {int(low)} to {int(high)}; allowed: 0 to {len(weight) - 1}")
+    check_indices(indices, len(weight))
     known = known if known is None else known.to(weight.dtype)  # under autocast a dense pass is half precision
     return _GatherDots.apply(x.to(weight.dtype), weight, indices, known)
+
+
+def check_indices(indices: Tensor, n: int) -> None:
+    """`ValueError` for an index outside 0 … n − 1 on a CPU, where a negative one would count from the end."""
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(indices)
+        if low < 0 or high >= n:
+            raise ValueError(f"indices run from {int(low)} to {int(high)}; allowed: 0 to {n - 1}")
 
 
 def power_of_two(size: Tensor) -> Tensor:

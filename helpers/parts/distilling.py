@@ -280,7 +280,7 @@ class Distillation:
 
     @property
     def fvu(self) -> Comparison:
-        """On test rows: mean over seeds, with an interval that resamples seeds and articles."""
+        """On test rows: mean over seeds, with an interval over seeds and articles."""
         return errors_of(self).fvu(0)
 
     def row(self) -> dict[str, object]:
@@ -388,7 +388,7 @@ def contrast(
 ) -> Comparison:
     """The gain on the first task over the gain on the second, as `dense` and `sparse` are given: two tasks in turn.
 
-    Seeds (those that all have) and articles are resampled together for both.
+    The interval is over seeds (those that all have) and articles, the same for both.
     """
     sides = [(dense_alike(d, s, equal), s) for d, s in zip(dense, sparse, strict=True)]
     powers = []
@@ -405,7 +405,7 @@ def contrast(
 def settled(outcomes: Sequence[Outcome], share: float = 0.1) -> Comparison:
     """Training loss in the middle of a run over that at its end, for runs of one length with several seeds.
 
-    Each is the mean over a window of `share` of the run, the middle one centred on half. The interval resamples runs
+    Each is the mean over a window of `share` of the run, the middle one centred on half. The interval is over runs
     and logged batches. Rows of a training batch are not held out: the loss is FVU on rows of which some are known.
     """
     total = len(outcomes[0].curve[1])

@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from helpers.settings import allowed
-from helpers.study.scores import FEWEST, Comparison, Sums, bootstrap_interval
+from helpers.study.scores import FEWEST, Comparison, Sums, t_interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +43,9 @@ class Key(NamedTuple):
     rank: int = 1
 
 
-def estimate(statistic: Callable[[np.ndarray], float], *parts: Explained, **bootstrap) -> Comparison:
-    """`statistic` of the parts' FVEs, an array; draws and articles are resampled, each as a whole (not at all where
-    `n_resamples` is 0). No interval over fewer than five articles.
+def estimate(statistic: Callable[[np.ndarray], float], *parts: Explained, **options) -> Comparison:
+    """`statistic` of the parts' FVEs, an array; the interval is over draws and articles. None over fewer than five
+    articles, or where `level` is None.
 
     All parts are judged on the same articles. Draw i of one part goes with draw i of the others; a part without
     chance goes with every draw. Raises `ValueError` for parts with other articles, or other numbers of draws.
@@ -63,27 +63,27 @@ def estimate(statistic: Callable[[np.ndarray], float], *parts: Explained, **boot
     def of(*totals) -> float:
         return statistic(np.array([each.total("explained") / each.total("total") for each in totals]))
 
-    return Sums(cells).compare(of, **{"n_resamples": 1000, "fewest": FEWEST} | bootstrap)
+    return Sums(cells).compare(of, fewest=FEWEST, **options)
 
 
-def fve(part: Explained, **bootstrap) -> Comparison:
+def fve(part: Explained, **options) -> Comparison:
     """FVE with its interval; unlike a `ratio` it may be negative."""
-    return estimate(lambda shares: shares[0], part, **bootstrap)
+    return estimate(lambda shares: shares[0], part, **options)
 
 
-def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explained] | float, **bootstrap) -> Comparison:
+def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explained] | float, **options) -> Comparison:
     """FVE of one over FVE of another, or over a number; of lists, one for each layer, the layers' geometric mean."""
     of = [of] if isinstance(of, Explained) else list(of)
     if isinstance(to, float):
-        return estimate(lambda shares: geometric(shares / to), *of, **bootstrap)
+        return estimate(lambda shares: geometric(shares / to), *of, **options)
     to = [to] if isinstance(to, Explained) else list(to)
     allowed(len(of) == len(to), f"{len(to)} parts to divide {len(of)} by", "as many")
-    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, **bootstrap)
+    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, **options)
 
 
-def over_layers(of: Sequence[Explained], to: float, **bootstrap) -> Comparison:
-    """`ratio` of parts without chance, one for each layer, with an interval over layers × articles, each resampled as
-    a whole. Few layers make a rough interval; with one layer it is over articles only.
+def over_layers(of: Sequence[Explained], to: float, **options) -> Comparison:
+    """`ratio` of parts without chance, one for each layer, with an interval over layers × articles. Few layers make a
+    rough interval; with one layer it is over articles only.
 
     Raises `ValueError` for parts of several draws.
     """
@@ -94,7 +94,7 @@ def over_layers(of: Sequence[Explained], to: float, **bootstrap) -> Comparison:
     def statistic(cell) -> float:
         return geometric(cell["explained"] / cell["total"] / to)
 
-    return Sums({"": layers}).compare(statistic, **{"n_resamples": 1000, "fewest": FEWEST} | bootstrap)
+    return Sums({"": layers}).compare(statistic, fewest=FEWEST, **options)
 
 
 def geometric(numbers: np.ndarray) -> float:
@@ -104,7 +104,7 @@ def geometric(numbers: np.ndarray) -> float:
 
 
 def factors(
-    found: Sequence[Mapping[Key, Explained]], site: str, expected: float, *, centred: bool = True, **bootstrap
+    found: Sequence[Mapping[Key, Explained]], site: str, expected: float, *, centred: bool = True, **options
 ) -> dict[str, Comparison]:
     """The ratio implicit / `expected` as a product of three: what directions, routing and pairing add, in this order.
 
@@ -119,13 +119,13 @@ def factors(
     steps = {"directions": ("random_router", None), "routing": ("shuffled", "random_router")}
     steps |= {"pairing": ("implicit", "shuffled"), "ratio": ("implicit", None)}
     return {
-        name: ratio(of[over], expected if under is None else of[under], **bootstrap)
+        name: ratio(of[over], expected if under is None else of[under], **options)
         for name, (over, under) in steps.items()
     }
 
 
 def pairing_growth(
-    after: Sequence[Mapping[Key, Explained]], before: Sequence[Mapping[Key, Explained]], site: str, **bootstrap
+    after: Sequence[Mapping[Key, Explained]], before: Sequence[Mapping[Key, Explained]], site: str, **options
 ) -> Comparison:
     """The factor of pairing after training over that before it, with its interval over draws × articles.
 
@@ -137,7 +137,7 @@ def pairing_growth(
         pairing = shares[::2] / shares[1::2]
         return geometric(pairing[: len(after)]) / geometric(pairing[len(after) :])
 
-    return estimate(statistic, *parts, **bootstrap)
+    return estimate(statistic, *parts, **options)
 
 
 def listed(found: Comparison) -> list[float | None]:
@@ -152,7 +152,7 @@ def mean_loss(losses: pd.DataFrame) -> list[float | None]:
     def mean(some: np.ndarray) -> float:
         return float(some[:, 0].sum() / some[:, 1].sum())
 
-    ends = (None, None) if len(sums) < FEWEST else bootstrap_interval(sums, mean)
+    ends = (None, None) if len(sums) < FEWEST else t_interval(sums, mean)
     return [mean(sums), *ends]
 
 
@@ -161,7 +161,7 @@ def ladder_rows(found: Mapping[Key, Explained], expected: float, **about) -> lis
     times the rank; centred ones with their intervals."""
     rows = []
     for key, part in found.items():
-        share = listed(fve(part, n_resamples=400 if key.centred else 0))
+        share = listed(fve(part, level=0.95 if key.centred else None))
         row = about | key._asdict() | {"fve": share, "by_draw": part.by_draw}
         base = expected * key.rank
         rows.append(row | {"ratio": [None if each is None else each / base for each in share]})

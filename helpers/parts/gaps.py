@@ -414,7 +414,7 @@ def row(outcomes: Sequence[Outcome], tried: Mapping[float, Outcome]) -> dict[str
     outcomes at each learning rate, first seed."""
     first, table = outcomes[0], sums({"": outcomes})
     of_all = {"fvu": lambda cell: cell.fvu, "added": lambda cell: cell.added}
-    fvu, added = (table.compare(statistic, n_resamples=1000) for statistic in of_all.values())
+    fvu, added = (table.compare(statistic) for statistic in of_all.values())
     rates = [np.asarray(each.about["rates"]) for each in outcomes]
     return {
         "cell": first.arm.name,
@@ -424,8 +424,8 @@ def row(outcomes: Sequence[Outcome], tried: Mapping[float, Outcome]) -> dict[str
         "fvu_ci": fvu.ci,
         "added": added.value,
         "added_ci": added.ci,
-        "recovered": table.compare(lambda cell: cell.ce_recovered(), n_resamples=1).value,
-        "recovered_mean": table.compare(lambda cell: cell.ce_recovered("mean"), n_resamples=1).value,
+        "recovered": table.compare(lambda cell: cell.ce_recovered(), level=None).value,
+        "recovered_mean": table.compare(lambda cell: cell.ce_recovered("mean"), level=None).value,
         "dead": float(np.mean([(each == 0).mean() for each in rates])) if all(map(len, rates)) else None,
         "lr": first.arm.lr,
         "tried": {f"{lr:g}": [each.validation["nats"], each.validation["fvu"]] for lr, each in tried.items()},

@@ -27,7 +27,7 @@ from helpers.models import activations, corpora
 from helpers.models.teachers import Teacher
 from helpers.parts.mixture import BOS
 from helpers.settings import allowed
-from helpers.study.scores import bootstrap_interval
+from helpers.study.scores import t_interval
 
 FEWEST = 5
 """Documents below which an interval over documents would say little."""
@@ -166,11 +166,9 @@ def held_out_losses(
     return found.assign(bytes=[int(size[p].sum()) for p in pieces.tokens], source=found.article.map(source))
 
 
-def bits_per_byte(
-    losses: pd.DataFrame, against: pd.DataFrame | None = None, *, seed: int = 0
-) -> tuple[float, float, float]:
+def bits_per_byte(losses: pd.DataFrame, against: pd.DataFrame | None = None) -> tuple[float, float, float]:
     """Bits per byte of a table of `held_out_losses`, or how many more than in `against`, a table of the same text;
-    and the ends of a 95 % bootstrap interval over documents, NaN for fewer than `FEWEST` of them.
+    and the ends of a 95 % interval over documents, NaN for fewer than `FEWEST` of them.
     """
     sums = losses.groupby("article")[["nats", "bytes"]].sum()
     if against is not None:
@@ -181,14 +179,14 @@ def bits_per_byte(
 
     data = sums.to_numpy()
     enough = len(data) >= FEWEST
-    return ratio(data), *(bootstrap_interval(data, ratio, seed=seed) if enough else (math.nan, math.nan))
+    return ratio(data), *(t_interval(data, ratio) if enough else (math.nan, math.nan))
 
 
-def bits_table(tables: dict[str, pd.DataFrame], against: str, *, seed: int = 0) -> pd.DataFrame:
+def bits_table(tables: dict[str, pd.DataFrame], against: str) -> pd.DataFrame:
     """Bits per byte of each model and source, and the difference to model `against` on the same documents.
 
     Columns model, source, documents, perplexity (per token), bits, low, high, difference, difference_low,
-    difference_high; intervals are 95 % bootstraps over documents, the difference's over the same draws for both models.
+    difference_high; intervals are 95 %, over documents, the difference's over those of both models at once.
     """
     rows = []
     for model, table in tables.items():
@@ -196,9 +194,9 @@ def bits_table(tables: dict[str, pd.DataFrame], against: str, *, seed: int = 0) 
             part, other = (t if source == "all" else t[t.source == source] for t in (table, tables[against]))
             row = {"model": model, "source": source, "documents": part.article.nunique()}
             row["perplexity"] = math.exp(part.nats.sum() / part.tokens.sum())
-            row |= zip(("bits", "low", "high"), bits_per_byte(part, seed=seed), strict=True)
+            row |= zip(("bits", "low", "high"), bits_per_byte(part), strict=True)
             ends = ("difference", "difference_low", "difference_high")
-            rows.append(row | dict(zip(ends, bits_per_byte(part, other, seed=seed), strict=True)))
+            rows.append(row | dict(zip(ends, bits_per_byte(part, other), strict=True)))
     return pd.DataFrame(rows)
 
 

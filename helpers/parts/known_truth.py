@@ -317,7 +317,7 @@ def difference_of_means(first: np.ndarray, second: np.ndarray) -> float:
 def paired(
     first: pd.DataFrame, second: pd.DataFrame, column: str, statistic: Callable[..., float] = ratio_of_means
 ) -> Comparison:
-    """A `statistic` of one column of two candidates' lines, whose seeds are resampled in pairs."""
+    """A `statistic` of one column of two candidates' lines, with an interval over pairs of seeds."""
     return over_seeds(*(each.sort_values("seed")[column] for each in (first, second)), statistic=statistic)
 
 
@@ -327,7 +327,9 @@ def times_fewer(more: pd.DataFrame, fewer: pd.DataFrame, n_features: int) -> Com
     A count of zero is taken as one, on both sides: below, it makes the ratio a lower bound.
     """
 
+    in_all = n_features * len(more)  # means times this, so that what is left without a seed is no smaller
+
     def fold(first: np.ndarray, second: np.ndarray) -> float:
-        return max(n_features * first.sum(), 1.0) / max(n_features * second.sum(), 1.0)
+        return max(in_all * first.mean(), 1.0) / max(in_all * second.mean(), 1.0)
 
     return paired(more, fewer, "dead", fold)

@@ -46,9 +46,7 @@ def next_tokens(store: ActivationStore) -> tuple[Int[np.ndarray, " n"], Int[np.n
     return rows, np.array(store.token_id)[rows + 1]
 
 
-def lens_hits(
-    bench: LayerRows, logits: Float[Tensor, "experts vocabulary"], top: int, *, n_resamples: int = 1000
-) -> dict[str, Comparison]:
+def lens_hits(bench: LayerRows, logits: Float[Tensor, "experts vocabulary"], top: int) -> dict[str, Comparison]:
     """Whether an expert's direction, read by the lens, says what comes next where that expert is chosen.
 
     For row t let h_ti say whether its next token is among the `top` words of direction i, and b_i be the mean of h_ti
@@ -61,7 +59,7 @@ def lens_hits(
     table = _hits(bench, logits, top)
     parts: dict[str, Callable[[Totals], float]] = {"own": _own, "base": _base, "shuffled": _shuffled}
     parts["lift"] = lambda cell: _own(cell) - _base(cell) - _shuffled(cell)
-    return {name: table.compare(part, n_resamples=n_resamples, fewest=FEWEST) for name, part in parts.items()}
+    return {name: table.compare(part, fewest=FEWEST) for name, part in parts.items()}
 
 
 def _hits(bench: LayerRows, logits: Tensor, top: int) -> Sums:

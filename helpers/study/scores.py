@@ -6,7 +6,7 @@ Definitions follow the book's glossary: FVU is centred on the mean of the same r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Num
 from scipy.optimize import linear_sum_assignment
+from scipy.special import stdtrit
 from torch import Tensor
 
 from helpers.dictionary.rows import unit
@@ -24,18 +25,22 @@ def fvu(output: Float[Tensor, "rows d"], target: Float[Tensor, "rows d"]) -> flo
     """Σ‖y − ŷ‖² / Σ‖y − ȳ‖², ȳ the per-dimension mean of the SAME rows; float64. 0 is perfect, 1 is the mean."""
     target, output = target.double(), output.double()
     shifted = target - target[:1]  # a constant leaves exact zeros, which its rounded mean would not
-    total = (shifted - shifted.mean(0)).square().sum()
-    if total == 0:
-        raise ValueError("target is constant; allowed: rows that vary, since FVU divides by their variance")
-    return float((target - output).square().sum() / total)
+    return quotient((target - output).square().sum(), (shifted - shifted.mean(0)).square().sum())
+
+
+def quotient(errors: float | Tensor, norms: float | Tensor) -> float:
+    """FVU of two sums; `ValueError` where the targets do not vary, since it divides by their variance."""
+    if norms == 0:
+        raise ValueError("targets are constant; allowed: rows that vary, since FVU divides by their variance")
+    return float(errors / norms)
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What a dictionary does on held-out rows.
 
-    `squared_error` and `squared_norm` are per row (‖y − ŷ‖² and ‖y − ȳ‖², ȳ the mean of all rows), so that FVU can be
-    resampled over articles; `rates` [n_atoms] is the share of rows on which each atom fires. What is said of atoms is
+    `squared_error` and `squared_norm` are per row (‖y − ŷ‖² and ‖y − ȳ‖², ȳ the mean of all rows), so that FVU can have
+    an interval over articles; `rates` [n_atoms] is the share of rows on which each atom fires. What is said of atoms is
     NaN for a model without any.
     """
 
@@ -47,10 +52,7 @@ class Evaluation:
     @property
     def fvu(self) -> float:
         """Raises `ValueError` where the targets do not vary."""
-        total = self.squared_norm.sum()
-        if total == 0:
-            raise ValueError("targets are constant; allowed: rows that vary, since FVU divides by their variance")
-        return float(self.squared_error.sum() / total)
+        return quotient(self.squared_error.sum(), self.squared_norm.sum())
 
     @property
     def dead(self) -> float:
@@ -111,26 +113,75 @@ def ce_recovered(ablated: float, spliced: float, clean: float) -> float:
     return (ablated - spliced) / (ablated - clean)
 
 
-def bootstrap_interval(
-    data: Num[np.ndarray, "units ..."],
-    statistic: Callable[[np.ndarray], float] = np.mean,
-    *,
-    seed: int = 0,
-    n_resamples: int = 2000,
-    level: float = 0.95,
+def t_interval(
+    data: Num[np.ndarray, "units ..."], statistic: Callable[[np.ndarray], float] = np.mean, *, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap over the FIRST axis of `data` (articles, seeds): resample whole units, apply `statistic`.
+    """Interval of `statistic(data)` over the FIRST axis of `data` (articles, seeds): jackknife and Student's t.
 
-    For a ratio of sums, let the columns be numerator and denominator:
-    `bootstrap_interval(np.c_[errors, norms], lambda a: a[:, 0].sum() / a[:, 1].sum())`.
+    Every unit is left out once (Tukey 1958); for a mean this is the usual t interval. A statistic must not grow with
+    the number of units. For a ratio of sums, let the columns be numerator and denominator:
+    `t_interval(np.c_[errors, norms], lambda a: a[:, 0].sum() / a[:, 1].sum())`.
     """
     data = np.asarray(data)
     if len(data) < 2:
-        raise ValueError(f"data has {len(data)} units; allowed: at least 2 to resample")
-    draws = np.random.default_rng(seed).integers(len(data), size=(n_resamples, len(data)))
-    values = [statistic(data[rows]) for rows in draws]
-    lo, hi = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(lo), float(hi)
+        raise ValueError(f"data has {len(data)} units; allowed: at least 2, since one is left out at a time")
+    value = float(statistic(data))
+    without = np.array([statistic(np.delete(data, i, axis=0)) for i in range(len(data))])
+    margin = float(_margin(without, level=level))
+    return value - margin, value + margin
+
+
+def _margin(*without: np.ndarray, level: float) -> np.ndarray | np.float64:
+    """Half an interval's width, from what a statistic is without each seed, and without each unit (one, or both).
+
+    The two jackknife variances are added. Each counts the noise of single cells, so that the interval is too wide,
+    never too narrow, where nothing else varies. Degrees of freedom by Satterthwaite (1946).
+    """
+    variances, per_degree = [], []
+    for left in without:
+        n = left.shape[-1]
+        variances.append((n - 1) * left.var(-1))
+        per_degree.append(variances[-1] ** 2 / (n - 1))
+    total, shares = sum(variances), sum(per_degree)
+    degrees = np.divide(total**2, shares, out=np.ones_like(total), where=shares > 0)
+    return stdtrit(degrees, (1 + level) / 2) * np.sqrt(total)
+
+
+COVERAGE_SIZES = ((1, 3), (1, 5), (1, 8), (1, 10), (1, 30), (3, 10))
+"""Seeds × units for which `coverage` is simulated; with one seed only units vary."""
+
+
+def coverage(n_samples: int = 4000, *, seed: int = 0, level: float = 0.95) -> list[dict[str, str | float]]:
+    """How often the interval holds the truth, in samples of two correlated columns of which the truth is known.
+
+    A row for each size and kind of data (normal with a spread of a fifth of the mean, lognormal with σ = 1), with the
+    shares for a mean, a difference of means and a ratio of sums. Of 3 × 10, seeds, units and cells vary alike.
+    """
+    random, rows = np.random.default_rng(seed), []
+    quantities = {"mean": lambda x, y: x, "difference": lambda x, y: x - y, "ratio of sums": lambda x, y: x / y}
+    for seeds, units in COVERAGE_SIZES:
+        x, other = (_varying(random, n_samples, seeds, units) for _ in range(2))
+        y = x / 2 + 0.75**0.5 * other
+        for kind, truth, columns in (("normal", 5, (5 + x, 5 + y)), ("lognormal", math.exp(0.5), np.exp((x, y)))):
+            row = {"units": f"{seeds} × {units}" if seeds > 1 else str(units), "data": kind}
+            for name, of in quantities.items():
+                value = of(*(column.mean((1, 2)) for column in columns))
+                without_unit = of(*(_without_each(column.mean(1)) for column in columns))
+                without_seed = [of(*(_without_each(column.mean(2)) for column in columns))] if seeds > 1 else []
+                off = value - of(truth, truth)
+                row[name] = float((abs(off) <= _margin(*without_seed, without_unit, level=level)).mean())
+            rows.append(row)
+    return rows
+
+
+def _varying(random: np.random.Generator, n: int, seeds: int, units: int) -> Float[np.ndarray, "n seeds units"]:
+    if seeds == 1:
+        return random.normal(size=(n, 1, units))
+    return sum(random.normal(size=size) for size in ((n, seeds, 1), (n, 1, units), (n, seeds, units))) / 3**0.5
+
+
+def _without_each(values: Float[np.ndarray, "n units"]) -> Float[np.ndarray, "n units"]:
+    return (values.sum(1, keepdims=True) - values) / (values.shape[1] - 1)
 
 
 def by_group(values: Float[Tensor, " rows"], groups: Int[Tensor, " rows"]) -> Float[np.ndarray, " units"]:
@@ -194,15 +245,8 @@ def recovery(
     return Recovery(cosines.amax(1), cosines.amax(0), among.amax(1), mcc, threshold)
 
 
-def resampled(seeds: int, units: int, n_resamples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Numbers of seeds and of units (articles, documents), each drawn as a whole; one pair a resample."""
-    random = np.random.default_rng(seed)
-    for _ in range(n_resamples):
-        yield random.integers(seeds, size=seeds), random.integers(units, size=units)
-
-
 FEWEST = 5
-"""A bootstrap over fewer articles is no interval."""
+"""Over fewer articles there is no interval."""
 
 
 @dataclass(frozen=True)
@@ -223,17 +267,15 @@ class Comparison:
         return "seeds" if self.n == len(self.by_seed) else "seed × article"
 
 
-def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.mean, **bootstrap) -> Comparison:
-    """`statistic(*columns)` of numbers that have one value a seed; seeds are resampled, the same in all columns."""
-    values = [np.asarray(column, float) for column in columns]
+def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.mean, level: float = 0.95) -> Comparison:
+    """`statistic(*columns)` of numbers that have one value a seed; a seed is left out of all columns at once."""
+    values = np.stack([np.asarray(column, float) for column in columns], axis=1)
 
-    def of(seeds: np.ndarray) -> float:
-        return float(statistic(*(column[seeds] for column in values)))
+    def of(rows: Float[np.ndarray, "seeds columns"]) -> float:
+        return float(statistic(*rows.T))
 
-    every = np.arange(len(values[0]))
-    value, (low, high) = of(every), bootstrap_interval(every, of, **bootstrap)
-    by_seed = [of(every[i : i + 1]) for i in every]
-    return Comparison(value, (min(low, value), max(high, value)), by_seed, len(every))
+    ci = t_interval(values, of, level=level)
+    return Comparison(of(values), ci, [of(row[None]) for row in values], len(values))
 
 
 # -- one table of sums -------------------------------------------------------------------------------------------------
@@ -244,7 +286,7 @@ class Totals:
 
     Args:
         columns: [seeds, units] or [seeds, units, width], by name.
-        seeds: numbers of the seeds that count, as often as they are drawn; `weights`: how often each unit counts.
+        seeds: numbers of the seeds that count; `weights`: how often each unit counts.
     """
 
     def __init__(self, columns: Mapping[str, np.ndarray], seeds: np.ndarray, weights: Float[np.ndarray, " units"]):
@@ -264,8 +306,8 @@ class Totals:
 
     @property
     def fvu(self) -> float:
-        """Σ errors / Σ norms, over seeds and units."""
-        return self.total("errors") / self.total("norms")
+        """Σ errors / Σ norms, over seeds and units. Raises `ValueError` where the norms are zero."""
+        return quotient(self.total("errors"), self.total("norms"))
 
     @property
     def largest_rate(self) -> float:
@@ -285,12 +327,12 @@ class Totals:
 @dataclass(frozen=True)
 class Sums:
     """Named cells × seeds × units × columns: sums over the rows of each unit (article), from which all that is said of
-    cells is made, so that seeds and units are resampled together for all of them.
+    cells is made, so that a seed or a unit is left out of all of them at once.
 
     Args:
         cells: by name and seed, columns [units] or [units, width]; all of one number of units.
         shared: columns that are the same for every cell and seed, such as the clean model's loss. Their units are
-            those that are resampled, and columns over other units stay aside.
+            those that are left out, and columns over other units stay aside.
     """
 
     cells: Mapping[Hashable, Mapping[int, Mapping[str, np.ndarray]]]
@@ -306,49 +348,42 @@ class Sums:
         return sorted(common)
 
     def compare(
-        self,
-        statistic: Callable[..., float],
-        *names: Hashable,
-        seed: int = 0,
-        n_resamples: int = 2000,
-        level: float = 0.95,
-        fewest: int = 2,
+        self, statistic: Callable[..., float], *names: Hashable, level: float | None = 0.95, fewest: int = 2
     ) -> Comparison:
-        """`statistic(*totals)`, one `Totals` for each name, with its interval: seeds that all have, and units, are
-        resampled as wholes, the same for all cells. Over fewer than `fewest` units, or where `n_resamples` is 0, there
-        is no interval. Raises `ValueError` for fewer than two units (unless `fewest` is more), or cells that differ in
-        their units.
+        """`statistic(*totals)`, one `Totals` for each name, with its interval (none over fewer than `fewest` units, or
+        where `level` is None): each seed that all have, and each unit, is left out once, the same of all cells. A
+        statistic must not grow with the numbers of them. Raises `ValueError` for fewer than two units (unless `fewest`
+        is more), or cells that differ in their units.
         """
         names = names or tuple(self.cells)
         seeds = self.seeds(*names)
         data = [self._stacked(name, seeds) for name in names]
         sizes = {data[0][column].shape[1] for column in self.shared}
         sizes = sizes or {array.shape[1] for columns in data for array in columns.values()}
-        few = min(sizes) < fewest or not n_resamples
-        if len(sizes) != 1 or (min(sizes) < 2 and fewest <= 2):
-            raise ValueError(f"cells have {sorted(sizes)} units; allowed: the same for all, at least 2 to resample")
+        units = min(sizes)
+        if len(sizes) != 1 or (units < 2 and fewest <= 2):
+            raise ValueError(f"cells have {sorted(sizes)} units; allowed: the same for all, at least 2")
 
-        def of(at: np.ndarray, units: np.ndarray) -> float:
-            weights = np.bincount(units, minlength=min(sizes)).astype(float)
+        def of(at: np.ndarray, weights: np.ndarray) -> float:
             return float(statistic(*(Totals(columns, at, weights) for columns in data)))
 
-        every, all_units = np.arange(len(seeds)), np.arange(min(sizes))
-        value, by_seed = of(every, all_units), [of(every[i : i + 1], all_units) for i in every]
-        if few:
-            return Comparison(value, None, by_seed, len(seeds) * min(sizes))
-        values = [of(*draw) for draw in resampled(len(seeds), min(sizes), n_resamples, seed)]
-        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-        # the largest of many rates is larger in a resample than in the sample: widen the interval to hold the number
-        interval = (float(min(low, value)), float(max(high, value)))
-        return Comparison(value, interval, by_seed, len(seeds) * min(sizes))
+        every, alike = np.arange(len(seeds)), np.ones(units)
+        value, by_seed = of(every, alike), [of(every[i : i + 1], alike) for i in every]
+        if units < fewest or level is None:
+            return Comparison(value, None, by_seed, len(seeds) * units)
+        without = [[of(every, (np.arange(units) != j).astype(float)) for j in range(units)]]
+        if len(seeds) > 1:
+            without.append([of(np.delete(every, i), alike) for i in every])
+        margin = float(_margin(*map(np.array, without), level=level))
+        return Comparison(value, (value - margin, value + margin), by_seed, len(seeds) * units)
 
-    def fvu(self, name: Hashable, **bootstrap) -> Comparison:
+    def fvu(self, name: Hashable, **options) -> Comparison:
         """FVU of one cell."""
-        return self.compare(lambda cell: cell.fvu, name, **bootstrap)
+        return self.compare(lambda cell: cell.fvu, name, **options)
 
-    def ratio(self, over: Hashable, under: Hashable, **bootstrap) -> Comparison:
+    def ratio(self, over: Hashable, under: Hashable, **options) -> Comparison:
         """FVU of one cell over that of another."""
-        return self.compare(lambda a, b: a.fvu / b.fvu, over, under, **bootstrap)
+        return self.compare(lambda a, b: a.fvu / b.fvu, over, under, **options)
 
     def _stacked(self, name: Hashable, seeds: Sequence[int]) -> dict[str, np.ndarray]:
         own = [self.cells[name][seed] for seed in seeds]

@@ -21,7 +21,7 @@ from torch import nn
 from helpers import settings
 from helpers.kept import Kept
 from helpers.settings import CacheDir, allowed
-from helpers.study.scores import Sums
+from helpers.study.scores import Sums, quotient
 from helpers.study.sweep import sweep
 from helpers.training.loop import Fit, Stream, fit
 from helpers.training.remedies import Balance
@@ -86,8 +86,8 @@ class Outcome(Judged):
 
     @property
     def fvu(self) -> float:
-        """On test rows."""
-        return float(self.sums["errors"].sum() / self.sums["norms"].sum())
+        """On test rows. Raises `ValueError` where they do not vary."""
+        return quotient(self.sums["errors"].sum(), self.sums["norms"].sum())
 
 
 def fits(

@@ -345,21 +345,23 @@ def test_costs_are_those_of_the_products_written_out():
     assert dense.multiply_adds == 9 * 16 == count_by_hand(dense) and dense.active_neurons == 9
 
 
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("assign", [False, True])
-def test_loading_a_state_keeps_shared_parameters_shared(assign):
+def test_loading_a_state_keeps_shared_parameters_shared(assign, inside):
     make = dictionary.topk_sae, {"d_model": 5, "n_features": 9, "k": 2, "dtype": torch.float64}
     ours, theirs = (dictionary.sae_to_moe(make[0](**make[1], generator=generator(seed))) for seed in (0, 1))
     with torch.no_grad():
         theirs.b_in.add_(1)
-    state = {name: value.clone() for name, value in theirs.state_dict().items()}
-    ours.load_state_dict(state, assign=assign)
+    prefix, whole = ("part.", torch.nn.ModuleDict({"part": ours})) if inside else ("", ours)
+    state = {prefix + name: value.clone() for name, value in theirs.state_dict().items()}
+    whole.load_state_dict(state, assign=assign)
     assert ours.b_in is ours.b_out and ours.router.weight is ours.encoder.weight
     assert ours.n_parameters == theirs.n_parameters
     x = random(4, 5)
     assert torch.equal(ours(x), theirs(x))
-    state["b_out"] += 1
-    with pytest.raises(ValueError, match="b_in and b_out differ"):
-        ours.load_state_dict(state, assign=assign)
+    state[prefix + "b_out"] += 1
+    with pytest.raises(ValueError, match=f"{prefix}b_in and {prefix}b_out differ"):
+        whole.load_state_dict(state, assign=assign)
 
 
 @pytest.mark.parametrize("bad", [-1, 6, 10**6])

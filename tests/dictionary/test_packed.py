@@ -103,6 +103,15 @@ def test_packed_is_dense_at_every_shape(n, m, share, seed, tile, gathers):
         torch.testing.assert_close(packed.restrict(dense.vectors(), torch.arange(n)), packed.weight)
 
 
+@pytest.mark.parametrize("bad", [-1, 12])
+def test_indices_outside_are_refused(bad):
+    packed, _ = pair()
+    x, indices = torch.ones(2, 9, dtype=torch.float64), torch.tensor([[0, 5], [1, bad]])
+    for use in (lambda: packed.combine(x[:, :2], indices), lambda: packed.chosen(x, indices)):
+        with pytest.raises(ValueError, match=r"indices run from -?\d+ to \d+; allowed: 0 to 11"):
+            use()
+
+
 def test_gradients_agree_with_finite_differences():
     packed, _ = pair(6, 5, 2)
     x = torch.randn(3, 5, generator=generator(1), dtype=torch.float64, requires_grad=True)

@@ -21,6 +21,7 @@ from helpers.parts.language_model import Sae
 from helpers.press import figures
 from helpers.study import study
 from tests import tiny
+from tests.reference.metrics_numpy import of_two
 
 D, EXPERTS, TOP_K, LAYER = 16, 6, 2, 1
 
@@ -242,7 +243,7 @@ def test_a_layer_of_rank_one_experts_is_rebuilt_exactly_and_its_pairing_matters(
     assert judged[Key("implicit", "mlp_in", False)].fve < 0.5
     for broken in ("shuffled", "random_router", "random_directions", "other_token", "random"):
         assert judged[Key(broken, "mlp_out", False)].fve < 0.8, broken
-    walk = explained.factors([judged], "mlp_out", TOP_K / D, n_resamples=50)
+    walk = explained.factors([judged], "mlp_out", TOP_K / D)
     product = walk["directions"].value * walk["routing"].value * walk["pairing"].value
     assert product == pytest.approx(walk["ratio"].value) and walk["ratio"].ci[0] <= product <= walk["ratio"].ci[1]
     assert walk["ratio"].value == pytest.approx(judged[Key("implicit", "mlp_out", True)].fve * D / TOP_K)
@@ -260,12 +261,12 @@ def test_overlap_counts_the_handed_directions_of_other_chosen_experts(bench):
 
 
 def test_pairing_grows_by_the_ratio_of_its_factors(judged):
-    same = explained.pairing_growth([judged], [judged], "mlp_out", n_resamples=20)
+    same = explained.pairing_growth([judged], [judged], "mlp_out")
     assert listed(same) == pytest.approx([1, 1, 1])
     other = dict(judged)
     shuffled = judged[Key("shuffled", "mlp_out", True)]
     other[Key("shuffled", "mlp_out", True)] = Explained(4 * shuffled.explained, shuffled.total)
-    grown = explained.pairing_growth([judged, judged], [judged, other], "mlp_out", n_resamples=20)
+    grown = explained.pairing_growth([judged, judged], [judged, other], "mlp_out")
     assert listed(grown) == pytest.approx([2, 2, 2])
 
 
@@ -352,7 +353,7 @@ def test_ratios_pair_draws_and_articles():
     assert listed(explained.ratio(few, few)) == [pytest.approx(1), None, None]
     lone = Explained(many.explained[:, :1], total[:1])
     assert listed(explained.fve(lone)) == [pytest.approx(lone.fve), None, None]
-    assert explained.fve(many, n_resamples=0).ci is None
+    assert explained.fve(many, level=None).ci is None
     worse = explained.fve(Explained(-many.explained, total))  # codes by a rule can be worse than nothing
     assert worse.value == pytest.approx(-explained.fve(many).value) and worse.ci[1] < 0
     with pytest.raises(ValueError, match="draws × articles"):
@@ -361,13 +362,13 @@ def test_ratios_pair_draws_and_articles():
         explained.ratio([many, many], [many])
 
 
-def test_over_layers_resamples_layers_too():
+def test_the_interval_over_layers_leaves_layers_out_too():
     total = np.full(8, 2.0)
     parts = [Explained(np.full((1, 8), share), total) for share in (0.4, 1.6)]
-    value, low, high = listed(explained.over_layers(parts, 0.1, n_resamples=400))
+    value, low, high = listed(explained.over_layers(parts, 0.1))
     assert value == pytest.approx(explained.ratio(parts, 0.1).value)
     assert listed(explained.ratio(parts, 0.1)) == pytest.approx([value] * 3)  # the articles do not differ: layers do
-    assert (low, high) == pytest.approx((2, 8))
+    assert (low, high) == pytest.approx(of_two(value, 2, 8))
     assert listed(explained.over_layers(parts[:1], 0.1)) == pytest.approx([2, 2, 2])
     few = [Explained(part.explained[:, :4], total[:4]) for part in parts]
     assert explained.over_layers(few, 0.1).ci is None
@@ -476,7 +477,7 @@ def test_signs_are_those_of_the_experts_tokens(bench):
 
 def test_hits_of_the_lens_one_token_at_a_time(bench):
     logits, top = noise(EXPERTS, 64, seed=9), 5
-    hits = lens.lens_hits(bench, logits, top, n_resamples=50)
+    hits = lens.lens_hits(bench, logits, top)
     words = np.argsort(-logits.numpy(), axis=1)[:, :top]
     chosen, store = bench.choice().indices.numpy(), bench.judging
     pairs = [
@@ -507,8 +508,8 @@ def test_a_lens_that_knows_the_next_token_is_found_out(bench):
         logits[e] = torch.bincount(torch.from_numpy(mine), minlength=64) / max(len(mine), 1) - torch.bincount(
             torch.from_numpy(after), minlength=64
         ) / len(after)
-    planted = lens.lens_hits(bench, logits, 5, n_resamples=50)["lift"].value
-    blind = lens.lens_hits(bench, noise(EXPERTS, 64, seed=1), 5, n_resamples=50)["lift"].value
+    planted = lens.lens_hits(bench, logits, 5)["lift"].value
+    blind = lens.lens_hits(bench, noise(EXPERTS, 64, seed=1), 5)["lift"].value
     assert planted > 0.03 > abs(blind) - 0.05
 
 

@@ -14,7 +14,7 @@ from helpers.parts.worlds import World
 from helpers.study.study import Arm, Outcome, fits, run, study
 from helpers.training import remedies
 from tests.reference import dictionary_numpy
-from tests.reference.metrics_numpy import slow_recovery
+from tests.reference.metrics_numpy import of_two, slow_recovery
 
 PROBLEM = KnownTruth(World(16, 8, active=3.0, mean=2.0), n_features=24, k=3, steps=40, batch_size=32, n_rows=300)
 ARMS = {
@@ -238,11 +238,11 @@ def test_a_count_of_zero_is_taken_as_one():
     assert known_truth.times_fewer(mine, rival, 100).value == pytest.approx(0.1)
 
 
-def test_paired_resamples_seeds_together():
+def test_a_seed_is_left_out_of_both_of_a_pair():
     rival, mine = (known_truth.lines_of(CONTEST, c) for c in (("none", 0.0, 0.1, True), ("switch", 0.1, 0.1, True)))
     found = known_truth.paired(rival, mine, "fvu")
     assert found.value == pytest.approx(0.2 / 0.16)
-    assert found.ci == pytest.approx((0.199 / 0.159, 0.201 / 0.161)[::-1])
+    assert found.ci == pytest.approx(of_two(found.value, 0.199 / 0.159, 0.201 / 0.161))
     assert known_truth.paired(rival, mine, "dead", known_truth.difference_of_means).ci == pytest.approx((0.3, 0.3))
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import t as student
 
-from helpers.study.scores import Comparison, resampled
+from helpers.study.scores import Comparison
 
 
 def cosine(a, b):
@@ -43,32 +44,24 @@ def slow_recovery(learned, truth, threshold):
     }
 
 
-def slow_interval(
-    data: np.ndarray,
-    statistic: Callable[[np.ndarray], float],
-    *,
-    seed: int = 0,
-    n_resamples: int = 2000,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap that resamples the first two axes, each as a whole: seeds, and units such as articles.
-
-    With one seed only the units are resampled, and the interval says nothing about seeds.
-    """
-    data = np.asarray(data)
-    if data.ndim < 2 or data.shape[1] < 2:
-        raise ValueError(f"data has shape {data.shape}; allowed: [seeds, units, ...] with at least 2 units to resample")
-    values = [statistic(data[i][:, j]) for i, j in resampled(*data.shape[:2], n_resamples, seed)]
-    lo, hi = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(lo), float(hi)
+def of_two(value: float, one: float, other: float) -> tuple[float, float]:
+    """The interval where two units vary alone, and the statistic of each of them without the other is known."""
+    margin = float(student.ppf(0.975, 1)) * abs(one - other) / 2
+    return value - margin, value + margin
 
 
-def slow_comparison(data: np.ndarray, statistic: Callable[[np.ndarray], float], **bootstrap) -> Comparison:
-    """`statistic` of `data`, of each seed's share of it, and of resamples (`slow_interval`).
-
-    The largest of many rates is larger in a resample than in the sample, on average; where that leaves the number
-    itself outside its interval, the interval is widened to hold it.
-    """
-    value, (low, high) = statistic(data), slow_interval(data, statistic, **bootstrap)
+def slow_comparison(data: np.ndarray, statistic: Callable[[np.ndarray], float], *, level: float = 0.95) -> Comparison:
+    """`statistic` of `data` [seeds, units, ...], of each seed's share of it, and with each seed or unit left out."""
+    value, variances, degrees = statistic(data), [], []
+    for axis in (0, 1):
+        n = data.shape[axis]
+        if n > 1:
+            left = [statistic(np.delete(data, i, axis)) for i in range(n)]
+            middle = sum(left) / n
+            variances.append((n - 1) / n * sum((each - middle) ** 2 for each in left))
+            degrees.append(n - 1)
+    total = sum(variances)
+    freedom = total**2 / sum(v**2 / d for v, d in zip(variances, degrees, strict=True)) if total else 1
+    margin = float(student.ppf((1 + level) / 2, freedom)) * math.sqrt(total)
     by_seed = [statistic(data[i : i + 1]) for i in range(len(data))]
-    return Comparison(value, (min(low, value), max(high, value)), by_seed, data.shape[0] * data.shape[1])
+    return Comparison(value, (value - margin, value + margin), by_seed, data.shape[0] * data.shape[1])

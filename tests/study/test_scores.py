@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t as student
 
 from helpers.dictionary import topk_sae
 from helpers.settings import generator
 from helpers.study import scores
-from tests.reference.metrics_numpy import slow_comparison, slow_interval, slow_recovery
+from tests.reference.metrics_numpy import slow_comparison, slow_recovery
 
 
 def test_fvu_has_its_closed_forms():
@@ -47,18 +48,43 @@ def test_ce_recovered():
         scores.ce_recovered(3.0, 4.0, 3.0)
 
 
-def test_bootstrap_covers_the_mean_as_often_as_it_says():
-    draws = np.random.default_rng(0).normal(5, 1, size=(300, 40))
-    intervals = [scores.bootstrap_interval(sample, seed=i, n_resamples=400) for i, sample in enumerate(draws)]
-    covered = np.mean([lo <= 5 <= hi for lo, hi in intervals])
-    assert 0.89 < covered < 0.98
-    with pytest.raises(ValueError, match="1 units"):
-        scores.bootstrap_interval(np.ones(1))
+@pytest.fixture(scope="module")
+def covered():
+    return {(row["units"], row["data"]): row for row in scores.coverage(4000, seed=0)}
 
 
-def test_bootstrap_resamples_whole_units():
+def made_of(row):
+    return [row[quantity] for quantity in ("mean", "difference", "ratio of sums")]
+
+
+@pytest.mark.parametrize("units", ["3", "5", "8", "10", "30", "3 × 10"])
+def test_intervals_hold_the_truth_as_often_as_they_say(covered, units):
+    assert all(0.93 <= share <= 0.97 for share in made_of(covered[units, "normal"])), covered[units, "normal"]
+    assert all(0.8 <= share <= 0.99 for share in made_of(covered[units, "lognormal"])), covered[units, "lognormal"]
+
+
+@pytest.mark.parametrize(("seeds", "units"), [(1, 5), (1, 8), (1, 10), (3, 10)])
+def test_percentiles_of_resamples_hold_it_less_often(seeds, units):
+    """The negative control: what the book did before, on the same samples as `coverage`."""
+    random = np.random.default_rng(1)
+    x = scores._varying(random, 1500, seeds, units)
+    by_seed, by_unit = (random.multinomial(n, np.full(n, 1 / n), size=400) / n for n in (seeds, units))
+    resamples = np.einsum("nsu,rs,ru->nr", x, by_seed, by_unit, optimize=True)
+    low, high = np.quantile(resamples, [0.025, 0.975], axis=1)
+    assert ((low <= 0) & (high >= 0)).mean() < 0.93
+
+
+def test_an_interval_of_a_mean_is_students():
+    sample = np.random.default_rng(0).normal(5, 1, size=7)
+    expected = student.interval(0.9, 6, sample.mean(), sample.std(ddof=1) / 7**0.5)
+    assert scores.t_interval(sample, level=0.9) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="1 units; allowed: at least 2"):
+        scores.t_interval(np.ones(1))
+
+
+def test_intervals_leave_whole_units_out():
     pairs = np.c_[[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]
-    lo, hi = scores.bootstrap_interval(pairs, lambda a: a[:, 0].sum() / a[:, 1].sum())
+    lo, hi = scores.t_interval(pairs, lambda a: a[:, 0].sum() / a[:, 1].sum())
     assert lo == pytest.approx(0.1) and hi == pytest.approx(0.1)
 
 
@@ -111,35 +137,30 @@ def test_recovery_does_not_depend_on_lengths_or_order():
 
 def test_a_comparison_has_its_seeds_and_an_interval_that_holds_it():
     data = np.random.default_rng(0).gamma(2.0, size=(3, 40, 2))
-    ratio = slow_comparison(data, lambda some: some[..., 0].sum() / some[..., 1].sum(), n_resamples=400)
+    columns = [{"errors": rows[:, 0], "norms": rows[:, 1]} for rows in data]
+    ratio = scores.Sums({"a": dict(enumerate(columns))}).fvu("a")
     sums = data.sum(1)
     assert ratio.value == pytest.approx(sums[:, 0].sum() / sums[:, 1].sum())
     assert ratio.by_seed == pytest.approx((sums[:, 0] / sums[:, 1]).tolist())
-    assert ratio.n == 120
-    assert ratio.resampled == "seed × article"
+    assert (ratio.n, ratio.resampled) == (120, "seed × article")
     # the delta method's standard error, over articles: that of seeds comes on top
     residual = data.mean(0)[:, 0] - ratio.value * data.mean(0)[:, 1]
     error = residual.std() / (data[..., 1].mean() * 40**0.5)
-    assert 2.5 * error < ratio.ci[1] - ratio.ci[0] < 8 * error
-    # the largest of forty is larger in no resample: the interval is widened to the number itself
-    largest = slow_comparison(data[:1, :, 0], lambda some: some.max(), n_resamples=50)
-    assert largest.ci[0] <= largest.value <= largest.ci[1]
-    assert largest.resampled == "articles"
-    low = slow_interval(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50)[0]
-    assert low > -40  # a resample has fewer different articles …
-    assert slow_comparison(data[:1, :, 0], lambda some: -len(np.unique(some)), n_resamples=50).ci[0] == -40
+    assert 2.5 * error < ratio.ci[1] - ratio.ci[0] < 12 * error
+    one = scores.Sums({"a": {0: columns[0]}}).fvu("a")
+    alone = scores.t_interval(data[0], lambda rows: rows[:, 0].sum() / rows[:, 1].sum())
+    assert one.resampled == "articles" and one.ci == pytest.approx(alone)
 
 
-def test_over_seeds_resamples_columns_together():
+def test_over_seeds_leaves_a_seed_out_of_all_columns():
     first, second = [0.3, 0.5, 0.4], [0.1, 0.2, 0.2]
     found = scores.over_seeds(first, second, statistic=lambda a, b: a.sum() / b.sum())
-    pairs = np.c_[first, second]
-    interval = scores.bootstrap_interval(pairs, lambda rows: rows[:, 0].sum() / rows[:, 1].sum())
-    assert found.value == pytest.approx(1.2 / 0.5) and found.ci == pytest.approx(interval)
+    theirs = slow_comparison(np.c_[first, second][:, None], lambda some: some[..., 0].sum() / some[..., 1].sum())
+    assert found.value == pytest.approx(1.2 / 0.5) and found.ci == pytest.approx(theirs.ci)
     assert found.by_seed == pytest.approx([3.0, 2.5, 2.0])
     assert (found.n, found.resampled) == (3, "seeds")
     mean = scores.over_seeds(first)
-    assert mean.value == pytest.approx(0.4) and mean.ci == pytest.approx(scores.bootstrap_interval(np.array(first)))
+    assert mean.value == pytest.approx(0.4) and mean.ci == pytest.approx(scores.t_interval(np.array(first)))
     equal = scores.over_seeds([0.1] * 7)
     assert equal.ci[0] <= equal.value <= equal.ci[1]
 
@@ -151,7 +172,7 @@ def test_a_table_has_no_interval_over_few_units_and_a_wider_one_at_a_higher_leve
     assert usual.value == pytest.approx(errors.sum() / 72)
     assert wide.ci[0] < usual.ci[0] < usual.value < usual.ci[1] < wide.ci[1]
     assert table.compare(lambda cell: cell.fvu, fewest=7) == replace(usual, ci=None)
-    assert table.compare(lambda cell: cell.fvu, n_resamples=0).ci is None
+    assert table.compare(lambda cell: cell.fvu, level=None).ci is None
     lone = scores.Sums({"a": {0: {"errors": errors[0, :1], "norms": np.ones(1)}}})
     assert lone.compare(lambda cell: cell.fvu, fewest=5).value == errors[0, 0]
     with pytest.raises(ValueError, match="at least 2"):
@@ -165,6 +186,8 @@ def test_a_constant_target_is_refused_though_its_mean_is_rounded():
         scores.fvu(constant + 1, constant)
     with pytest.raises(ValueError, match="constant"):
         _ = scores.evaluate(topk_sae(3, 9, 2, generator=generator(0), dtype=torch.float64), constant).fvu
+    with pytest.raises(ValueError, match="constant"):
+        scores.Sums({"a": {0: {"errors": np.ones(5), "norms": np.zeros(5)}}}).fvu("a")
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-13, 1e20, 1e38])

@@ -226,9 +226,15 @@ def test_a_comparison_is_that_of_stacked_sums(table):
     ours = table.compare(lambda a, b: a.ce_recovered("mean") - b.ce_recovered("mean"), "a", "b")
     theirs = slow_comparison(np.stack(columns).swapaxes(1, 2), gap)
     assert numbers(ours) == pytest.approx(numbers(theirs)) and ours.n == 18 and ours.resampled == "seed × article"
-    assert table.compare(lambda a, b: a.fvu - b.fvu, "a", "a").ci == (0, 0), "the same draws for all cells"
+    assert table.compare(lambda a, b: a.fvu - b.fvu, "a", "a").ci == (0, 0), "the same are left out of all cells"
     assert table.ratio("a", "b").value == pytest.approx(table.compare(lambda b, a: a.fvu / b.fvu, "b", "a").value)
     assert table.fvu("c").resampled == "articles"
+
+
+def test_an_fvu_over_targets_that_do_not_vary_is_refused():
+    outcome = Outcome({"errors": np.ones(3), "norms": np.zeros(3)}, {})
+    with pytest.raises(ValueError, match="targets are constant; allowed: rows that vary"):
+        _ = outcome.fvu
 
 
 def numbers(comparison):
