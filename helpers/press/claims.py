@@ -10,24 +10,24 @@ A chapter hands over numbers; verdicts are always computed here:
 from __future__ import annotations
 
 import ast
-import html
 import json
 import math
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from helpers import settings
-from helpers.press.rules import BETWEEN, Bound, Claim, Identity, IntervalAbove, Register, Strict, register, validated
+from helpers.press.rules import BETWEEN, Bound, Claim, Identity, IntervalAbove, Register, register, validated
+from helpers.press.verdicts import LONGEST_NOTE, Control, Record, Resampled, Scope, judge
 from helpers.settings import allowed, one_of
 
 __all__ = ["Chapter", "IntervalAbove", "Record", "Results", "reference", "register"]
@@ -35,112 +35,7 @@ __all__ = ["Chapter", "IntervalAbove", "Record", "Results", "reference", "regist
 REFERENCE = settings.ROOT / "results"
 """Results of long runs, kept in the repository; what a reader's own run writes goes to `_build/results/<profile>`."""
 
-Verdict = Literal["reproduced", "holds here", "partly", "not reproduced", "not tested"]
-Scope = Literal["paper setting", "analogue"]
-Resampled = Literal["seeds", "articles", "seed × article", "random draws", "layers", "samples"]
 SLUG = re.compile(r"\d\d_[a-z0-9_]+")
-LONGEST_NOTE = 300
-"""Characters of a record's note: it is a line on the page of claims."""
-COLOURS: dict[Verdict, str] = {
-    "reproduced": "#009E73",
-    "holds here": "#56B4E9",
-    "partly": "#E69F00",
-    "not reproduced": "#D55E00",
-    "not tested": "#999999",
-}
-
-
-# -- records and verdicts ----------------------------------------------------------------------------------------------
-
-
-class Record(Strict):
-    """One measured number and its verdict: the rows of a results file, field by field."""
-
-    claim: str
-    metric: str
-    value: float
-    ci: tuple[float, float] | None
-    n: int
-    resampled: Resampled | None
-    unit: str
-    scope: Scope
-    teacher: str | None
-    expected: str
-    verdict: Verdict
-    note: str = Field(max_length=LONGEST_NOTE)
-
-    def __str__(self) -> str:
-        return f"{self.claim} | {self.metric}: {self.measured()} | expected {self.expected} | {self.verdict}"
-
-    def measured(self) -> str:
-        """`0.0176 [0.0170, 0.0181] FVU, n = 3 (seeds)`"""
-        interval = f" [{_number(self.ci[0])}, {_number(self.ci[1])}]" if self.ci else ""
-        unit = f" {self.unit}" if self.unit else ""
-        over = f" ({self.resampled})" if self.resampled else ""
-        return f"{_number(self.value)}{interval}{unit}, n = {self.n:,}{over}"
-
-    def _repr_html_(self) -> str:
-        note = f"<br><small>{html.escape(self.note)}</small>" if self.note else ""
-        return (
-            f'<div style="border-left:.25em solid {COLOURS[self.verdict]};padding:.2em .8em;margin:.4em 0">'
-            f"<strong>{html.escape(self.verdict)}</strong> · <code>{html.escape(self.claim)}</code><br>"
-            f"{html.escape(self.metric)}: <strong>{html.escape(self.measured())}</strong>; "
-            f"expected {html.escape(self.expected)}; {html.escape(self.scope)}{note}</div>"
-        )
-
-
-def _number(value: float) -> str:
-    """Three significant digits, without an exponent where a plain number is short."""
-    if value == int(value) and abs(value) < 1e6:
-        return f"{int(value):,}"
-    return f"{value:.3g}"
-
-
-def judge(claim: Claim, check: str, value: float, ci: tuple[float, float] | None, scope: Scope) -> Verdict:
-    """The verdict of one number: what the check's rule says, under the scope it was measured in."""
-    low, high = ci or (value, value)
-    match claim.checks[check].rule.outcome(value, low, high):
-        case "holds":
-            return "reproduced" if scope == "paper setting" else "holds here"
-        case "straddles":
-            return "partly"
-    return "not reproduced"
-
-
-def combined(claim: Claim, records: Sequence[Record]) -> Verdict:
-    """One verdict for a claim, from all records of it.
-
-    It holds when every record holds and every check was run; it is `reproduced` only where each check was met in the
-    paper's own setting. Records that disagree, or a check that was not run, make it `partly`.
-    """
-    if not records:
-        return "not tested"
-    verdicts = {record.verdict for record in records}
-    if verdicts == {"not reproduced"}:
-        return "not reproduced"
-    met = {claim.check_of(record.metric) for record in records}
-    if verdicts <= {"reproduced", "holds here"} and met == set(claim.checks):
-        at_scale = {claim.check_of(record.metric) for record in records if record.verdict == "reproduced"}
-        return "reproduced" if at_scale == met else "holds here"
-    return "partly"
-
-
-def overall(
-    ours: Iterable[Record], reference: Iterable[Record] = (), book: Register | None = None
-) -> dict[str, Verdict]:
-    """One verdict for every claim of the register: each check is judged by the reference run's records where there
-    are any, else by ours."""
-    ours, reference, found = list(ours), list(reference), {}
-    for claim in (book or register()).claims:
-        kept = []
-        for check in claim.checks:
-            own, long = (
-                [record for record in records if record.claim == claim.id and claim.check_of(record.metric) == check]
-                for records in (ours, reference)
-            )
-            kept += long or own
-        found[claim.id] = combined(claim, kept)
-    return found
 
 
 # -- a chapter's records -----------------------------------------------------------------------------------------------
@@ -165,6 +60,7 @@ class Chapter:
         self.path = settings.results_dir(results_dir) / f"{slug}.json"
         self.environment = environment(self.parameters.get("device", "auto"))
         self.records: list[Record] = []
+        self.controls: list[Control] = []
         self.points: dict[str, list[dict[str, Any]]] = {}
         """Points of the chapter's curves by name, kept in its results file so that a longer run can be drawn beside."""
         self._started = time.perf_counter()
@@ -223,12 +119,38 @@ class Chapter:
             metric=asked.metric + (BETWEEN + metric if metric else ""),
             unit=asked.unit if unit is None else unit,
             expected=str(asked.rule),
-            verdict=judge(entry, check, value, ci, scope),
+            verdict=judge(asked.rule, value, ci, scope, int(n), resampled, _seeds(self.parameters)),
             **{"claim": claim, "value": value, "ci": ci, "n": int(n), "resampled": resampled},
             **{"scope": scope, "teacher": teacher, "note": note},
         )
         if result not in self.records:  # a cell that is run again says the same thing twice
             self.records.append(result)
+        return result
+
+    def control(
+        self,
+        claim: str,
+        variant: str | None,
+        value: Any,
+        *,
+        ci: Sequence[float] | None = None,
+        n: int | None = None,
+        resampled: Resampled | None = None,
+    ) -> Control:
+        """Keeps what a check's quantity is where the claim is false by construction, judged by the same rule.
+
+        The code is that of the record; the arguments are those of `record`. Raises `ValueError` also where the
+        register does not say what the check's control is.
+        """
+        entry = register()[claim]
+        check = _variant(entry, variant)
+        allowed(bool(entry.checks[check].control), f"{claim}/{check} has no `control`", "a check that says what it is")
+        value, ci, n, resampled = _measured(value, ci, n, resampled)
+        _can_be_judged(entry, check, value, ci, n)
+        rejected = entry.checks[check].rejects(value, ci)
+        result = Control(claim=claim, check=check, value=value, ci=ci, n=int(n), resampled=resampled, rejected=rejected)
+        if result not in self.controls:
+            self.controls.append(result)
         return result
 
     def sides(self, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -249,6 +171,7 @@ class Chapter:
             "environment": self.environment,
             "seconds": round(time.perf_counter() - self._started, 2),
             "records": [record.model_dump() for record in self.records],
+            **({"controls": [control.model_dump() for control in self.controls]} if self.controls else {}),
             **({"points": self.points} if self.points else {}),
         }
         validated(Results, content, self.path.name)
@@ -384,6 +307,7 @@ class Results(BaseModel):
     environment: dict[str, Any]
     seconds: float
     records: list[Record]
+    controls: list[Control] = []
     points: dict[str, list[dict[str, Any]]] = {}
 
     @property
@@ -425,11 +349,35 @@ def load_results(folder: Path, book: Register | None = None) -> list[tuple[Resul
         content = read_json(path, "delete it and run its chapter again")
         if isinstance(content, dict) and "records" in content:
             results = validated(Results, content, path.name)
-            found.append((results, [_judged_again(row, book, path.name) for row in results.records]))
+            seeds = _seeds(results.parameters)
+            results.controls = [_control_again(control, book, path.name) for control in results.controls]
+            found.append((results, [_judged_again(row, book, path.name, seeds) for row in results.records]))
     return found
 
 
-def _judged_again(row: Record, book: Register, name: str) -> Record:
+def passing_controls(folder: Path, book: Register | None = None) -> Iterator[str]:
+    """Recorded controls that their rule does not reject: it could not have told the claim from its opposite."""
+    for run, _ in load_results(folder, book):
+        for control in run.controls:
+            if not control.rejected:
+                where = f"{control.claim}/{control.check}"
+                yield f"{run.chapter}: the control of {where} passes with {control.measured()}"
+
+
+def _control_again(control: Control, book: Register, name: str) -> Control:
+    asked = next((claim.checks.get(control.check) for claim in book.claims if claim.id == control.claim), None)
+    there = f"{name} is stale: control of {control.claim}/{control.check}"
+    allowed(asked is not None, there, "a check of the register: run its chapter again or delete it")
+    return control.model_copy(update={"rejected": asked.rejects(control.value, control.ci)})
+
+
+def _seeds(parameters: Mapping[str, Any]) -> int | None:
+    """How many seeds a chapter ran with; None where it has no list of them."""
+    seeds = parameters.get("seeds")
+    return len(seeds) if hasattr(seeds, "__len__") else None
+
+
+def _judged_again(row: Record, book: Register, name: str, seeds: int | None) -> Record:
     stale = f"{name} is stale: run its chapter again or delete it"
     if row.claim not in {claim.id for claim in book.claims}:
         raise ValueError(f"{stale} (claim {row.claim!r} is not in the register)")
@@ -441,5 +389,6 @@ def _judged_again(row: Record, book: Register, name: str) -> Record:
         _can_be_judged(claim, check, row.value, row.ci, row.n)
     except ValueError as error:
         raise ValueError(f"{stale} ({error})") from error
-    verdict = judge(claim, check, row.value, row.ci, row.scope)
-    return row.model_copy(update={"expected": str(claim.checks[check].rule), "verdict": verdict})
+    rule = claim.checks[check].rule
+    verdict = judge(rule, row.value, row.ci, row.scope, row.n, row.resampled, seeds)
+    return row.model_copy(update={"expected": str(rule), "verdict": verdict})

@@ -11,14 +11,17 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from helpers import settings
-from helpers.press.claims import REFERENCE, Record, Results, Verdict, load_results, overall, read_json
+from helpers.press.claims import REFERENCE, Results, load_results, read_json
 from helpers.press.rules import BETWEEN, Claim, Paper, Register, register, validated
+from helpers.press.verdicts import TABLE, Control, Record, Verdict, overall
 
 SYMBOLS: dict[Verdict, str] = {
     "reproduced": "●",
     "holds here": "◉",
     "partly": "◐",
+    "fails here": "◌",
     "not reproduced": "○",
+    "too few": "?",
     "not tested": "–",
 }
 
@@ -29,12 +32,14 @@ Every claim is judged by numbers that a chapter of this book computed, and by a 
 - {reproduced}: the rule holds in the paper's own setting; for a theorem that is every setting.
 - {holds here}: it holds on another model, text or size.
 - {partly}: an interval lies across the threshold, some records agree and others do not, or a check was not run.
-- {not reproduced}: the rule fails.
+- {fails here}: the rule fails on another model, text or size, which does not refute the paper.
+- {not reproduced}: the rule fails in the paper's own setting.
+- {too few}: the interval rests on fewer than 3 seeds, or fewer than 5 articles or samples, and is not judged.
 - {not tested}: no chapter has recorded it yet.
 
-::::{{dropdown}} The four rules, the scopes and the two kinds of run
+::::{{dropdown}} The rules, the scopes and the two kinds of run
 - **Identity**: a largest difference is at most a tolerance.
-- **Interval above or below**: the whole interval lies on one side of a stated value.
+- **Interval above or below**: the whole interval lies on one side of a stated value; **within**: between two.
 - **Bound holds**: no sample violates the bound.
 - **Trend**: the interval of a slope lies on one side of zero.
 
@@ -42,6 +47,12 @@ An interval that lies across the threshold settles nothing, and the verdict says
 
 *Paper setting* is a record made with the paper's model under the paper's conditions.
 *Analogue* is anything else, such as the embedded 4-bit copy of Gemma 3 270M; it is never shown as reproduced.
+
+Several records make a claim's verdict by the first line that fits:
+
+{table}
+
+A *control* is the same quantity, by the same code, where the claim is false by construction: the rule must reject it.
 
 *This build* are the numbers of the chapters as this book was built from them (profile `{profile}`).
 *Reference run* are numbers of longer runs that are kept with the book, with their hardware and commit.
@@ -83,6 +94,11 @@ class Board:
         )
         return here, long
 
+    def controls(self, claim_id: str | None = None) -> list[Control]:
+        """Controls of a claim, or of all, from this build and the reference runs."""
+        controls = [control for run, _ in self.here + self.long for control in run.controls]
+        return [control for control in controls if claim_id in (None, control.claim)]
+
 
 def status_markdown(profile: str, root: Path = settings.ROOT) -> str:
     """Where the book stands, for its first page: how many claims have which verdict."""
@@ -110,7 +126,10 @@ def scoreboard_markdown(
             raise ValueError(
                 f"results of chapter {run.chapter!r}, which the book does not have: delete {run.chapter}.json"
             )
-    legend = HOW_TO_READ.format(profile=profile, **{verdict: _badge(verdict) for verdict in get_args(Verdict)})
+    table = "\n".join(f"1. {row.words}: {row.verdict}" for row in TABLE)
+    legend = HOW_TO_READ.format(
+        profile=profile, table=table, **{verdict: _badge(verdict) for verdict in get_args(Verdict)}
+    )
     papers = "\n".join(_paper(name, paper, board, chapters) for name, paper in board.book.papers.items())
     return f"# Scoreboard\n\n{_summary(board)}\n{legend}\n{papers}\n{_provenance(board)}"
 
@@ -123,8 +142,36 @@ def _summary(board: Board) -> str:
     tested = total.total() - total["not tested"]
     lines = [f"- {part}. {title}: {_counted(counts[part])}" for part, title in board.book.parts.items()]
     return "\n".join(
-        [f"**{tested} of {total.total()} claims have been tested so far**: {_counted(total)}\n", *lines, ""]
+        [
+            f"**{tested} of {total.total()} claims have been tested so far**: {_counted(total)}\n",
+            *lines,
+            f"\n{_controls_in_all(board)}\n",
+        ]
     )
+
+
+def _controls_in_all(board: Board) -> str:
+    """How many checks have a control, and how many would pass where the claim is false."""
+    checks = [check for claim in board.book.claims for check in claim.checks.values()]
+    waiting = sum(check.no_control.startswith("not run yet") for check in checks)
+    stated, found = sum(bool(check.control) for check in checks), board.controls()
+    passed = sum(not control.rejected for control in found)
+    return (
+        f"Of {len(checks)} checks {stated} have a negative control, {waiting} have one that was not run yet, "
+        f"{len(checks) - stated - waiting} can have none. {len(found)} controls were recorded; {passed} of them passed "
+        "the rule that should reject it."
+    )
+
+
+def _control_lines(claim: Claim, board: Board) -> list[str]:
+    """A line for each check: its control with the number, or why there is none."""
+    lines = []
+    for name, check in claim.checks.items():
+        found = [control for control in board.controls(claim.id) if control.check == name]
+        said = "; ".join(f"**{c.measured()}**, {'rejected' if c.rejected else 'PASSES'}" for c in found)
+        about = f"{check.control}: {said or 'not in this build'}" if check.control else f"none, {check.no_control}"
+        lines.append(f"- <small>Control of “{plain(name)}”: {about}</small>")
+    return lines
 
 
 def _counted(counts: Counter) -> str:
@@ -168,7 +215,7 @@ def _card(claim: Claim, board: Board, chapters: set[str]) -> str:
 ::::{{div}} claim-ours
 <span class="claim-label">This book</span>
 
-{chr(10).join(ours + missing)}
+{chr(10).join(ours + missing + _control_lines(claim, board))}
 
 <small>Thresholds: {reasons}.</small>
 ::::

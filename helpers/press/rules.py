@@ -81,6 +81,28 @@ class IntervalBelow(Strict):
         return f"interval below {self.value:g}"
 
 
+class IntervalWithin(Strict):
+    """The whole interval lies between `low` and `high`; entirely outside it fails; across an end it straddles."""
+
+    name: Literal["interval_within"] = "interval_within"
+    value: tuple[float, float]
+    needs_interval: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _ends_in_order(self) -> IntervalWithin:
+        allowed(self.value[0] < self.value[1], f"value={list(self.value)}", "[low, high] with low < high")
+        return self
+
+    def outcome(self, value: float, low: float, high: float) -> Outcome:
+        least, most = self.value
+        if least < low and high < most:
+            return "holds"
+        return "fails" if high <= least or low >= most else "straddles"
+
+    def __str__(self) -> str:
+        return f"interval within {self.value[0]:g} to {self.value[1]:g}"
+
+
 class Trend(Strict):
     """The value is a slope; its interval must lie on the stated side of zero."""
 
@@ -96,16 +118,31 @@ class Trend(Strict):
         return f"slope {'>' if self.sign == 'positive' else '<'} 0"
 
 
-Rule = Annotated[Identity | Bound | IntervalAbove | IntervalBelow | Trend, Field(discriminator="name")]
+Rule = Annotated[Identity | Bound | IntervalAbove | IntervalBelow | IntervalWithin | Trend, Field(discriminator="name")]
 
 
 class Check(Strict):
-    """One measured quantity and the rule that judges it; `why` says where the rule's threshold comes from."""
+    """One measured quantity and the rule that judges it; `why` says where the rule's threshold comes from.
+
+    `control` says what is measured where the claim is false by construction, which the rule must reject; `no_control`
+    why nothing is.
+    """
 
     metric: str
     rule: Rule
     why: str
     unit: str = ""
+    control: str = ""
+    no_control: str = ""
+
+    @model_validator(mode="after")
+    def _can_be_seen_to_fail(self) -> Check:
+        allowed(bool(self.control) != bool(self.no_control), "neither or both of control, no_control", "one of them")
+        return self
+
+    def rejects(self, value: float, ci: tuple[float, float] | None) -> bool:
+        """Whether the rule does not hold for a control's number."""
+        return self.rule.outcome(value, *(ci or (value, value))) != "holds"
 
 
 class Paper(Strict):

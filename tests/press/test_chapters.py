@@ -42,7 +42,7 @@ def write_register(root, **statements):
   part: I
   chapter: {chapter}
   teachers: any
-  checks: {{only: {{metric: m, why: w, rule: {{name: identity, tolerance: 1}}}}}}"""
+  checks: {{only: {{metric: m, why: w, control: c, rule: {{name: identity, tolerance: 1}}}}}}"""
         for name, chapter in (("own", "01_first"), ("named", "09_else"), ("recorded", "09_else"), ("other", "09_else"))
     ]
     head = "papers: {p: {letter: A, title: t, cite: c, where: w}}\nparts: {I: First}\nclaims:\n"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from pybtex.database import parse_file
 
 from helpers import settings
-from helpers.press import claims, pages, rules
+from helpers.press import claims, pages, rules, verdicts
 
 SLUG = "01_topk_sae_is_rank1_moe"
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -42,6 +43,7 @@ RULES = {
     "identity": "{name: identity, tolerance: 1.0e-5}",
     "above": "{name: interval_above, value: 2}",
     "below": "{name: interval_below, value: 2}",
+    "within": "{name: interval_within, value: [1, 2]}",
     "count": "{name: bound_holds, value: violations}",
     "margin": "{name: bound_holds, value: margin}",
     "rising": "{name: trend, sign: positive}",
@@ -59,7 +61,10 @@ def claim_text(name: str, checks: dict[str, str], teachers: str = "any") -> str:
         f"  chapter: {SLUG}",
         f"  teachers: {teachers}",
         "  checks:",
-        *(f"    {check}: {{metric: metric {check}, why: because, rule: {rule}}}" for check, rule in checks.items()),
+        *(
+            f"    {check}: {{metric: metric {check}, why: because, control: the reverse, rule: {rule}}}"
+            for check, rule in checks.items()
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -130,6 +135,12 @@ def changed(edit):
         (lambda c: c["checks"]["float64"]["rule"].update(tolerance=-1), "tolerance: Input should be greater than 0"),
         (lambda c: c["checks"]["float64"]["rule"].pop("tolerance"), "tolerance: Field required"),
         (lambda c: c["checks"]["float64"].update(metric="a · b"), "which is kept for records"),
+        (lambda c: c["checks"]["float64"].update(control="", no_control=""), "allowed: one of them"),
+        (lambda c: c["checks"]["float64"].update(control="a", no_control="b"), "allowed: one of them"),
+        (
+            lambda c: c["checks"]["float64"].update(rule={"name": "interval_within", "value": [2, 1]}),
+            "allowed: [low, high] with low < high",
+        ),
         (lambda c: c["checks"].update(again=c["checks"]["float64"]), "two checks have the same metric"),
     ],
 )
@@ -155,6 +166,7 @@ def restated(name: str, value: float, low: float, high: float) -> str:
         "identity": [abs(value) <= 1e-5],
         "above": [low > 2, high > 2],
         "below": [low < 2, high < 2],
+        "within": [low > 1 and high < 2, low < 2 and high > 1],
         "count": [value == 0],
         "margin": [value >= 0],
         "rising": [low > 0, high > 0],
@@ -165,11 +177,13 @@ def restated(name: str, value: float, low: float, high: float) -> str:
 
 @given(
     name=st.sampled_from(sorted(RULES)),
-    ends=st.lists(finite | st.sampled_from([0.0, 2.0, 1e-5]), min_size=3, max_size=3),
+    ends=st.lists(finite | st.sampled_from([0.0, 1.0, 2.0, 1e-5]), min_size=3, max_size=3),
 )
 def test_each_rule_says_what_its_restatement_says(name, ends):
     low, value, high = sorted(ends)
-    rule = rules.Check.model_validate({"metric": "m", "why": "w", "rule": yaml.safe_load(RULES[name])}).rule
+    rule = rules.Check.model_validate(
+        {"metric": "m", "why": "w", "control": "c", "rule": yaml.safe_load(RULES[name])}
+    ).rule
     assert rule.outcome(value, low, high) == restated(name, value, low, high)
 
 
@@ -206,10 +220,13 @@ def test_a_wider_interval_never_says_more(ends, line, width):
         ("rule.identity", 1e-4, None, "paper setting", "not reproduced"),
         ("rule.above", 3, (2.5, 4), "analogue", "holds here"),
         ("rule.above", 3, (1.5, 4), "paper setting", "partly"),
-        ("rule.above", 1, (0.5, 1.5), "analogue", "not reproduced"),
+        ("rule.above", 1, (0.5, 1.5), "analogue", "fails here"),
+        ("rule.above", 1, (0.5, 1.5), "paper setting", "not reproduced"),
+        ("rule.within", 1.5, (1.2, 1.8), "analogue", "holds here"),
+        ("rule.within", 1.5, (0.5, 2.5), "analogue", "partly"),
         ("rule.count", 0, None, "paper setting", "reproduced"),
         ("rule.count", 1, None, "paper setting", "not reproduced"),
-        ("rule.margin", -1e-9, None, "analogue", "not reproduced"),
+        ("rule.margin", -1e-9, None, "analogue", "fails here"),
         ("rule.falling", -1, (-2, -0.1), "analogue", "holds here"),
     ],
 )
@@ -414,38 +431,157 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------- overall verdicts
-GOOD, HERE, HALF, BAD = "reproduced", "holds here", "partly", "not reproduced"
+GOOD, HERE, HALF, MISS, BAD, FEW = "reproduced", "holds here", "partly", "fails here", "not reproduced", "too few"
 
 
 @pytest.mark.parametrize(
-    ("one", "two", "expected"),
+    ("one", "two", "fits"),
     [
-        ([], [], "not tested"),
-        ([GOOD], [GOOD], GOOD),
-        ([GOOD, HERE], [GOOD], GOOD),  # an analogue beside the paper's setting takes nothing away
-        ([GOOD], [HERE], HERE),
-        ([HERE], [HERE], HERE),
-        ([GOOD], [], HALF),  # a check that was not run
-        ([GOOD], [BAD], HALF),
-        ([GOOD, BAD], [GOOD], HALF),
-        ([HALF], [GOOD], HALF),
-        ([HALF], [], HALF),
-        ([BAD], [BAD], BAD),
-        ([BAD], [], BAD),
-        ([BAD], [HALF], HALF),
+        ([], [], 0),
+        ([FEW], [], 1),
+        ([FEW], [FEW], 1),
+        ([MISS], [MISS], 2),
+        ([MISS], [], 2),  # what fails is not saved by what was not run
+        ([MISS, FEW], [FEW], 2),  # nor by what cannot be judged
+        ([BAD], [BAD], 3),
+        ([BAD], [], 3),
+        ([BAD], [MISS], 3),
+        ([BAD, FEW], [MISS], 3),
+        ([GOOD], [GOOD], 4),
+        ([GOOD, HERE], [GOOD], 4),  # an analogue beside the paper's setting takes nothing away
+        ([GOOD], [HERE], 5),
+        ([HERE], [HERE], 5),
+        ([GOOD], [], 6),  # a check that was not run
+        ([HERE], [FEW], 6),
+        ([GOOD, FEW], [GOOD], 6),
+        ([GOOD], [BAD], 6),
+        ([HERE], [MISS], 6),
+        ([HERE, MISS], [HERE], 6),
+        ([GOOD, BAD], [GOOD], 6),
+        ([HALF], [GOOD], 6),
+        ([HALF], [], 6),
+        ([HALF], [FEW], 6),
+        ([BAD], [HALF], 6),
     ],
 )
-def test_a_claim_is_judged_by_all_its_checks(write, one, two, expected):
+def test_a_claim_is_judged_by_one_row_of_the_truth_table(write, one, two, fits):
     book = write(
         claim_text("a.b", {"one": RULES["identity"], "two": RULES["identity"]})
         + claim_text("c.d", {"x": RULES["count"]})
     )
     records = [
-        claims.Record(**row("a.b", metric=f"metric {check}", verdict=verdict))
-        for check, verdicts in (("one", one), ("two", two))
-        for verdict in verdicts
+        verdicts.Record(**row("a.b", metric=f"metric {check}", verdict=verdict))
+        for check, found in (("one", one), ("two", two))
+        for verdict in found
     ]
-    assert claims.overall(records, (), book) == {"a.b": expected, "c.d": "not tested"}
+    expected = verdicts.TABLE[fits].verdict
+    assert verdicts.overall(records, (), book) == {"a.b": expected, "c.d": "not tested"}
+
+
+def test_the_table_has_a_row_for_every_verdict_and_ends_with_one_that_always_fits():
+    assert {row.verdict for row in verdicts.TABLE} == set(get_args(verdicts.Verdict))
+    assert verdicts.TABLE[-1].among == set(get_args(verdicts.Verdict)) and not verdicts.TABLE[-1].each
+
+
+@pytest.mark.parametrize(
+    ("n", "resampled", "seeds", "few"),
+    [
+        (2, "seeds", None, True),
+        (3, "seeds", None, False),
+        (2, "random draws", 2, True),
+        (4, "articles", 1, True),
+        (5, "articles", 1, False),  # an interval over articles is about this one student, and says so
+        (4, "samples", None, True),
+        (20, "seed × article", 2, True),  # ten articles, but two seeds
+        (15, "seed × article", 3, False),
+        (12, "seed × article", 3, True),  # three seeds, but four articles
+        (20, "seed × article", None, False),
+        (1, None, None, False),
+    ],
+)
+def test_an_interval_on_too_few_units_is_not_judged(n, resampled, seeds, few):
+    assert verdicts.too_few(n, resampled, seeds) == few
+    rule = rules.IntervalAbove(value=2)
+    assert verdicts.judge(rule, 3, (2.5, 4), "analogue", n, resampled, seeds) == ("too few" if few else "holds here")
+    assert verdicts.judge(rules.Bound(), 0, None, "analogue", n, resampled, seeds) == "holds here"
+
+
+def test_a_chapter_counts_its_seeds_when_it_records_and_when_it_is_read(book, log, tmp_path):
+    log.parameters["seeds"] = [0, 1]
+    about = {"ci": (2.5, 4), "n": 20, "resampled": "seed × article", "scope": "analogue"}
+    assert log.record("rule.above", 3, **about).verdict == "too few"
+    log.save()
+    ((_, (again,)),) = claims.load_results(log.path.parent, book)
+    assert again.verdict == "too few"
+
+
+# ---------------------------------------------------------------------------------------------------------- controls
+def test_a_control_is_judged_by_the_rule_and_kept_once(book, log):
+    for _ in range(2):
+        log.control("rule.above", None, 1.5, ci=(0.5, 2.5), n=3, resampled="seeds")
+    passing = log.control("rule.identity", "only", 1e-7, n=3)
+    written = json.loads(log.save().path.read_text())["controls"]
+    expected = {"claim": "rule.above", "check": "only", "value": 1.5, "ci": [0.5, 2.5], "n": 3, "resampled": "seeds"}
+    assert written[0] == expected | {"rejected": True} and len(written) == 2
+    assert not passing.rejected
+    assert list(claims.passing_controls(log.path.parent, book)) == [
+        f"{SLUG}: the control of rule.identity/only passes with 1e-07, n = 3"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"variant": "float16"}, "rule.above: variant='float16' is unknown"),
+        ({"ci": None, "resampled": None}, "needs ci"),
+        ({"value": float("nan")}, "value=nan"),
+        ({"n": 0}, "n=0"),
+    ],
+)
+def test_a_control_that_cannot_be_judged_is_refused(book, log, arguments, told):
+    good = {"claim": "rule.above", "variant": "only", "value": 1.0, "ci": (0.5, 1.5), "n": 3, "resampled": "seeds"}
+    with pytest.raises(ValueError, match=re.escape(told)):
+        log.control(**(good | arguments))
+    assert log.controls == []
+
+
+def test_a_control_is_recorded_only_where_the_register_says_what_it_is(write, log):
+    write(claim_text("a.b", {"only": RULES["identity"]}).replace("control: the", "no_control: the"))
+    with pytest.raises(ValueError, match="a.b/only has no `control`"):
+        log.control("a.b", None, 1.0, n=1)
+
+
+def test_kept_controls_are_judged_again_and_stale_ones_are_named(book, log):
+    log.control("rule.identity", None, 1.0, n=3)
+    content = json.loads(log.save().path.read_text())
+    content["controls"][0]["rejected"] = False
+    log.path.write_text(json.dumps(content))
+    ((run, _),) = claims.load_results(log.path.parent, book)
+    assert run.controls[0].rejected
+    content["controls"][0]["check"] = "gone"
+    log.path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{SLUG}.json is stale: control of rule.identity/gone"):
+        claims.load_results(log.path.parent, book)
+
+
+def test_every_control_of_the_book_is_recorded_in_its_chapter():
+    """Or is said not to be run: `control` in the register and `log.control` in the notebook go together."""
+    stated = {
+        (c.chapter, c.id, name) for c in claims.register().claims for name, check in c.checks.items() if check.control
+    }
+    written = set()
+    for path in (settings.ROOT / "notebooks").glob("*.ipynb"):
+        code = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+        called = set(re.findall(r"log\.control\(\s*\"([\w.]+)\",\s*(\"?\w+\"?)", code))
+        for claim, variant in called:
+            names = [variant.strip('"')] if '"' in variant else claims.register()[claim].checks
+            written |= {(path.stem, claim, name) for name in names}
+    assert written == stated
+
+
+@pytest.mark.parametrize("folder", [settings.ROOT / "_build" / "results" / "quick", claims.REFERENCE], ids=str)
+def test_no_control_passes_the_rule_that_should_reject_it(folder):
+    assert list(claims.passing_controls(folder)) == []
 
 
 def padding(log, shares, spread):
@@ -456,7 +592,7 @@ def padding(log, shares, spread):
         )
     ci = (spread - 0.02, spread + 0.02)
     log.record("secret.padding", spread, ci=ci, resampled="articles", n=11, scope="analogue", variant="consistency")
-    return claims.overall(log.records)["secret.padding"]
+    return verdicts.overall(log.records)["secret.padding"]
 
 
 @pytest.mark.parametrize(
@@ -466,7 +602,7 @@ def padding(log, shares, spread):
         ((0.295, 0.233, 0.365), 0.13, "partly"),  # all above zero, and no single share fits
         ((0.0, 0.0, 0.0), 0.01, "partly"),
         ((-0.1, -0.1, 0.0), 0.10, "partly"),  # the last share straddles zero
-        ((-0.1, -0.1, -0.1), 0.10, "not reproduced"),
+        ((-0.1, -0.1, -0.1), 0.10, "fails here"),
     ],
 )
 def test_the_padding_claim_needs_three_shares_and_one_that_fits_all(log, shares, spread, expected):
@@ -519,6 +655,19 @@ def test_the_long_runs_that_are_kept_can_be_read_and_stand_in_the_register():
     assert {results.chapter for results, _ in found} == {path.stem for path in claims.REFERENCE.glob("*.json")}
 
 
+def test_the_page_shows_controls_beside_records_and_counts_those_that_pass(book, log, tmp_path, render):
+    log.path = tmp_path / "here" / f"{SLUG}.json"
+    log.control("rule.identity", None, 1.0, n=3)
+    log.control("rule.count", None, 0, n=3)
+    log.path.parent.mkdir()
+    log.save()
+    page = render()
+    assert "the reverse: **1, n = 3**, rejected" in card(page, "rule.identity")
+    assert "the reverse: **0, n = 3**, PASSES" in card(page, "rule.count")
+    assert "the reverse: not in this build" in card(page, "rule.above")
+    assert "2 controls were recorded; 1 of them passed" in page
+
+
 def test_stored_verdicts_are_judged_again(book, tmp_path, render):
     save(tmp_path / "here", SLUG, row())
     ((_, (record,)),) = claims.load_results(tmp_path / "here", book)
@@ -567,7 +716,7 @@ def test_reference_runs_carry_the_verdict_and_are_labelled_apart(book, tmp_path,
     text = card(render(), "rule.above")
     assert text.startswith("\n:::::{div} claim claim-reproduced")
     assert "reference run: metric only: **3 \\[2.5, 3.5\\], n = 3 (seeds)**" in text
-    assert "- metric only: **1.2 \\[1, 1.5\\], n = 3 (seeds)**" in text and "not reproduced" in text
+    assert "- metric only: **1.2 \\[1, 1.5\\], n = 3 (seeds)**" in text and "fails here" in text
     assert "{doc}`/notebooks/" + SLUG in text
 
 

@@ -20,6 +20,7 @@ def test_records_do_not_depend_on_pages_or_on_the_runner():
         "helpers.press",
         "helpers.press.claims",
         "helpers.press.rules",
+        "helpers.press.verdicts",
         "helpers.settings",
     }
 

@@ -1,0 +1,186 @@
+"""What is recorded, and the verdicts: of one number, and of a claim from all its records."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from helpers.press.rules import Claim, Register, Rule, Strict, register
+
+Verdict = Literal["reproduced", "holds here", "partly", "fails here", "not reproduced", "too few", "not tested"]
+Scope = Literal["paper setting", "analogue"]
+Resampled = Literal["seeds", "articles", "seed × article", "random draws", "layers", "samples"]
+LONGEST_NOTE = 300
+"""Characters of a record's note: it is a line on the page of claims."""
+COLOURS: dict[Verdict, str] = {
+    "reproduced": "#009E73",
+    "holds here": "#56B4E9",
+    "partly": "#E69F00",
+    "fails here": "#CC79A7",
+    "not reproduced": "#D55E00",
+    "too few": "#999999",
+    "not tested": "#999999",
+}
+FEWEST: dict[Resampled, int] = {
+    **{"seeds": 3, "random draws": 3, "layers": 3, "articles": 5, "samples": 5},
+    "seed × article": 15,
+}
+"""The fewest units whose interval is judged. Of pairs, three seeds with five articles each are the fewest."""
+
+
+class Record(Strict):
+    """One measured number and its verdict: the rows of a results file, field by field."""
+
+    claim: str
+    metric: str
+    value: float
+    ci: tuple[float, float] | None
+    n: int
+    resampled: Resampled | None
+    unit: str
+    scope: Scope
+    teacher: str | None
+    expected: str
+    verdict: Verdict
+    note: str = Field(max_length=LONGEST_NOTE)
+
+    def __str__(self) -> str:
+        return f"{self.claim} | {self.metric}: {self.measured()} | expected {self.expected} | {self.verdict}"
+
+    def measured(self) -> str:
+        """`0.0176 [0.0170, 0.0181] FVU, n = 3 (seeds)`"""
+        interval = f" [{_number(self.ci[0])}, {_number(self.ci[1])}]" if self.ci else ""
+        unit = f" {self.unit}" if self.unit else ""
+        over = f" ({self.resampled})" if self.resampled else ""
+        return f"{_number(self.value)}{interval}{unit}, n = {self.n:,}{over}"
+
+    def _repr_html_(self) -> str:
+        note = f"<br><small>{html.escape(self.note)}</small>" if self.note else ""
+        return (
+            f'<div style="border-left:.25em solid {COLOURS[self.verdict]};padding:.2em .8em;margin:.4em 0">'
+            f"<strong>{html.escape(self.verdict)}</strong> · <code>{html.escape(self.claim)}</code><br>"
+            f"{html.escape(self.metric)}: <strong>{html.escape(self.measured())}</strong>; "
+            f"expected {html.escape(self.expected)}; {html.escape(self.scope)}{note}</div>"
+        )
+
+
+class Control(Strict):
+    """What a check's quantity is where its claim is false by construction, and whether the rule rejects that."""
+
+    claim: str
+    check: str
+    value: float
+    ci: tuple[float, float] | None
+    n: int
+    resampled: Resampled | None
+    rejected: bool
+
+    def measured(self) -> str:
+        """`0.43 [0.42, 0.44], n = 252`"""
+        interval = f" [{_number(self.ci[0])}, {_number(self.ci[1])}]" if self.ci else ""
+        return f"{_number(self.value)}{interval}, n = {self.n:,}"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, without an exponent where a plain number is short."""
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    return f"{value:.3g}"
+
+
+# -- the verdict of one number -----------------------------------------------------------------------------------------
+
+
+def too_few(n: int, resampled: Resampled | None, seeds: int | None = None) -> bool:
+    """Whether an interval over `n` units rests on too few of them.
+
+    For "seed × article" `n` counts pairs, so how many seeds there were is asked of the chapter's parameters: fewer
+    than three `seeds` are too few, however many articles each has seen. `n` counts rows in some older records of
+    articles and layers; those are never too few.
+    """
+    if resampled == "seed × article" and seeds is not None and seeds < FEWEST["seeds"]:
+        return True
+    return resampled is not None and n < FEWEST[resampled]
+
+
+def judge(
+    rule: Rule,
+    value: float,
+    ci: tuple[float, float] | None,
+    scope: Scope,
+    n: int,
+    resampled: Resampled | None,
+    seeds: int | None = None,
+) -> Verdict:
+    """The verdict of one number: what the rule says, under the scope it was measured in."""
+    if rule.needs_interval and too_few(n, resampled, seeds):
+        return "too few"
+    match rule.outcome(value, *(ci or (value, value))):
+        case "holds":
+            return "reproduced" if scope == "paper setting" else "holds here"
+        case "fails":
+            return "not reproduced" if scope == "paper setting" else "fails here"
+    return "partly"
+
+
+# -- the verdict of a claim --------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row of the truth table: it fits where no record has a verdict outside `among`, and each check of the claim
+    has a record with one of `each` (where that is not empty)."""
+
+    words: str
+    among: frozenset[Verdict]
+    each: frozenset[Verdict]
+    verdict: Verdict
+
+
+HOLDS: frozenset[Verdict] = frozenset({"reproduced", "holds here"})
+FAILS: frozenset[Verdict] = frozenset({"fails here", "too few"})
+NONE: frozenset[Verdict] = frozenset()
+TABLE = (
+    Row("no record", NONE, NONE, "not tested"),
+    Row("every record rests on too few", frozenset({"too few"}), NONE, "too few"),
+    Row("what was judged fails, on analogues only", FAILS, NONE, "fails here"),
+    Row("what was judged fails, in the paper's setting too", FAILS | {"not reproduced"}, NONE, "not reproduced"),
+    Row("all hold, each check in the paper's setting", HOLDS, frozenset({"reproduced"}), "reproduced"),
+    Row("all hold, each check was run", HOLDS, HOLDS, "holds here"),
+    Row("anything else: records disagree, or something is open", frozenset(COLOURS), NONE, "partly"),
+)
+"""How a claim's records combine: the first row that fits. A record on too few units never completes a claim, and
+never saves one whose other records fail."""
+
+
+def combined(claim: Claim, records: Sequence[Record]) -> Verdict:
+    """One verdict for a claim, from all records of it, by `TABLE`."""
+    of: dict[str, set[Verdict]] = {check: set() for check in claim.checks}
+    for record in records:
+        of[claim.check_of(record.metric)].add(record.verdict)
+    found = set().union(*of.values())
+    return next(
+        row.verdict
+        for row in TABLE
+        if found <= row.among and all(not row.each or verdicts & row.each for verdicts in of.values())
+    )
+
+
+def overall(
+    ours: Iterable[Record], reference: Iterable[Record] = (), book: Register | None = None
+) -> dict[str, Verdict]:
+    """One verdict for every claim of the register: each check is judged by the reference run's records where there
+    are any, else by ours."""
+    ours, reference, found = list(ours), list(reference), {}
+    for claim in (book or register()).claims:
+        kept = []
+        for check in claim.checks:
+            own, long = (
+                [record for record in records if record.claim == claim.id and claim.check_of(record.metric) == check]
+                for records in (ours, reference)
+            )
+            kept += long or own
+        found[claim.id] = combined(claim, kept)
+    return found
