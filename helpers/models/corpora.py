@@ -26,7 +26,7 @@ from torch import Tensor
 
 from helpers import kept, settings
 from helpers.models import files, sources
-from helpers.models.files import SEVERAL
+from helpers.models.files import SEVERAL, SPLITS
 from helpers.models.store import ROW_FIELDS
 from helpers.models.teachers import Teacher
 from helpers.settings import ROOT, allowed, one_of
@@ -38,7 +38,6 @@ BOOK_TEXTS = {
     "Moby Dick": ROOT / "data" / "moby_dick.parquet",
 }
 """The files of the corpus "book-texts", by what its column `source` calls them."""
-SPLITS = ("train", "validation", "test")
 FILLED = 0.8
 TOKENISED = 64
 """Texts that are tokenised at once."""
@@ -159,30 +158,9 @@ def _documents(corpus: str, path: Path, how: str, stamps: tuple[tuple[Path, int]
                 waiting, size = [], 0
     allowed(bool(numbers), f"corpus={corpus!r} is empty: it has no text", "a file with at least one paragraph")
     texts.append(pa.array(waiting, pa.large_string()))
-    columns["split"] = _splits(corpus, columns["article"], columns["split"], digests)
+    columns["split"] = files.splits(corpus, columns["article"], columns["split"], digests)
     article, title = pa.array(columns["article"], pa.int32()), pa.array(map(files.unicode, columns["title"]))
     return pa.table({"article": article, "title": title, "text": pa.chunked_array(texts), "split": columns["split"]})
-
-
-def _splits(corpus: str, articles: Sequence[int], given: Sequence, digests: Sequence) -> list[str]:
-    """The split of each row: the one it names; else documents in the order of their hashes, so many to test, …"""
-    if any(given) or None in given:
-        unknown = sorted(set(given) - set(SPLITS), key=str)
-        allowed(not unknown, f"corpus={corpus!r}: column 'split' holds {unknown}", ", ".join(SPLITS))
-        counts = {split: len({a for a, s in zip(articles, given, strict=True) if s == split}) for split in SPLITS}
-        lone = [split for split in SPLITS[1:] if counts[split] == 1]
-        what = f"corpus={corpus!r} has 1 document in split={', '.join(map(repr, lone))}"
-        allowed(not lone, what, "at least 2 there, to resample")
-        return list(given)
-    count = len(digests)
-    cure = f"at least {SEVERAL} (paragraphs between blank lines, lines, or rows), or a column 'split'"
-    allowed(
-        count >= SEVERAL, f"corpus={corpus!r} has {count} document{'s' * (count > 1)} to train, validate and test", cure
-    )
-    held = max(round(count / 10), min(SEVERAL, count // 3), 2)
-    ranked = sorted(range(count), key=lambda i: digests[i].digest())
-    split = {i: ("test", "validation", "train")[min(place // held, 2)] for place, i in enumerate(ranked)}
-    return [split[article] for article in articles]
 
 
 def _from_hub(corpus: str, split: str) -> pd.DataFrame:

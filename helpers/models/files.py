@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from helpers.settings import allowed
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 PACKED = {".gz": "gzip", ".zst": "zstd"}
+SPLITS = ("train", "validation", "test")
 DOCUMENT = 20
 """Paragraphs of a `.txt` file that make a document: they stay together in one split. Fewer where the text is short."""
 SEVERAL = 5
@@ -47,7 +48,7 @@ def rows(path: Path, how: str, corpus: str, *, one: bool) -> Iterator[dict]:
         if ending == ".txt":
             yield from _plain(path, how, corpus, one)
             return
-        column = _text_column(list(itertools.islice(readers[ending](path), 100)), how, corpus)
+        column = _text_column(itertools.islice(readers[ending](path), 100), how, corpus)
         known = [name for name in ("article", "title", "split") if name != column]
         for number, row in enumerate(readers[ending](path, [column, *known])):
             text = row.get(column)
@@ -64,20 +65,19 @@ def rows(path: Path, how: str, corpus: str, *, one: bool) -> Iterator[dict]:
         raise ValueError(f"corpus={corpus!r} cannot be read as {ending}: {error}") from error
 
 
-def _text_column(first: Sequence[dict], how: str, corpus: str) -> str:
+def _text_column(first: Iterable[dict], how: str, corpus: str) -> str:
     """The name of the column with the text: the one asked for, `text`, or the only one of words."""
-    names = list(dict.fromkeys(name for row in first for name in row if name is not None))
-    given = f"corpus={corpus!r} has columns {names}" if names else f"corpus={corpus!r} is empty"
+    names: dict[str, bool] = {}
+    for row in first:
+        names |= {name: names.get(name, False) or _is_words(row[name]) for name in row if name is not None}
+    given = f"corpus={corpus!r} has columns {list(names)}" if names else f"corpus={corpus!r} is empty"
     if how:
         allowed(how in names, f"{given}, not {how!r}", "one of them after the colon")
         return how
     if "text" in names:
         return "text"
-    others = [name for name in names if name not in ("article", "title", "split", "id")]
-    words = [name for name in others if any(_is_words(row.get(name)) for row in first)]
-    allowed(
-        len(words) == 1, given, "'text', a single one of strings, or a column named after a colon, as in my.csv:body"
-    )
+    words = [name for name, holds in names.items() if holds and name not in ("article", "title", "split", "id")]
+    allowed(len(words) == 1, given, "'text', a single one of words, or a column named after a colon, as in my.csv:body")
     return words[0]
 
 
@@ -123,7 +123,9 @@ def _plain(path: Path, how: str, corpus: str, one: bool) -> Iterator[dict]:
         other = "lines" if taken == "paragraphs" else "paragraphs"
         between = f" between blank lines, {size} to a document" if taken == "paragraphs" else ", each a document"
         found = count if taken == "paragraphs" else lines
-        _say(f"corpus={corpus!r}: {found:,} {taken}{between} (for {other} add ':{other}')")
+        _say(
+            f"corpus={corpus!r}: {found:,} {taken[: -1 if found == 1 else None]}{between} (for {other} add ':{other}')"
+        )
     with _open(path) as file:
         blocks = itertools.groupby(file, lambda line: bool(line.strip()))
         parts = (part for there, block in blocks if there for part in ([block] if taken == "paragraphs" else block))
@@ -171,3 +173,23 @@ def _parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[dict]:
     wanted = [name for name in table.schema_arrow.names if name in columns] if columns else None
     for batch in table.iter_batches(1024, columns=wanted):
         yield from batch.to_pylist()
+
+
+def splits(corpus: str, articles: Sequence[int], named: Sequence, digests: Sequence) -> list[str]:
+    """The split of each row: the one it names; else documents in the order of their hashes, so many to test, …"""
+    if any(named) or None in named:
+        unknown = sorted(set(named) - set(SPLITS), key=str)
+        allowed(not unknown, f"corpus={corpus!r}: column 'split' holds {unknown}", ", ".join(SPLITS))
+        counts = {split: len({a for a, s in zip(articles, named, strict=True) if s == split}) for split in SPLITS}
+        lone = [split for split in SPLITS[1:] if counts[split] == 1]
+        what = f"corpus={corpus!r} has 1 document in split={', '.join(map(repr, lone))}"
+        allowed(not lone, what, "at least 2 there, to resample")
+        return list(named)
+    count = len(digests)
+    cure = f"at least {SEVERAL} (paragraphs between blank lines, lines, or rows), or a column 'split'"
+    given = f"corpus={corpus!r} has {count} document{'s' * (count > 1)} to train, validate and test"
+    allowed(count >= SEVERAL, given, cure)
+    held = max(round(count / 10), min(SEVERAL, count // 3), 2)
+    ranked = sorted(range(count), key=lambda i: digests[i].digest())
+    split = {i: ("test", "validation", "train")[min(place // held, 2)] for place, i in enumerate(ranked)}
+    return [split[article] for article in articles]
