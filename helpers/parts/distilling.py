@@ -310,19 +310,24 @@ class Distillation:
 
 
 def distil(
-    given: Task, spec: Spec, *, lrs: Sequence[float], seeds: Sequence[int], recipe: Mapping | None = None, **options
+    given: Task,
+    spec: Spec,
+    *,
+    lrs: Sequence[float],
+    seeds: Sequence[int],
+    recipe: Mapping | None = None,
+    further: int = 0,
+    **options,
 ) -> Distillation:
     """Students of one kind: every learning rate with the first seed, then the one that is best on the validation rows
     with the other seeds. Finished runs are loaded, so a grid that was interrupted goes on.
 
-    Args:
-        recipe: further arguments of `training.fit`, such as `schedule`, `warmup` or `autocast`.
-        options: of `study.run`: `device`, `cache_dir`.
+    `recipe` goes to `training.fit`, `further` to `study.tune`, `options` to `study.run`.
     """
     allowed(bool(lrs) and bool(seeds), f"lrs={list(lrs)}, seeds={list(seeds)}", "at least one of each")
     arm = Arm(f"{given.name}: {spec.label}", spec, spec.balance, recipe=recipe or {})
     options |= {"workers": 1}  # in this process, which holds the rows
-    tried = study.tune(given, [arm], lrs, seeds[0], together=len(lrs), **options)[arm.name]
+    tried = study.tune(given, [arm], lrs, seeds[0], further=further, together=len(lrs), **options)[arm.name]
     best = replace(arm, lr=study.choose(tried))
     others = study.study(given, [best], seeds[1:], **options)[arm.name] if seeds[1:] else []
     return Distillation(given.name, spec, tried, [tried[best.lr], *others])

@@ -273,12 +273,13 @@ def validation(frame: pd.DataFrame, candidate: tuple) -> tuple[float, float]:
 def matched(frame: pd.DataFrame, method: str = "switch") -> tuple[tuple, tuple, bool]:
     """A method's chosen candidate, the other methods' with the fewest dead at no larger FVU, and whether there is one.
 
-    All by validation rows. Where no other method comes within 1 % of that FVU, the one that comes nearest stands in.
+    All by validation rows. Where no other method comes within 1 % of that FVU, the others' chosen candidate stands in:
+    by the same rule as the method's own, ties included.
     """
     mine = chosen(frame[frame.method == method])
     others = frame[~frame.method.str.contains(method)]
     rival = fewest_dead(others, validation(frame, mine)[0])
-    return mine, rival or means(others).index[0], rival is not None
+    return mine, rival or chosen(others), rival is not None
 
 
 def dominance(frame: pd.DataFrame, n_features: int, method: str = "switch") -> tuple[tuple, tuple]:

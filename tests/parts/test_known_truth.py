@@ -208,7 +208,17 @@ def test_matched_asks_for_no_larger_error_and_says_when_nobody_reaches_it():
     assert (name(mine), name(rival), reached) == (("switch", 0.1), ("auxk", 2.0), True)
     better = CONTEST.assign(validation_fvu=CONTEST.validation_fvu - 0.1 * (CONTEST.method == "switch"))
     mine, rival, reached = known_truth.matched(better)
-    assert (name(rival), reached) == (("auxk", 1.0), False)
+    rest = better[~better.method.str.contains("switch")]
+    assert (rival, reached) == (known_truth.chosen(rest), False)  # by the one rule, and not the least error alone
+
+
+def test_who_stands_in_where_nobody_reaches_it_is_chosen_with_the_same_ties():
+    """Two candidates within one percent: the one with fewer dead features is the rival, as it would be for Switch."""
+    near = CONTEST.assign(validation_fvu=CONTEST.validation_fvu - 0.1 * (CONTEST.method == "switch"))
+    first = near[(near.method == "auxk") & (near.strength == 1.0)]
+    twin = first.assign(strength=7.0, validation_fvu=first.validation_fvu * 1.005, validation_dead=0.0)
+    mine, rival, reached = known_truth.matched(pd.concat([near, twin], ignore_index=True))
+    assert (name(rival), reached) == (("auxk", 7.0), False)
 
 
 def test_dominance_names_the_point_that_is_hardest_to_match():
