@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import re
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_dataset
 from jaxtyping import Int
 from torch import Tensor
 
 from helpers import kept, settings
-from helpers.models import sources
+from helpers.models import files, sources
+from helpers.models.files import SEVERAL, SPLITS
 from helpers.models.store import ROW_FIELDS
 from helpers.models.teachers import Teacher
 from helpers.settings import ROOT, allowed, one_of
@@ -32,16 +38,12 @@ BOOK_TEXTS = {
     "Moby Dick": ROOT / "data" / "moby_dick.parquet",
 }
 """The files of the corpus "book-texts", by what its column `source` calls them."""
-SPLITS = ("train", "validation", "test")
-FILES = (".txt", ".jsonl", ".parquet")
-DOCUMENT = 20
-"""Paragraphs of a `.txt` file that make a document: they stay together in one split. Fewer where the text is short."""
 FILLED = 0.8
 TOKENISED = 64
 """Texts that are tokenised at once."""
 ALLOWED = (
     "'wikipedia-sample', 'book-texts', a hub id such as 'Salesforce/wikitext:wikitext-103-raw-v1', "
-    "or a local .txt, .jsonl or .parquet file"
+    "or a local .txt, .jsonl, .json, .csv or .parquet file (.gz and .zst too) or a folder of them"
 )
 
 
@@ -49,41 +51,47 @@ def load(corpus: str = "wikipedia-sample", split: str = "train") -> Dataset:
     """Paragraphs of one split: columns `article` (int), `title` and `text`; rows without text are left out.
 
     `corpus` is `"wikipedia-sample"` or `"book-texts"` (embedded), a hub id with an optional configuration after a
-    colon, or a local file. `"book-texts"` is the Wikipedia sample, the State of the Union addresses and Moby Dick; it
-    has a further column `source`, and its `article` numbers run on from one source to the next.
+    colon, or a local file or folder. `"book-texts"` is the Wikipedia sample, the State of the Union addresses and Moby
+    Dick; it has a further column `source`, and its `article` numbers run on from one source to the next.
 
     A local file is divided here, always in the same way, into about 80 % `train`, 10 % `validation` and 10 % `test` by
-    document, in the order of the SHA-256 of the documents' text; a column `split` is used instead where there is one.
-    In `.jsonl` and `.parquet` files (column `text`) documents are told apart by `article`, else by `title`, else each
-    row is one. In a `.txt` file blank lines separate paragraphs, and every 20 paragraphs make a document
-    (in a text of fewer than 200, every tenth of it).
+    document, in the order of the SHA-256 of the documents' text, with five documents to hold out where there are
+    fifteen and two at least; a column `split` is used instead where there is one. Rows of a table belong to one
+    document where they share `article`, else `title`; a row without is its own. Its text is the column named after a
+    colon (`my.csv:body`), else `text`, else the only one of words. In a `.txt` file blank lines separate
+    paragraphs, and every 20 make a document (a fiftieth of a short text); a file of fewer than five paragraphs is taken
+    line by line, each a document. `my.txt:paragraphs` and `my.txt:lines` decide. In a folder a `.txt` is a document.
 
     A hub set keeps its own splits. Its rows are its articles, except that in WikiText ` = Title = ` lines start one.
 
-    Raises `ValueError` for an unknown name, split or configuration, a missing column, an empty file, one not in UTF-8,
-    and a hub id that was not downloaded before when the hub cannot be reached.
+    Raises `ValueError` for an unknown name, split or configuration, a missing column, a file that is empty or not in
+    Unicode, too few documents, and a hub id that was not downloaded before when the hub cannot be reached.
     """
     one_of("split", split, SPLITS)
     if corpus == "book-texts":
         rows = _book_texts()
-    elif path := local_file(corpus):
-        rows = _documents(_read(path, corpus), corpus)
+    elif local(corpus):
+        rows = _local(corpus)
     else:
         rows = _articles(_from_hub(corpus, split)).assign(split=split)
-    rows = rows[rows.split == split].drop(columns="split")
-    allowed(not rows.empty, f"corpus={corpus!r} has no text in split={split!r}", "a corpus with text in every split")
-    return Dataset.from_pandas(rows.reset_index(drop=True), preserve_index=False)
+        rows = pa.Table.from_pandas(rows, preserve_index=False)
+    rows = rows.filter(pc.equal(rows["split"], split)).drop_columns("split")
+    allowed(len(rows) > 0, f"corpus={corpus!r} has no text in split={split!r}", "a corpus with text in every split")
+    return Dataset(rows)
 
 
-def local_file(corpus: str) -> Path | None:
-    """The file behind `corpus`, or None for a hub id. Raises `ValueError` when it is neither."""
+def local(corpus: str) -> tuple[Path, str] | None:
+    """The file or folder behind `corpus` and what a colon adds, None for a hub id. `ValueError` when it is neither."""
     if corpus == "wikipedia-sample":
-        return WIKIPEDIA_SAMPLE
-    path = Path(corpus).expanduser()
-    if path.is_file() and path.suffix in FILES:
-        return path
-    found = "this is no such file" if path.exists() else "there is no such file"
-    allowed(not path.exists() and path.suffix not in FILES, f"corpus={corpus!r}: {found}", ALLOWED)
+        return WIKIPEDIA_SAMPLE, ""
+    before, _, after = corpus.rpartition(":")
+    for name, how in ((corpus, ""), (before, after)):
+        path = Path(name).expanduser()
+        if name and files.inside(path):
+            return path, how
+    meant = [path for path in map(Path, (corpus, before or corpus)) if path.exists() or files.kind(path) in files.KINDS]
+    found = "this is no such file" if meant and meant[0].exists() else "there is no such file"
+    allowed(not meant or not corpus, f"corpus={corpus!r}: {found}", ALLOWED)
     named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", corpus)
     allowed(bool(named), f"corpus={corpus!r} is unknown", ALLOWED)
     return None
@@ -93,72 +101,67 @@ def fingerprint(corpus: str) -> str:
     """What determines a corpus, for keys: a file's SHA-256 and ending, or a hub set's commit (offline: its name)."""
     if corpus == "book-texts":
         return "+".join(fingerprint(str(path)) for path in BOOK_TEXTS.values())
-    path = local_file(corpus)
-    if path is not None:
-        return f"sha256:{kept.file_digest(path)}{path.suffix.lower()}"
+    if found := local(corpus):
+        path, how = found
+        digests = [kept.file_digest(each) for each in files.inside(path)]
+        if path.is_dir():
+            names = [str(each.relative_to(path)) for each in files.inside(path)]
+            digests = [hashlib.sha256(json.dumps([names, digests]).encode()).hexdigest()]
+        ending = "" if path.is_dir() else files.kind(path)
+        return f"sha256:{digests[0]}{ending}" + (f":{how}" if how else "")
     with contextlib.suppress(sources.Unreachable):
         return f"{corpus}@{sources.commit('dataset', corpus.partition(':')[0])}"
     return corpus
 
 
-def _book_texts() -> pd.DataFrame:
+def _book_texts() -> pa.Table:
     """The embedded texts with their `source`; a document's number says how many documents stand before it."""
     parts, before = [], 0
     for source, path in BOOK_TEXTS.items():
-        rows = _documents(_read(path, str(path)), str(path))
-        parts.append(rows.assign(article=rows.article + before, source=source))
-        before += rows.article.nunique()
-    return pd.concat(parts).astype({"article": "int32"})
+        rows = _local(str(path))
+        numbers = pc.add(rows["article"], pa.scalar(before, pa.int32()))
+        rows = rows.set_column(0, "article", numbers)
+        parts.append(rows.append_column("source", pa.array([source] * len(rows))))
+        before = pc.max(numbers).as_py() + 1
+    return pa.concat_tables(parts)
 
 
-def _read(path: Path, corpus: str) -> pd.DataFrame:
-    """A file's rows, with a column `text` of strings at least."""
-    try:
-        if path.suffix == ".txt":
-            rows = _paragraphs(path.read_bytes().decode("utf-8").removeprefix("\ufeff"))
-        elif path.suffix == ".jsonl":
-            rows = pd.read_json(path, lines=True, dtype=False, encoding="utf-8")
-        else:
-            rows = pd.read_parquet(path)
-    except UnicodeDecodeError as error:
-        byte, at = error.object[error.start], error.start
-        raise ValueError(
-            f"corpus={corpus!r} is not UTF-8: byte 0x{byte:02x} at offset {at}; allowed: UTF-8 (convert with iconv)"
-        ) from error
-    except (ValueError, OSError) as error:
-        raise ValueError(f"corpus={corpus!r} cannot be read as {path.suffix}: {error}") from error
-    allowed(not rows.empty, f"corpus={corpus!r} is empty", "a file with at least one paragraph")
-    allowed("text" in rows, f"corpus={corpus!r} has columns {list(map(str, rows))}", "any that include 'text'")
-    strings = rows.text.dropna().map(lambda text: isinstance(text, str)).all()
-    allowed(bool(strings), f"corpus={corpus!r}: column 'text' holds {rows.text.dtype}", "strings")
-    return rows
+def _local(corpus: str) -> pa.Table:
+    path, how = local(corpus)
+    return _documents(corpus, path, how, tuple((each, each.stat().st_mtime_ns) for each in files.inside(path)))
 
 
-def _paragraphs(content: str) -> pd.DataFrame:
-    """Paragraphs between blank lines, their own line breaks taken out."""
-    texts = [" ".join(block.split()) for block in re.split(r"\n\s*\n", content)]
-    texts = [text for text in texts if text]
-    size = min(DOCUMENT, max(1, len(texts) // 10))
-    return pd.DataFrame({"article": [i // size for i in range(len(texts))], "text": texts})
-
-
-def _documents(rows: pd.DataFrame, corpus: str) -> pd.DataFrame:
-    """Columns article (numbered as they appear), title, text and split of a local file's rows."""
-    rows = rows[rows.text.fillna("").str.strip() != ""].reset_index(drop=True)
-    named = next((name for name in ("article", "title") if name in rows), None)
-    article = pd.Series(pd.factorize(rows[named])[0] if named else rows.index, dtype="int32")
-    title = rows.title.astype(str) if "title" in rows else "document " + article.astype(str)
-    split = rows.split if "split" in rows else article.map(_divide(rows.text.groupby(article).agg("\n".join)))
-    unknown = sorted(set(split) - set(SPLITS), key=str)
-    allowed(not unknown, f"corpus={corpus!r}: column 'split' holds {unknown}", ", ".join(SPLITS))
-    return pd.DataFrame({"article": article, "title": title, "text": rows.text, "split": split})
-
-
-def _divide(documents: pd.Series) -> dict[int, str]:
-    """A split for each document: in the order of their hashes a tenth to test, a tenth to validation (one at least)."""
-    ranked = sorted(documents.index, key=lambda i: hashlib.sha256(documents[i].encode()).digest())
-    tenth = max(1, round(len(ranked) / 10))
-    return {i: ("test", "validation", "train")[min(place // tenth, 2)] for place, i in enumerate(ranked)}
+@lru_cache(maxsize=1)
+def _documents(corpus: str, path: Path, how: str, stamps: tuple[tuple[Path, int], ...]) -> pa.Table:
+    """Columns article (numbered as they appear), title, text and split of local files; the last read is kept."""
+    numbers: dict[Any, int] = {}
+    digests, columns, texts, waiting, size = [], {"article": [], "title": [], "split": []}, [], [], 0
+    for file, _ in stamps:
+        for place, row in enumerate(files.rows(file, how, corpus, one=path.is_dir())):
+            key, title, text = row.get("article"), row.get("title"), row["text"]
+            titled = title not in (None, "") and title == title
+            if key is None and "article" not in row and titled:
+                key = title
+            own = key in (None, "") or key != key  # NaN
+            article = numbers.setdefault((file, place) if own else repr(key), len(numbers))
+            if article == len(digests):
+                digests.append(hashlib.sha256())
+            else:
+                digests[article].update(b"\n")
+            digests[article].update(text.encode())
+            columns["article"].append(article)
+            columns["title"].append(str(title) if titled else f"document {article}")
+            columns["split"].append(row.get("split", ""))
+            waiting.append(text)
+            size += len(text)
+            if size > 2**24:
+                texts.append(pa.array(waiting, pa.large_string()))
+                waiting, size = [], 0
+    allowed(bool(numbers), f"corpus={corpus!r} is empty: it has no text", "a file with at least one paragraph")
+    texts.append(pa.array(waiting, pa.large_string()))
+    columns["split"] = files.splits(corpus, columns["article"], columns["split"], digests)
+    article, title = pa.array(columns["article"], pa.int32()), pa.array(map(files.unicode, columns["title"]))
+    return pa.table({"article": article, "title": title, "text": pa.chunked_array(texts), "split": columns["split"]})
 
 
 def _from_hub(corpus: str, split: str) -> pd.DataFrame:
@@ -265,17 +268,27 @@ def texts(teacher: Teacher, corpus: str, *, n_tokens: int, split: str = "train",
 
     A piece of each document in turn, documents and their paragraphs in a random order that is always the same: no
     document fills a split before the others are used up, and fewer tokens are the beginning of more. The last piece is
-    cut so that the count is exact; a corpus that is too short is used whole, with a warning.
+    cut so that the count is exact; a corpus that is too short is used whole, with a warning. Where one piece would be
+    all of it, shorter ones of five documents are taken instead, so that there is something to resample.
     """
     allowed(n_tokens >= 1, f"n_tokens={n_tokens} is no text", "at least 1")
+    found = _first(cut(teacher, corpus, split, max_length), n_tokens)
+    if len({article for article, _ in found}) == 1:
+        share = -(-n_tokens // SEVERAL)
+        spread = _first(((a, ids[:share]) for a, ids in cut(teacher, corpus, split, max_length)), n_tokens)
+        found = spread if len({article for article, _ in spread}) > 1 else found
+    check_length(corpus, split, sum(len(ids) for _, ids in found), n_tokens)
+    return Texts.of(teacher, found)
+
+
+def _first(pieces: Iterable[tuple[int, list[int]]], n_tokens: int) -> list[tuple[int, list[int]]]:
     found, left = [], n_tokens
-    for article, tokens in cut(teacher, corpus, split, max_length):
+    for article, tokens in pieces:
         found.append((article, tokens[:left]))
         left -= len(found[-1][1])
         if left == 0:
             break
-    check_length(corpus, split, n_tokens - left, n_tokens)
-    return Texts.of(teacher, found)
+    return found
 
 
 def _bos(teacher: Teacher) -> list[int]:
@@ -321,21 +334,24 @@ def cut(teacher: Teacher, corpus: str, split: str, max_length: int) -> Iterator[
 def _by_document(corpus: str, split: str, size: int) -> Iterator[tuple[int, Iterator[str], deque]]:
     """Article, text in chunks of at most `size` characters, and no pieces yet, of each document in a fixed order."""
     rows = load(corpus, split)
+    texts = rows.data.column("text")
     articles, number = np.unique(np.asarray(rows["article"][:]), return_inverse=True)
     random = settings.generator(0)
     place = torch.randperm(len(articles), generator=random).numpy()[number]
     order = np.lexsort((torch.randperm(len(number), generator=random).numpy(), place))
     for paragraphs in np.split(order, np.flatnonzero(np.diff(place[order])) + 1):
-        yield int(articles[number[paragraphs[0]]]), _chunks(rows, paragraphs.tolist(), size), deque()
+        yield int(articles[number[paragraphs[0]]]), _chunks(texts, paragraphs.tolist(), size), deque()
 
 
-def _chunks(rows, paragraphs: Sequence[int], size: int) -> Iterator[str]:
-    """Paragraphs, each cut before a whitespace where it is longer than `size` characters."""
+def _chunks(texts: pa.ChunkedArray, paragraphs: Sequence[int], size: int) -> Iterator[str]:
+    """Paragraphs, each cut before a whitespace where it is longer than `size` characters; no more of one is decoded."""
     for paragraph in paragraphs:
-        text, start = rows[paragraph]["text"], 0
-        while len(text) - start > size:
-            end = max((text.rfind(blank, start + 1, start + size) for blank in " \n\t"), default=-1)
-            end = end if end > start else start + size
-            yield text[start:end]
-            start = end
-        yield text[start:]
+        content, start = memoryview(texts[paragraph].as_buffer()), 0
+        while start < len(content):
+            text = bytes(content[start : start + 4 * size + 4]).decode("utf-8", "ignore")
+            if len(text) > size:
+                text = text[:size]
+                end = max(text.rfind(blank, 1) for blank in " \n\t")
+                text = text[:end] if end > 0 else text
+            yield text
+            start += len(text.encode())

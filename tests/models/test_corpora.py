@@ -1,5 +1,7 @@
 """The shipped text has no markup left in it; files of the reader are split so that held-out text stays held out."""
 
+import gzip
+import itertools
 import json
 import re
 import time
@@ -7,13 +9,15 @@ import time
 import huggingface_hub
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.models import corpora, sources, teachers
+from helpers.models import activations, corpora, sources, teachers
+from helpers.study.scores import t_interval
 from tests import tiny
 
 SAMPLE = pd.read_parquet(corpora.WIKIPEDIA_SAMPLE)
@@ -88,14 +92,14 @@ def test_tables_keep_documents_together(tmp_path, kind):
     file = tmp_path / f"my.{kind}"
     frame.to_parquet(file) if kind == "parquet" else frame.to_json(file, orient="records", lines=True)
     titles = [set(corpora.load(str(file), split)["title"]) for split in corpora.SPLITS]
-    assert [len(t) for t in titles] == [16, 2, 2]
+    assert [len(t) for t in titles] == [10, 5, 5]
     assert len(set.union(*titles)) == 20
 
 
 def test_a_split_column_is_used(tmp_path):
     file = tmp_path / "my.jsonl"
-    file.write_text("\n".join(json.dumps({"text": s, "split": s}) for s in corpora.SPLITS))
-    assert corpora.load(str(file), "test")["text"][:] == ["test"]
+    file.write_text("\n".join(json.dumps({"text": s, "split": s}) for s in corpora.SPLITS * 2))
+    assert corpora.load(str(file), "test")["text"][:] == ["test"] * 2
 
 
 def write(folder, name, content: bytes) -> str:
@@ -111,7 +115,12 @@ def write(folder, name, content: bytes) -> str:
         ("blank.txt", b" \n\n ", "is empty"),
         ("empty.txt", b"", "is empty"),
         ("empty.jsonl", b"", "is empty"),
-        ("other.jsonl", b'{"body": "x"}', r"columns \['body'\]; allowed: any that include 'text'"),
+        ("other.jsonl", b'{"body": "x", "notes": "y"}', r"columns \['body', 'notes'\]; allowed: 'text', a single one"),
+        ("few.txt", b"one\n\ntwo", "has 2 documents to train, validate and test; allowed: at least 5"),
+        ("lone.jsonl", b'{"text": "x", "split": "test"}', "has 1 document in split='test'; allowed: at least 2"),
+        ("cut.jsonl", b'{"text": "x"}\n{"text": "y', "line 2"),
+        ("mixed.jsonl", b'{"text": "x"}\n{"text": 7}', "holds 7 in row 1"),
+        ("null.jsonl", b'{"text": "x", "split": "test"}\n{"text": "y", "split": null}', r"'split' holds \[None\]"),
         ("numbers.jsonl", b'{"text": 3}', "column 'text' holds"),
         ("broken.jsonl", b'{"text": ', "cannot be read as .jsonl"),
         ("broken.parquet", b"PAR1", "cannot be read as .parquet"),
@@ -178,6 +187,97 @@ def test_fingerprint_follows_content(tmp_path):
     assert one == corpora.fingerprint(write(tmp_path, "other.txt", b"one"))
 
 
+TEXTS = [f"the {i} th paragraph, é 这 🙂" for i in range(60)]
+ROWS = [{"text": text} for text in TEXTS]
+
+
+def lines(rows, end="\n") -> bytes:
+    return end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+
+
+def table(**columns) -> bytes:
+    return pd.DataFrame(columns).to_parquet()
+
+
+def comma_separated(separator=",") -> bytes:
+    return pd.DataFrame({"n": range(60), "text": TEXTS}).to_csv(index=False, sep=separator).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mac.txt", "\r\r".join(TEXTS).encode()),
+        ("dos.txt", "\r\n\r\n".join(TEXTS).encode()),
+        ("NOTES.TXT", "\n\n".join(TEXTS).encode("utf-8-sig")),
+        ("wide.txt", "\n\n".join(TEXTS).encode("utf-16")),
+        ("lines.txt", "\n".join(TEXTS).encode()),
+        ("packed.txt.gz", gzip.compress("\n\n".join(TEXTS).encode())),
+        ("zstd.txt.zst", pa.compress("\n\n".join(TEXTS).encode(), "zstd", asbytes=True)),
+        ("plain.jsonl", lines(ROWS)),
+        ("UPPER.JSONL", lines(ROWS, "\r\n") + b"\r\n\r\n"),
+        ("mark.jsonl", b"\xef\xbb\xbf" + lines(ROWS)),
+        ("wide.jsonl", lines(ROWS).decode().encode("utf-16")),
+        ("packed.JSONL.GZ", gzip.compress(lines(ROWS))),
+        ("array.jsonl", json.dumps(ROWS, indent=1).encode()),
+        ("array.json", json.dumps(ROWS).encode()),
+        ("member.json", json.dumps({"data": ROWS}, indent=1).encode()),
+        ("strings.json", json.dumps(TEXTS).encode()),
+        ("ids.jsonl", lines({"id": 10**20 + i, "text": t} for i, t in enumerate(TEXTS))),
+        ("articles.jsonl", lines({"article": 10**20 + i, "text": t} for i, t in enumerate(TEXTS))),
+        ("kinds.jsonl", lines({"article": str(i) if i % 2 else i + 1, "text": t} for i, t in enumerate(TEXTS))),
+        ("titles.jsonl", lines({"title": None if i % 2 else "", "text": t} for i, t in enumerate(TEXTS))),
+        ("half.jsonl", lines({"title": f"t{i}" if i % 2 else None, "text": t} for i, t in enumerate(TEXTS))),
+        ("unused.jsonl", lines({"meta": {"a": i} if i % 2 else "x", "text": t} for i, t in enumerate(TEXTS))),
+        ("body.jsonl", lines({"id": i, "date": "2020-01-01"[:i], "body": t} for i, t in enumerate(TEXTS))),
+        ("plain.csv", comma_separated()),
+        ("semicolon.CSV", comma_separated(";")),
+        ("packed.csv.gz", gzip.compress(comma_separated())),
+        ("plain.parquet", table(text=TEXTS)),
+        ("bytes.parquet", table(text=[text.encode() for text in TEXTS])),
+        ("categories.parquet", table(text=pd.Categorical(TEXTS), title=pd.Categorical([f"t{i}" for i in range(60)]))),
+        ("packed.parquet.gz", gzip.compress(table(text=TEXTS))),
+    ],
+)
+def test_files_are_read_as_people_write_them(tmp_path, name, content):
+    corpus = write(tmp_path, name, content)
+    parts = {split: corpora.load(corpus, split) for split in corpora.SPLITS}
+    assert sorted(text for part in parts.values() for text in part["text"]) == sorted(TEXTS)
+    articles = [set(part["article"]) for part in parts.values()]
+    assert sum(map(len, articles)) == 60 and min(map(len, articles)) >= 5
+
+
+def test_text_is_kept_exactly(tmp_path):
+    odd = ["a\x00b tail", " blanks  and\nbreaks ", "12", "z" * 100_000]
+    corpus = write(tmp_path, "odd.jsonl", lines({"text": t, "split": "train"} for t in odd))
+    assert corpora.load(corpus)["text"][:] == odd
+    lone = write(tmp_path, "lone.jsonl", b'{"text": "cut \\ud83d", "split": "train"}')
+    assert corpora.load(lone)["text"][:] == ["cut \ufffd"]
+
+
+def test_a_colon_decides(tmp_path, capsys):
+    file = write(tmp_path, "my.txt", "\n\n".join(f"first {t}\nsecond {t}" for t in TEXTS).encode())
+    assert sum(len(corpora.load(file, split)) for split in corpora.SPLITS) == 60
+    assert "60 paragraphs between blank lines" in capsys.readouterr().err
+    assert sum(len(corpora.load(f"{file}:lines", split)) for split in corpora.SPLITS) == 120
+    assert corpora.fingerprint(file) != corpora.fingerprint(f"{file}:lines")
+    two = write(tmp_path, "two.jsonl", lines({"text": "x", "body": t} for t in TEXTS))
+    assert set(corpora.load(f"{two}:body")["text"]) < set(TEXTS)
+    for wrong in (f"{two}:other", f"{file}:chapters"):
+        with pytest.raises(ValueError, match="allowed: "):
+            corpora.load(wrong)
+
+
+def test_a_folder_is_read_whole(tmp_path):
+    for i in range(6):
+        write(tmp_path, f"{i}.txt", f"one of {i}\n\ntwo of {i}".encode())
+    before = corpora.fingerprint(str(tmp_path))
+    rows = [corpora.load(str(tmp_path), split) for split in corpora.SPLITS]
+    assert [len(set(part["article"])) for part in rows] == [2, 2, 2] and sum(map(len, rows)) == 12
+    write(tmp_path, "7.jsonl", lines(ROWS))
+    assert sum(len(corpora.load(str(tmp_path), split)) for split in corpora.SPLITS) == 72
+    assert corpora.fingerprint(str(tmp_path)) != before
+
+
 # -- text, cut to what a model reads at once ---------------------------------------------------------------------------
 
 
@@ -214,7 +314,7 @@ def test_pieces_are_a_prefix_and_all_of_the_text(reader, tmp_path):
     corpus = documents(tmp_path, 3_000, 10, 700, 1, 45)
     whole = corpora.texts(reader, corpus, n_tokens=3_756, max_length=20)
     assert shares(whole) == {0: 3_000, 1: 10, 2: 700, 3: 1, 4: 45}
-    for n in (1, 19, 20, 500, 3_755):
+    for n in (21, 40, 500, 3_755):
         part = corpora.texts(reader, corpus, n_tokens=n, max_length=20)
         assert part.n_tokens == n and np.array_equal(part.articles, whole.articles[: len(part.tokens)])
         for ours, theirs in zip(part.tokens, whole.tokens, strict=False):
@@ -251,3 +351,34 @@ def test_the_same_bytes_read_in_two_ways_are_two_corpora(tmp_path):
         (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
     first, copy, lines = (corpora.fingerprint(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl", "a.txt"))
     assert first == copy != lines
+
+
+def long_words(n: int) -> str:
+    return " ".join(itertools.islice(itertools.cycle(tiny.WORDS), n))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("blocks.txt", "\n\n".join(f"{i} {long_words(2_000)}" for i in range(40)).encode()),
+        ("lines.txt", "\n".join(f"{i} {long_words(600)}" for i in range(40)).encode()),
+        ("short.jsonl", lines({"text": f"{i} {long_words(20)}"} for i in range(200))),
+        ("five.jsonl", lines({"text": f"{i} {long_words(9_000)}"} for i in range(5))),
+        ("article.txt", "\n\n".join(f"{i} {long_words(300)}" for i in range(12)).encode()),
+    ],
+)
+@pytest.mark.parametrize("n_tokens", [150, 250])
+def test_few_tokens_come_from_several_documents(reader, tmp_path, name, content, n_tokens):
+    corpus = write(tmp_path, name, content)
+    for split in corpora.SPLITS[1:]:
+        pieces = corpora.texts(reader, corpus, n_tokens=n_tokens, split=split)
+        losses = activations.losses(reader, pieces).groupby("article")[["nats", "tokens"]].sum().to_numpy()
+        assert pieces.n_tokens == n_tokens and len(losses) >= 2
+        t_interval(losses, lambda sums: float(sums[:, 0].sum() / sums[:, 1].sum()))
+
+
+def test_one_article_of_one_paragraph_is_refused_before_any_work(reader, tmp_path):
+    corpus = write(tmp_path, "one.txt", long_words(5_000).encode())
+    with pytest.raises(ValueError, match=r"corpus=.*has 1 document to .*; allowed: at least 5"):
+        activations.harvest(reader, corpus, layer=1, n_tokens=100, cache_dir=tmp_path / "cache")
+    assert not any(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file())
