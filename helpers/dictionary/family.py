@@ -4,7 +4,8 @@
 
 A `RankOneDictionary` is three lists of row vectors (`Rows`): the router's (whose scores s choose), the encoder's (e_j)
 and the decoder's (d_j). Two roles that are played by the same `Rows` object are tied. Everything else is a small knob:
-the gate g, the activation a, the shared network, the selection bias c. Each paper's model is a short constructor.
+the gate g, the activation a, the shared network, the selection bias c, the rule of choosing (`Select`; TopK unless it
+is given). Each paper's model is a short constructor.
 
 No function here builds the dense [batch, n] matrix of codes; only the router's scores are dense.
 """
@@ -20,13 +21,17 @@ from torch.nn import functional as F
 
 from helpers.dictionary.packed import Packed
 from helpers.dictionary.rows import Rows, SparseCodes, Trace, as_parameter
+from helpers.dictionary.select import Select
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "hard": torch.ones_like,
-    "softmax": lambda scores: scores.softmax(-1),
-    "score": lambda scores: scores,
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hard": lambda chosen, scores: torch.ones_like(chosen),
+    "softmax": lambda chosen, scores: chosen.softmax(-1),
+    "softmax before": lambda chosen, scores: (chosen - scores.logsumexp(-1, keepdim=True)).exp(),
+    "sigmoid": lambda chosen, scores: chosen.sigmoid() / chosen.sigmoid().sum(-1, keepdim=True).clamp_min(1e-20),
+    "score": lambda chosen, scores: chosen,
 }
-"""Gate weights from the k chosen scores: all one, a softmax over the k, or the score itself."""
+"""Gate weights from the chosen scores: all one; a softmax over the chosen; over all before choosing (OLMoE), which has
+a dense backward pass; sigmoids that sum to one (DeepSeek-V3); the score itself."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
@@ -52,6 +57,7 @@ class RankOneDictionary(nn.Module):
         selection_bias: whether to keep a buffer c [n] that is added when choosing and not when weighing.
         expert_rank: r atoms per router row, chosen together.
         unit_norm: whether training keeps the decoder's rows at length 1.
+        select: how router rows are chosen; None for the k best of each input.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class RankOneDictionary(nn.Module):
         selection_bias: bool = False,
         expert_rank: int = 1,
         unit_norm: bool = False,
+        select: Select | None = None,
     ):
         super().__init__()
         _one_of("gate", gate, GATES)
@@ -84,6 +91,8 @@ class RankOneDictionary(nn.Module):
             )
         if self.router.width != encoder.width:
             raise ValueError(f"router reads {self.router.width} numbers; allowed: {encoder.width}, as the encoder does")
+        self.select = Select() if select is None else select
+        self.select.check(k, self.n_features)
         self.k, self.gate, self.activation = k, gate, activation
         self.expert_rank, self.unit_norm = expert_rank, unit_norm
         self.b_in, self.b_out, self.shared = as_parameter(b_in), as_parameter(b_out), shared
@@ -127,17 +136,24 @@ class RankOneDictionary(nn.Module):
             nothing = x[:, :0]
             return SparseCodes(nothing.long(), nothing), nothing
         x = x if self.b_in is None else x - self.b_in
+        score_gradient = score_gradient or self.gate == "softmax before"
         with torch.set_grad_enabled(score_gradient and torch.is_grad_enabled()):
             scores = self.router.scores(x)
         ranking = scores.detach() if self.selection_bias is None else scores.detach() + self.selection_bias
-        experts = ranking.topk(self.k, dim=1).indices
+        experts, on = self.select(ranking, self.k)
         chosen = scores.gather(1, experts)
         if not score_gradient and (self.gate != "hard" or self.router is self.encoder):
             chosen = self.router.chosen(x, experts, known=chosen)
         atoms = self._atoms_of(experts)
         pre_acts = chosen if self.router is self.encoder else self.encoder.chosen(x, atoms)
-        gates = GATES[self.gate](chosen).repeat_interleave(self.expert_rank, dim=1)
-        return SparseCodes(atoms, gates * ACTIVATIONS[self.activation](pre_acts)), scores
+        weighed = chosen if on is None else chosen.masked_fill(~on, torch.finfo(chosen.dtype).min)
+        weighed = chosen if self.gate in ("hard", "score") else weighed  # the others share one whole among the chosen
+        gates = GATES[self.gate](weighed, scores).repeat_interleave(self.expert_rank, dim=1)
+        values = gates * ACTIVATIONS[self.activation](pre_acts)
+        if on is not None:
+            repeated = (part.repeat_interleave(self.expert_rank, dim=1) for part in (chosen, experts, on))
+            values = self.select.switch(values, *repeated)
+        return SparseCodes(atoms, values), scores
 
     def _atoms_of(self, experts: Tensor) -> Tensor:
         if self.expert_rank == 1:
@@ -214,6 +230,7 @@ class RankOneDictionary(nn.Module):
             router = "shared parameters"
         return {
             "router": router,
+            "select": self.select.knobs,
             "gate": self.gate,
             "activation": self.activation,
             "atoms": self._atoms,

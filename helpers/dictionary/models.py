@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from helpers.dictionary.family import RankOneDictionary, check_k
 from helpers.dictionary.packed import Packed
 from helpers.dictionary.rows import Rows
+from helpers.dictionary.select import Select
 
 
 def topk_sae(
@@ -24,6 +25,7 @@ def topk_sae(
     tied: bool = False,
     activation: str = "relu",
     selection_bias: bool = False,
+    select: Select | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> RankOneDictionary:
     """A TopK SAE with unit-norm decoder (Makhzani & Frey 2013; Gao et al. 2024).
@@ -34,12 +36,13 @@ def topk_sae(
         b_dec: where the decoder's bias starts, best the mean of the data; zero if None.
         tied: keep e_j = d_j during training.
         selection_bias: whether choosing is by score plus a bias, as loss-free balancing needs.
+        select: another rule than the k best of each input: BatchTopK, JumpReLU, …
     """
     check_k(k, n_features)
     atoms = torch.randn(n_features, d_model, generator=generator, device=generator.device, dtype=dtype)
     atoms = F.normalize(atoms, dim=1)
     encoder = Rows(atoms.clone(), atoms.new_zeros(n_features))
-    options = {"b_dec": b_dec, "activation": activation, "selection_bias": selection_bias}
+    options = {"b_dec": b_dec, "activation": activation, "selection_bias": selection_bias, "select": select}
     return as_sae(encoder, encoder if tied else Rows(atoms), k, **options)
 
 

@@ -1,0 +1,200 @@
+"""How atoms are chosen: the family's sixth knob. Each sparsity rule of the dictionary literature is a routing rule.
+
+    rule       the SAE's name                    the router's name
+    token      TopK (Gao et al. 2024)            token choice (Shazeer et al. 2017)
+    batch      BatchTopK (Bussmann et al. 2024)  the k·B best of a batch; behind training, scores above a threshold
+    threshold  JumpReLU (Rajamanoharan 2024)     ReLU routing, a threshold for each expert (ReMoE, Wang et al. 2024)
+    atom       feature choice (Ayonrinde 2024)   expert choice (Zhou et al. 2022): each expert takes its m best tokens
+    groups     Switch SAE (Mudide et al. 2024)   group-limited routing (DeepSeek-V2): best groups first, k inside them
+    always     dense latents                     shared experts (DeepSeek-MoE): the first few, and k − few of the rest
+
+A rule turns scores [batch, n] into indices [batch, K] and a mask of the same shape that says which of them are chosen:
+where inputs have different numbers of codes, K is the largest of them, and the rest of a row has value 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Chosen = tuple[Int[Tensor, "batch K"], Bool[Tensor, "batch K"] | None]
+RATE = 0.01
+"""Of the running mean of the smallest chosen score, which BatchTopK takes as its threshold behind training."""
+
+
+class Select(nn.Module):
+    """One rule and its numbers; `Select()` is the k best of each input.
+
+    Args:
+        rule: a name in `RULES`.
+        n_features: how many scores there are. Only "threshold" needs it, for θ [n_features].
+        n_groups, groups: experts lie in that many equal groups side by side, of which the best ones (by their best
+            score) may be chosen from.
+        always: how many first atoms every input has.
+        threshold: where θ starts, for "threshold" a parameter, for "batch" a running mean; ≥ 0.
+        bandwidth: ε of the rectangle that stands for the derivative of the step at θ (JumpReLU, eq. 11).
+
+    Raises `ValueError` for numbers that no input can meet.
+    """
+
+    def __init__(
+        self,
+        rule: str = "token",
+        n_features: int = 0,
+        *,
+        n_groups: int = 1,
+        groups: int = 1,
+        always: int = 0,
+        threshold: float = 0.0,
+        bandwidth: float = 1e-3,
+    ):
+        super().__init__()
+        _allowed(rule in RULES, f"select={rule!r} is unknown", ", ".join(map(repr, RULES)))
+        _allowed(1 <= groups <= n_groups, f"groups={groups} of n_groups={n_groups}", "1 to n_groups")
+        _allowed(always >= 0, f"always={always}", "at least 0")
+        _allowed(0 <= threshold < float("inf"), f"threshold={threshold}", "at least 0")
+        _allowed(bandwidth > 0, f"bandwidth={bandwidth}", "above 0")
+        self.rule, self.n_groups, self.groups, self.always = rule, n_groups, groups, always
+        self.bandwidth = bandwidth
+        if rule == "threshold":
+            _allowed(n_features > 0, f"n_features={n_features} for 'threshold'", "the number of scores")
+            self.threshold = nn.Parameter(torch.full((n_features,), float(threshold)))
+        elif rule == "batch":
+            self.register_buffer("threshold", torch.tensor(float(threshold)))
+
+    def check(self, k: int, n: int) -> None:
+        """`ValueError` where this rule cannot choose k of n atoms."""
+        own = f"select={self.rule!r}"
+        _allowed(n % self.n_groups == 0, f"{own}, n_groups={self.n_groups}", f"a divisor of n_features={n}")
+        room = n // self.n_groups * self.groups
+        _allowed(k <= room, f"{own}, k={k}", f"up to {room}, the atoms of {self.groups} groups of {self.n_groups}")
+        _allowed(self.always <= k, f"{own}, always={self.always}", f"up to k={k}")
+        thresholds = len(self.threshold) if self.rule == "threshold" else n
+        _allowed(thresholds == n, f"{own}: {thresholds} thresholds", f"n_features={n}")
+
+    def forward(self, scores: Float[Tensor, "batch n"], k: int) -> Chosen:
+        """Indices, and which of them count (None: all do)."""
+        return RULES[self.rule](self, scores, k)
+
+    def switch(self, values: Tensor, chosen: Tensor, indices: Tensor, on: Tensor) -> Tensor:
+        """`values` where chosen, else 0; θ learns by the straight-through rule, from what lies within ε/2 of it."""
+        if self.rule != "threshold":
+            return values.where(on, 0)
+        return _Jump.apply(values, self.threshold[indices], chosen.detach(), on, self.bandwidth)
+
+    def l0(self, scores: Float[Tensor, "batch n"]) -> Float[Tensor, ""]:
+        """Mean number of scores above θ, with the straight-through gradient for θ alone (JumpReLU, eq. 12)."""
+        return _Step.apply(scores.detach(), self.threshold, self.bandwidth).sum(1).mean()
+
+    @property
+    def knobs(self) -> str:
+        """The rule with its numbers, for tables and keys."""
+        numbers = {"groups": (f"{self.groups} of {self.n_groups}"), "always": self.always}
+        return f"{self.rule} ({numbers[self.rule]})" if self.rule in numbers else self.rule
+
+
+def _allowed(good: bool, given: str, what: str) -> None:
+    if not good:
+        raise ValueError(f"{given} cannot be; allowed: {what}")
+
+
+# -- the rules ---------------------------------------------------------------------------------------------------------
+
+
+def _token(select: Select, scores: Tensor, k: int) -> Chosen:
+    return scores.topk(k, dim=1).indices, None
+
+
+def _batch(select: Select, scores: Tensor, k: int) -> Chosen:
+    if not select.training:
+        return _best(scores, (scores > select.threshold).sum(1))
+    batch, n = scores.shape
+    values, flat = scores.flatten().topk(k * batch)
+    if (above := values[values > 0]).numel():  # the smallest that fires
+        select.threshold.lerp_(above.min().to(select.threshold), RATE)
+    return _best(scores, torch.bincount(flat.div(n, rounding_mode="floor"), minlength=batch))
+
+
+def _threshold(select: Select, scores: Tensor, k: int) -> Chosen:
+    margins = scores - select.threshold.detach()
+    near = (margins > -select.bandwidth / 2).sum(1)  # not chosen, but θ's gradient is theirs too
+    return _best(margins, (margins > 0).sum(1), most=near)
+
+
+def _atom(select: Select, scores: Tensor, k: int) -> Chosen:
+    """Each atom takes its k·batch / n best inputs, rounded, one at least; what an input gets depends on the others."""
+    batch, n = scores.shape
+    taken = min(batch, max(1, round(k * batch / n)))
+    marked = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, scores.topk(taken, dim=0).indices, True)
+    return _best(scores.masked_fill(~marked, -torch.inf), marked.sum(1))
+
+
+def _groups(select: Select, scores: Tensor, k: int) -> Chosen:
+    inside = scores.unflatten(1, (select.n_groups, -1))
+    best = inside.amax(2).topk(select.groups, dim=1).indices
+    shut = torch.ones_like(inside[:, :, 0], dtype=torch.bool).scatter_(1, best, False)
+    return inside.masked_fill(shut[:, :, None], -torch.inf).flatten(1).topk(k, dim=1).indices, None
+
+
+def _always(select: Select, scores: Tensor, k: int) -> Chosen:
+    first = torch.arange(select.always, device=scores.device).expand(len(scores), -1)
+    rest = scores[:, select.always :].topk(k - select.always, dim=1).indices + select.always
+    return torch.cat([first, rest], dim=1), None
+
+
+def _best(scores: Tensor, counts: Tensor, most: Tensor | None = None) -> Chosen:
+    """The `counts[b]` best of each row, padded to the largest of them (or of `most`) by the next best."""
+    width = max(1, int((counts if most is None else most).max()))
+    indices = scores.topk(width, dim=1).indices
+    return indices, torch.arange(width, device=scores.device) < counts[:, None]
+
+
+RULES: dict[str, Callable[[Select, Tensor, int], Chosen]] = {
+    "token": _token,
+    "batch": _batch,
+    "threshold": _threshold,
+    "atom": _atom,
+    "groups": _groups,
+    "always": _always,
+}
+
+
+# -- straight through a step -------------------------------------------------------------------------------------------
+
+
+def _window(margins: Tensor, bandwidth: float) -> Tensor:
+    return (margins.abs() < bandwidth / 2) / bandwidth
+
+
+class _Jump(torch.autograd.Function):
+    """values · H(score − θ), with ∂/∂θ = −(θ/ε) · rectangle((score − θ)/ε): JumpReLU, eq. 11."""
+
+    @staticmethod
+    def forward(ctx, values, threshold, scores, on, bandwidth):
+        ctx.save_for_backward(threshold, scores, on)
+        ctx.bandwidth = bandwidth
+        return values.where(on, 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        threshold, scores, on = ctx.saved_tensors
+        for_threshold = -threshold * _window(scores - threshold, ctx.bandwidth) * grad
+        return grad.where(on, 0), for_threshold, None, None, None
+
+
+class _Step(torch.autograd.Function):
+    """H(score − θ), with ∂/∂θ = −rectangle((score − θ)/ε)/ε."""
+
+    @staticmethod
+    def forward(ctx, scores, threshold, bandwidth):
+        ctx.save_for_backward(scores, threshold)
+        ctx.bandwidth = bandwidth
+        return (scores > threshold).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        scores, threshold = ctx.saved_tensors
+        return None, (-_window(scores - threshold, ctx.bandwidth) * grad).sum(0), None

@@ -1,0 +1,204 @@
+"""Every rule of choosing against its NumPy version and, where another package has it, against that."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.dictionary import RULES, RankOneDictionary, Rows, Select, topk_sae
+from tests.reference import select_numpy as reference
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def numbers(rule: str, n: int) -> dict:
+    return {"groups": {"n_groups": 3, "groups": 2}, "always": {"always": 2}}.get(rule, {})
+
+
+def selecting(rule: str, n: int, seed: int = 0, **more) -> tuple[Select, dict]:
+    own = numbers(rule, n) | more
+    select = Select(rule, n, **own)
+    if rule == "threshold":
+        select.threshold.data = random(n, seed=seed).double()
+        own["threshold"] = select.threshold.detach().numpy()
+    return select, own
+
+
+def chosen(select: Select, scores: torch.Tensor, k: int) -> set[tuple[int, int]]:
+    indices, on = select(scores, k)
+    on = torch.ones_like(indices, dtype=torch.bool) if on is None else on
+    assert all(len(set(row.tolist())) == len(row) for row in indices)  # distinct, the padding too
+    return {(int(b), int(indices[b, i])) for b, i in on.nonzero()}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(batch=st.integers(1, 7), n=st.sampled_from([6, 9, 12]), seed=st.integers(0, 999), data=st.data())
+def test_every_rule_chooses_as_its_numpy_version(rule, batch, n, seed, data):
+    k = data.draw(st.integers(2, n // 3 * 2 if rule == "groups" else n))
+    select, own = selecting(rule, n, seed)
+    scores = random(batch, n, seed=seed + 1)
+    assert chosen(select, scores, k) == reference.pairs(scores.numpy(), k, rule, **own)
+
+
+def member(rule, gate, *, tied, n=9, d=5, k=3, seed=0):
+    select, own = selecting(rule, n, seed)
+    encoder = Rows(random(n, d, seed=seed + 1), random(n, seed=seed + 2))
+    router = None if tied else Rows(random(n, d, seed=seed + 3), random(n, seed=seed + 4))
+    b_dec = torch.nn.Parameter(random(d, seed=seed + 5))
+    options = {"gate": gate, "activation": "relu", "b_in": b_dec, "b_out": b_dec, "select": select}
+    return RankOneDictionary(encoder, Rows(random(n, d, seed=seed + 6)), k=k, router=router, **options), own
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["SAE", "MoE"])
+@pytest.mark.parametrize("gate", ["hard", "score", "softmax", "softmax before", "sigmoid"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_under_every_gate_equals_the_numpy_version(rule, gate, tied):
+    model, own = member(rule, gate, tied=tied)
+    x = random(8, model.d_in, seed=40)
+    with torch.no_grad():
+        scores = model.router.scores(x - model.b_in).numpy()
+    pairs = reference.pairs(scores, model.k, rule, **own)
+    np.testing.assert_allclose(model(x).detach().numpy(), reference.output(model, x.numpy(), pairs), atol=1e-10)
+
+
+@pytest.mark.parametrize("gate", ["hard", "softmax", "softmax before", "sigmoid"])
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_equal_those_through_a_dense_matrix(rule, gate):
+    """Codes as a dense [batch, n] matrix behind a mask that is held fixed, by plain autograd."""
+    model, own = member(rule, gate, tied=True, seed=7)
+    x, y = random(8, model.d_in, seed=41), random(8, model.d_out, seed=42)
+    (model(x) - y).square().sum().backward()
+    sparse = {name: p.grad.clone() for name, p in model.named_parameters() if "threshold" not in name}
+    model.zero_grad()
+    scores = (x - model.b_in) @ model.encoder.weight.T + model.encoder.bias
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for pair in reference.pairs(scores.detach().numpy(), model.k, rule, **own):
+        mask[pair] = True
+    shares = {
+        "hard": lambda: torch.ones_like(scores),
+        "softmax": lambda: scores.masked_fill(~mask, -1e9).softmax(1),
+        "softmax before": lambda: scores.softmax(1),
+        "sigmoid": lambda: scores.sigmoid() / (scores.sigmoid() * mask).sum(1, keepdim=True).clamp_min(1e-20),
+    }[gate]()
+    output = (shares * scores.relu() * mask) @ model.decoder.weight + model.b_out
+    (output - y).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in sparse:
+            torch.testing.assert_close(sparse[name], parameter.grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ties_and_extremes_leave_numbers_finite(rule):
+    """All scores equal, none above θ, and k = n: the right number of codes, and a finite output."""
+    model, _ = member(rule, "softmax", tied=True, k=6)
+    for x in (torch.zeros(4, 5, dtype=torch.float64), 1e6 * random(4, 5)):
+        model.zero_grad()
+        output = model(x)
+        output.square().sum().backward()
+        assert torch.isfinite(output).all()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    flat = torch.zeros(4, 9, dtype=torch.float64)
+    wanted = {"token": 24, "groups": 24, "always": 24, "batch": 24, "atom": 27}  # three inputs an atom: 6·4/9, rounded
+    if rule in wanted:
+        assert len(chosen(model.select, flat, 6)) == wanted[rule]
+
+
+def test_all_at_once_is_the_dense_layer():
+    """k = n, θ below everything: every rule without groups is the same function."""
+    x, outputs = random(6, 5, seed=3), []
+    for rule in ("token", "batch", "threshold", "atom", "always"):
+        model, _ = member(rule, "hard", tied=True, k=9)
+        if rule == "threshold":
+            model.select.threshold.data.fill_(-1e9)
+        outputs.append(model(x))
+    for one, other in itertools.pairwise(outputs):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_numbers_that_no_input_can_meet_are_named():
+    for options, words in [
+        ({"rule": "softmax"}, "select='softmax'"),
+        ({"rule": "groups", "n_groups": 2, "groups": 3}, "groups=3 of n_groups=2"),
+        ({"rule": "threshold", "n_features": 4, "threshold": -1.0}, "threshold=-1.0"),
+        ({"rule": "threshold", "n_features": 4, "bandwidth": 0.0}, "bandwidth=0.0"),
+        ({"rule": "threshold"}, "n_features=0"),
+        ({"always": -1}, "always=-1"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            Select(**options)
+    for select, words in [
+        (Select("groups", n_groups=5), "n_groups=5"),
+        (Select("groups", n_groups=3, groups=1), "k=5.*up to 4"),
+        (Select("always", always=6), "always=6"),
+        (Select("threshold", 7), "7 thresholds"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            topk_sae(4, 12, 5, generator=torch.Generator().manual_seed(0), select=select)
+
+
+# -- against SAELens ---------------------------------------------------------------------------------------------------
+
+
+def test_jumprelu_and_its_gradients_are_those_of_saelens():
+    from sae_lens.saes.jumprelu_sae import JumpReLU, Step
+
+    n, width = 12, 0.4
+    scores, theta = random(30, n, seed=1), random(n, seed=2).abs()
+    grad = random(30, n, seed=3)
+    ours, theirs = (theta.clone().requires_grad_() for _ in range(2))
+    expected = JumpReLU.apply(scores, theirs, width, False)
+    (expected * grad).sum().backward()
+    select = Select("threshold", n, bandwidth=width)
+    select.threshold = torch.nn.Parameter(ours)
+    indices, on = select(scores, 3)
+    values = select.switch(scores.gather(1, indices), scores.gather(1, indices), indices, on)
+    dense = torch.zeros_like(scores).scatter(1, indices, values)
+    (dense * grad).sum().backward()
+    torch.testing.assert_close(dense, expected, rtol=0, atol=0)
+    torch.testing.assert_close(select.threshold.grad, theirs.grad)
+    assert (theirs.grad != 0).all()
+    select.threshold.grad = theirs.grad = None
+    select.l0(scores).backward()
+    Step.apply(scores, theirs, width, False).sum(1).mean().backward()
+    torch.testing.assert_close(select.threshold.grad, theirs.grad)
+
+
+def test_batchtopk_and_its_threshold_are_those_of_saelens():
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    d, n, k = 6, 20, 3
+    theirs = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=d, d_sae=n, k=k, dtype="float64", device="cpu"))
+    ours = topk_sae(d, n, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64, select=Select("batch"))
+    ours.double()
+    ours.encoder.weight.data, ours.encoder.bias.data = theirs.W_enc.data.T.clone(), theirs.b_enc.data.clone()
+    ours.decoder.weight.data = theirs.W_dec.data.clone()
+    ours.decoder.normalise_()
+    theirs.W_dec.data = ours.decoder.weight.data.clone()
+    for step in range(3):
+        x = random(16, d, seed=step)
+        acts = theirs.training_forward_pass(TrainStepInput(x, {}, None, step, True)).feature_acts
+        torch.testing.assert_close(ours.encode(x).to_dense(n), acts, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours.select.threshold.double(), theirs.topk_threshold, rtol=1e-12, atol=1e-12)
+    ours.eval()
+    assert float(ours.select.threshold) > 0
+    scores = ours.encoder.scores(x - ours.b_in)
+    above = scores.where(scores > ours.select.threshold, 0)
+    torch.testing.assert_close(ours.encode(x).to_dense(n), above, rtol=1e-12, atol=1e-12)
+
+
+def test_what_an_input_gets_depends_on_the_batch_only_under_batch_rules():
+    """Token choice, thresholds, groups and shared experts are causal; the batch's best and expert choice are not."""
+    leaks = {}
+    for rule in RULES:
+        model, _ = member(rule, "hard", tied=True)
+        x = random(8, 5, seed=50)
+        with torch.no_grad():
+            alone = torch.cat([model(row[None]) for row in x])
+            leaks[rule] = not torch.allclose(alone, model(x))
+    assert leaks == {rule: rule in ("batch", "atom") for rule in RULES}
