@@ -218,7 +218,8 @@ class RankOneDictionary(nn.Module):
                 rows.drop_unused_gradient_()
 
     def constrain_(self) -> None:
-        """After an optimiser step: unit-norm decoder rows, if the model has them."""
+        """After an optimiser step: unit-norm decoder rows, if the model has them, and thresholds that are ≥ 0."""
+        self.select.constrain_()
         if self.unit_norm:
             self.decoder.normalise_()
 

@@ -89,10 +89,17 @@ class Select(nn.Module):
         """Mean number of scores above θ, with the straight-through gradient for θ alone (JumpReLU, eq. 12)."""
         return _Step.apply(scores.detach(), self.threshold, self.bandwidth).sum(1).mean()
 
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Below zero a threshold would let negative scores through."""
+        if self.rule == "threshold":
+            self.threshold.clamp_(min=0)
+
     @property
     def knobs(self) -> str:
         """The rule with its numbers, for tables and keys."""
-        numbers = {"groups": (f"{self.groups} of {self.n_groups}"), "always": self.always}
+        numbers = {"groups": f"{self.groups} of {self.n_groups}", "always": self.always}
+        numbers |= {"threshold": f"width {self.bandwidth:g}"}
         return f"{self.rule} ({numbers[self.rule]})" if self.rule in numbers else self.rule
 
 

@@ -98,6 +98,23 @@ class Balance:
         """What is done to the model behind the optimiser's step."""
 
 
+@dataclass(frozen=True)
+class TargetL0(Balance):
+    """(L0 / target − 1)², which moves the thresholds θ of the rule "threshold" to `target` codes an input on average.
+
+    Its gradient is the straight-through one and reaches θ alone (Rajamanoharan et al. 2024, appendix F).
+    """
+
+    target: float
+    weight: float = 1.0
+
+    def __post_init__(self):
+        allowed(self.target > 0 and self.weight > 0, f"target={self.target}, weight={self.weight}", "above 0")
+
+    def loss(self, now: Moment) -> Tensor:
+        return self.weight * (now.dictionary.select.l0(now.trace.scores) / self.target - 1) ** 2
+
+
 @dataclass(frozen=True, init=False)
 class Together(Balance):
     """Several remedies at once: their losses add, and the largest `k_at` counts."""
