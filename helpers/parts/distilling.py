@@ -399,7 +399,7 @@ def contrast(
     def product(*cells: Totals) -> float:
         return math.prod(cell.fvu**power for cell, power in zip(cells, exponents, strict=True))
 
-    return errors_of(*students).compare(product)
+    return errors_of(*students).compare(product, scale="log")
 
 
 def settled(outcomes: Sequence[Outcome], share: float = 0.1) -> Comparison:

@@ -75,10 +75,10 @@ def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explaine
     """FVE of one over FVE of another, or over a number; of lists, one for each layer, the layers' geometric mean."""
     of = [of] if isinstance(of, Explained) else list(of)
     if isinstance(to, float):
-        return estimate(lambda shares: geometric(shares / to), *of, **options)
+        return estimate(lambda shares: geometric(shares / to), *of, scale="log", **options)
     to = [to] if isinstance(to, Explained) else list(to)
     allowed(len(of) == len(to), f"{len(to)} parts to divide {len(of)} by", "as many")
-    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, **options)
+    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, scale="log", **options)
 
 
 def over_layers(of: Sequence[Explained], to: float, **options) -> Comparison:
@@ -94,7 +94,7 @@ def over_layers(of: Sequence[Explained], to: float, **options) -> Comparison:
     def statistic(cell) -> float:
         return geometric(cell["explained"] / cell["total"] / to)
 
-    found = Sums({"": layers}).compare(statistic, fewest=FEWEST, **options)
+    found = Sums({"": layers}).compare(statistic, fewest=FEWEST, scale="log", **options)
     return replace(found, resampled="layer × article") if len(of) > 1 else found
 
 
@@ -138,7 +138,7 @@ def pairing_growth(
         pairing = shares[::2] / shares[1::2]
         return geometric(pairing[: len(after)]) / geometric(pairing[len(after) :])
 
-    return estimate(statistic, *parts, **options)
+    return estimate(statistic, *parts, scale="log", **options)
 
 
 def listed(found: Comparison) -> list[float | None]:

@@ -413,8 +413,7 @@ def row(outcomes: Sequence[Outcome], tried: Mapping[float, Outcome]) -> dict[str
     """A student as a table and a results file have it; intervals are 95 %, over articles and seeds. `tried` are the
     outcomes at each learning rate, first seed."""
     first, table = outcomes[0], sums({"": outcomes})
-    of_all = {"fvu": lambda cell: cell.fvu, "added": lambda cell: cell.added}
-    fvu, added = (table.compare(statistic) for statistic in of_all.values())
+    fvu, added = table.fvu(""), table.compare(lambda cell: cell.added)
     rates = [np.asarray(each.about["rates"]) for each in outcomes]
     return {
         "cell": first.arm.name,

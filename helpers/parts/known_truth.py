@@ -317,8 +317,16 @@ def difference_of_means(first: np.ndarray, second: np.ndarray) -> float:
 def paired(
     first: pd.DataFrame, second: pd.DataFrame, column: str, statistic: Callable[..., float] = ratio_of_means
 ) -> Comparison:
-    """A `statistic` of one column of two candidates' lines, with an interval over pairs of seeds."""
-    return over_seeds(*(each.sort_values("seed")[column] for each in (first, second)), statistic=statistic)
+    """A `statistic` of one column of two candidates' lines, with an interval over pairs of seeds: of a difference, or
+    of a positive ratio."""
+    columns = [each.sort_values("seed")[column] for each in (first, second)]
+    scale = "plain" if statistic is difference_of_means else "log"
+    return over_seeds(*columns, statistic=statistic, scale=scale)
+
+
+def mean(lines: pd.DataFrame, column: str) -> Comparison:
+    """Mean over seeds of a share, such as of dead features, or of FVU; the interval stays in their range."""
+    return over_seeds(lines[column], scale="log" if column == "fvu" else "logit")
 
 
 def times_fewer(more: pd.DataFrame, fewer: pd.DataFrame, n_features: int) -> Comparison:

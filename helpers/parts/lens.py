@@ -59,7 +59,8 @@ def lens_hits(bench: LayerRows, logits: Float[Tensor, "experts vocabulary"], top
     table = _hits(bench, logits, top)
     parts: dict[str, Callable[[Totals], float]] = {"own": _own, "base": _base, "shuffled": _shuffled}
     parts["lift"] = lambda cell: _own(cell) - _base(cell) - _shuffled(cell)
-    return {name: table.compare(part, fewest=FEWEST) for name, part in parts.items()}
+    scales = {"own": "logit", "base": "logit"}  # the others may be negative
+    return {name: table.compare(part, fewest=FEWEST, scale=scales.get(name, "plain")) for name, part in parts.items()}
 
 
 def _hits(bench: LayerRows, logits: Tensor, top: int) -> Sums:
