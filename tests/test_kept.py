@@ -332,7 +332,7 @@ def test_a_tensor_that_is_kept_shares_no_memory():
     assert found.tolist() == [0, 0, 0] and not found.requires_grad
 
 
-@pytest.mark.parametrize("value", [{1}, object(), b"x", 1j, [lambda: 1]], ids=str)
+@pytest.mark.parametrize("value", [{1}, object(), b"x", 1j, [lambda: 1]], ids=lambda value: type(value).__name__)
 def test_what_cannot_be_kept_is_refused(tmp_path, value):
     with pytest.raises(TypeError, match="cannot be kept"):
         keep("things", 1, lambda: value, cache_dir=tmp_path)
