@@ -113,7 +113,9 @@ class Undecorated(remedies.Balance):
 
 
 @pytest.mark.parametrize(
-    "value", [object(), 1j, b"text", np.datetime64("2020-01-01"), iter([]), Undecorated(1), [{"a": object()}]], ids=str
+    "value",
+    [object(), 1j, b"text", np.datetime64("2020-01-01"), iter([]), Undecorated(1), [{"a": object()}]],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_cannot_be_told_apart_is_refused(value):
     with pytest.raises(TypeError, match="cannot be part of a key"):
