@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
 
@@ -85,12 +87,11 @@ def _client(address: str | None, workers: int):
     from distributed import Client, LocalCluster
 
     if address is not None:
-        try:
-            return Client(address, timeout=ANSWER)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{ADDRESS}={address!r}: no scheduler answers; allowed: the address of one, such as tcp://host:8786"
-            ) from error
+        with ThreadPoolExecutor(1) as aside:  # a notebook has a loop of its own
+            kind = aside.submit(asyncio.run, _kind(address)).result()
+        what = "the address of one, such as tcp://host:8786"
+        settings.allowed(kind == "Scheduler", f"{ADDRESS}={address!r}: no scheduler answers ({kind})", what)
+        return Client(address)
     scratch = tempfile.TemporaryDirectory(prefix="rank1-sweep-")
     # Dask's limit on freed memory has every tensor's pages mapped anew: a training step then takes 1.8 times as long
     environment = dask.config.get("distributed.nanny.pre-spawn-environ")
@@ -108,6 +109,21 @@ def _client(address: str | None, workers: int):
     atexit.register(scratch.cleanup)
     atexit.register(cluster.close)
     return Client(cluster)
+
+
+async def _kind(address: str) -> str:
+    """What answers at an address, or why nothing does; a client of Dask waits for ever where a listener is silent."""
+    from distributed import Security
+    from distributed.core import rpc
+
+    async def ask() -> str:
+        async with rpc(address, connection_args=Security().get_connection_args("client")) as there:
+            return (await there.identity())["type"]
+
+    try:
+        return await asyncio.wait_for(ask(), ANSWER)
+    except Exception as error:  # whatever a foreign server's bytes do to the protocol
+        return f"{type(error).__name__} {error}".strip()
 
 
 def _named(task: Callable[..., T], cell: Mapping[str, Any]) -> T:
