@@ -434,7 +434,10 @@ def test_a_log_shows_progress_inside_a_long_cell(root, monkeypatch):
 
 def test_two_runs_at_once_are_refused(root):
     jobs = chapters.plan(root=root)
-    with execution._alone(jobs), pytest.raises(ValueError, match="another run is busy"):
+    with (
+        execution._alone(settings.made("_build", jobs[0].executed.parent)),
+        pytest.raises(ValueError, match="another run is busy"),
+    ):
         execution.run(jobs, Console(file=io.StringIO()))
 
 

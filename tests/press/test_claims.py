@@ -155,7 +155,7 @@ def test_a_wrong_register_says_where_and_what(tmp_path, edit, told):
 def test_broken_yaml_and_repeated_keys_are_refused(tmp_path, text):
     path = tmp_path / "claims.yml"
     path.write_text(text)
-    with pytest.raises(ValueError, match="claims.yml is not valid YAML"):
+    with pytest.raises(ValueError, match="claims.yml is not YAML"):
         claims.register(path)
 
 
