@@ -194,24 +194,16 @@ def contest(
 
 def as_table(found: Mapping[tuple, Sequence[Outcome]], *names: str) -> pd.DataFrame:
     """A study as a table with a line for each key and seed: the parts of the key under `names`, what was measured."""
-    return pd.DataFrame(
-        [
-            dict(zip(names, key, strict=True)) | {"seed": each.seed} | measured(each)
-            for key, outcomes in found.items()
-            for each in outcomes
-        ]
-    )
+    flat = [(dict(zip(names, key, strict=True)), each) for key, outcomes in found.items() for each in outcomes]
+    return pd.DataFrame([about | {"seed": each.seed} | measured(each) for about, each in flat])
 
 
 def as_points(frame: pd.DataFrame) -> list[dict]:
     """A table for a results file: one entry for all seeds of a line, what was measured as lists of five digits."""
     keys = [name for name in frame if name in ("situation", "axis", "value", "k", *CANDIDATE)]
-    lists = frame.groupby(keys, sort=False).agg(list).map(lambda values: [_short(value) for value in values])
-    return lists.reset_index().to_dict("records")
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    short = frame.map(lambda value: float(f"{value:.5g}") if isinstance(value, float) else value)
+    short[keys] = frame[keys]
+    return short.groupby(keys, sort=False).agg(list).reset_index().to_dict("records")
 
 
 def from_points(points: Sequence[Mapping]) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helpers import settings
-from helpers.dictionary import RankOneDictionary, topk_sae
+from helpers.dictionary import RankOneDictionary, SparseCodes, topk_sae
 from helpers.models.activations import ActivationStore
 from helpers.settings import allowed
 from helpers.study.scores import Sums, by_group, evaluate
@@ -83,9 +83,8 @@ class SiteRows:
 
     def stream(self, seed: int, device: torch.device) -> Stream:
         store = self.store("train")
-        identity = f"{store.key}/{self.site}"
-        rows = Shuffled(store[self.site], batch_size=self.batch_size, seed=seed, device=device, fingerprint=identity)
-        return Divided(rows, self.scale)
+        about = {"batch_size": self.batch_size, "seed": seed, "device": device, "divided_by": self.scale}
+        return Shuffled(store[self.site], fingerprint=f"{store.key}/{self.site}", **about)
 
     def judge(self, student: RankOneDictionary, seed: int) -> Judged:
         """Sums by article of the test rows: `errors` ‖x − x̂‖², `norms` ‖x − x̄‖², `relative` ‖x − x̂‖/‖x‖, `rows`, and
@@ -93,7 +92,7 @@ class SiteRows:
         """
         validation, test = self.rows("validation"), self.rows("test")
         before, after = evaluate(student, validation), evaluate(student, test)
-        article = torch.from_numpy(self.store("test").article.astype(np.int64))
+        article = self.store("test").article
         counts = firings(student, test, article)
         by_row = {"errors": after.squared_error, "norms": after.squared_norm, "rows": torch.ones(len(test))}
         by_row["relative"] = after.squared_error.sqrt() / test.double().norm(dim=1)
@@ -104,18 +103,6 @@ class SiteRows:
         about = {name: getattr(after, name) for name in ("dead", "dense", "largest_rate", "chosen_but_zero")}
         about |= {"n_dense": int((after.rates > DENSE).sum()), "curve": rate_curve(after.rates.numpy())}
         return Judged(sums, chosen_by, about)
-
-
-class Divided:
-    """The batches of a stream of rows that reconstruct themselves, divided by one number."""
-
-    def __init__(self, stream: Stream, by: float):
-        self.stream, self.by = stream, by
-        self.fingerprint = f"{stream.fingerprint}/{by!r}"
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        rows = self.stream(step)[0] / self.by
-        return rows, rows
 
 
 @dataclass(frozen=True)
@@ -132,19 +119,22 @@ class Sae:
 
 
 @torch.no_grad()
+def codes_on(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], *, batch_size: int = 4096) -> SparseCodes:
+    """The codes of all rows, found batch by batch on the model's device, held on the CPU."""
+    where = next(sae.parameters())
+    parts = [sae.encode(part.to(where.device, where.dtype)) for part in rows.split(batch_size)]
+    return SparseCodes(torch.cat([p.indices.cpu() for p in parts]), torch.cat([p.values.cpu() for p in parts]))
+
+
 def firings(
-    sae: RankOneDictionary, rows: Float[Tensor, "rows d"], groups: Int[Tensor, " rows"], *, batch_size: int = 4096
+    sae: RankOneDictionary, rows: Float[Tensor, "rows d"], groups: Int[np.ndarray, " rows"]
 ) -> Int[np.ndarray, "groups n"]:
     """On how many rows of each group each latent fires (has a code that is not zero); groups in rising order."""
-    where = next(sae.parameters())
-    names, index = torch.unique(groups, return_inverse=True)
-    counts = torch.zeros(len(names) * sae.n_atoms, dtype=torch.int32)
-    for part, group in zip(rows.split(batch_size), index.split(batch_size), strict=True):
-        codes = sae.encode(part.to(where.device, where.dtype))
-        cells = group[:, None] * sae.n_atoms + codes.indices.cpu()
-        cells = cells[codes.fires.cpu()]
-        counts.index_add_(0, cells, torch.ones(len(cells), dtype=torch.int32))
-    return counts.view(len(names), -1).numpy()
+    names, index = np.unique(groups, return_inverse=True)
+    codes = codes_on(sae, rows)
+    cells = torch.from_numpy(index)[:, None] * sae.n_atoms + codes.indices
+    counts = torch.bincount(cells[codes.fires], minlength=len(names) * sae.n_atoms)
+    return counts.view(len(names), -1).int().numpy()
 
 
 def rate_curve(rates: Float[np.ndarray, " n"]) -> list[list[float]]:
@@ -243,33 +233,13 @@ def mean_shares(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], rates: Fl
     """Who carries the mean μ of the rows: shares of ‖μ‖² along μ in b_dec (`bias`), in `dense` latents and in the
     `others`; `rates` are the latents' firing rates. They add to 1 but for the error of the reconstruction's mean.
     """
-    mean = rows.double().mean(0)
+    mean, codes = rows.double().mean(0), codes_on(sae, rows)
     along = sae.decoder.weight.detach().cpu().double() @ mean / mean.square().sum()
-    parts, dense = mean_codes(sae, rows) * along, rates > DENSE
+    total = torch.zeros(sae.n_atoms, dtype=torch.float64)
+    total.index_add_(0, codes.indices.flatten(), codes.values.flatten().double())
+    parts, dense = total / len(rows) * along, rates > DENSE
     bias = float(sae.b_out.detach().cpu().double() @ mean / mean.square().sum())
     return {"bias": bias, "dense": float(parts[dense].sum()), "others": float(parts[~dense].sum())}
-
-
-@torch.no_grad()
-def mean_codes(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], *, batch_size: int = 4096) -> Float[Tensor, " n"]:
-    """Each latent's code averaged over all rows, 0 where it does not fire; float64."""
-    where, total = next(sae.parameters()), torch.zeros(sae.n_atoms, dtype=torch.float64)
-    for part in rows.split(batch_size):
-        codes = sae.encode(part.to(where.device, where.dtype))
-        total.index_add_(0, codes.indices.flatten().cpu(), codes.values.flatten().double().cpu())
-    return total / len(rows)
-
-
-@torch.no_grad()
-def codes_of(
-    sae: RankOneDictionary, rows: Float[Tensor, "rows d"], latents: Sequence[int], *, batch_size: int = 4096
-) -> Float[Tensor, "rows chosen"]:
-    """The codes of a few latents on every row, 0 where they do not fire."""
-    where, parts = next(sae.parameters()), []
-    for part in rows.split(batch_size):
-        codes = sae.encode(part.to(where.device, where.dtype))
-        parts.append(torch.stack([(codes.values * (codes.indices == j)).sum(1) for j in latents], dim=1).float().cpu())
-    return torch.cat(parts)
 
 
 def cosines(sae: RankOneDictionary, direction: Float[Tensor, " d"]) -> Float[np.ndarray, " n"]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -57,8 +55,7 @@ def lens_hits(bench: LayerRows, logits: Float[Tensor, "experts vocabulary"], top
     """
     allowed(1 <= top < logits.shape[1], f"top={top} words", f"1 to {logits.shape[1] - 1}")
     table = _hits(bench, logits, top)
-    parts: dict[str, Callable[[Totals], float]] = {"own": _own, "base": _base, "shuffled": _shuffled}
-    parts["lift"] = lambda cell: _own(cell) - _base(cell) - _shuffled(cell)
+    parts = {"own": _own, "base": _base, "shuffled": _shuffled, "lift": lambda c: _own(c) - _base(c) - _shuffled(c)}
     return {name: table.compare(part, fewest=FEWEST) for name, part in parts.items()}
 
 

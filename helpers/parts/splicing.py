@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,11 +15,15 @@ from torch import Tensor
 from helpers.dictionary import RankOneDictionary
 from helpers.dictionary.pursuit import least_squares, omp
 from helpers.models import activations, teachers
-from helpers.models.teachers import Splice
+from helpers.models.corpora import Texts
+from helpers.models.teachers import Splice, Teacher
 from helpers.settings import allowed
 
 WAYS = ("encoder", "solved", "pursuit")
 """How codes are found: the encoder's; its atoms with least-squares coefficients; matching pursuit's atoms."""
+
+BATCH = 8
+"""Pieces of text in a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,24 @@ class Passage:
     cache_dir: str | None = field(default=None, compare=False)
 
     @property
+    @cache  # noqa: B019 (passages are names: few, and for as long as the process)
     def scene(self) -> Scene:
         """The model and its rows on this text: made once in a process."""
-        return _scene(self)
+        return Scene(self, teachers.load(self.teacher, device=self.device, cache_dir=self.cache_dir))
 
 
-@cache
-def _scene(passage: Passage) -> Scene:
-    return Scene(passage, teachers.load(passage.teacher, device=passage.device, cache_dir=passage.cache_dir))
+def by_article(teacher: Teacher, pieces: Texts, splice: Splice | None = None) -> pd.DataFrame:
+    """A model's cross-entropy on pieces of text, by article: columns `nats` (sums) and `tokens`."""
+    found = activations.losses(teacher, pieces, splice, batch_size=BATCH)
+    return found.groupby("article")[["nats", "tokens"]].sum()
+
+
+def ablated(
+    teacher: Teacher, pieces: Texts, layer: int, site: str, mean: Float[Tensor, " d_model"]
+) -> dict[str, Float[np.ndarray, " articles"]]:
+    """Nats by article with `zero` in the place of a site's rows, and with their `mean` (in the model's own units)."""
+    splices = {"zero": Splice.zero(layer, site), "mean": Splice.mean(layer, site, mean)}
+    return {name: by_article(teacher, pieces, each).nats.to_numpy() for name, each in splices.items()}
 
 
 class Scene:
@@ -51,8 +66,8 @@ class Scene:
     `rows` [rows, d_model] in the model's own units, `articles` [rows]; `clean` [articles] is its loss in nats.
     """
 
-    def __init__(self, passage: Passage, teacher: teachers.Teacher, batch_size: int = 8):
-        self.passage, self.teacher, self.batch_size = passage, teacher, batch_size
+    def __init__(self, passage: Passage, teacher: Teacher):
+        self.passage, self.teacher = passage, teacher
         self._pieces = activations.texts(teacher, passage.corpus, n_tokens=passage.n_tokens, split=passage.split)
         parts: list[Tensor] = []
 
@@ -63,10 +78,8 @@ class Scene:
         self.clean = self._nats(look)
         self.rows, self._sizes = torch.cat(parts), [len(part) for part in parts]
         pieces = self._pieces
-        order = [i for batch in pieces.batches(batch_size) for i in batch]
-        self.articles = torch.from_numpy(
-            np.concatenate([np.full(len(pieces.tokens[i]) - pieces.bos, pieces.articles[i]) for i in order])
-        )
+        order = [i for batch in pieces.batches(BATCH) for i in batch]
+        self.articles = np.concatenate([np.full(len(pieces.tokens[i]) - pieces.bos, pieces.articles[i]) for i in order])
 
     def nats(self, rows: Float[Tensor, "rows d_model"]) -> Float[np.ndarray, " articles"]:
         """The model's loss by article, with these in the place of `rows`."""
@@ -76,17 +89,12 @@ class Scene:
         return self._nats(lambda given: next(parts).to(given))
 
     def yardstick(self, mean: Float[Tensor, " d_model"]) -> dict[str, Float[np.ndarray, " articles"]]:
-        """Columns for `scores.Sums`: the loss untouched, with zeros at the site, and with this row (in the model's own
-        units) everywhere.
-        """
-        rows = {"zero": torch.zeros_like(mean), "mean": mean}
-        ablated = {name: self.nats(row.to(self.rows).expand_as(self.rows)) for name, row in rows.items()}
-        return {"clean": self.clean} | ablated
+        """Columns for `scores.Sums`: the loss `clean`, and those of `ablated`."""
+        return {"clean": self.clean} | ablated(self.teacher, self._pieces, self.passage.layer, self.passage.site, mean)
 
     def _nats(self, function: Callable[[Tensor], Tensor]) -> np.ndarray:
         splice = Splice(self.passage.layer, self.passage.site, function)
-        frame = activations.losses(self.teacher, self._pieces, splice, batch_size=self.batch_size)
-        return frame.groupby("article").nats.sum().to_numpy()
+        return by_article(self.teacher, self._pieces, splice).nats.to_numpy()
 
 
 @torch.no_grad()
@@ -98,10 +106,8 @@ def reconstructions(
     where, parts = next(sae.parameters()), []
     for part in rows.split(batch_size):
         x = part.to(where.device, where.dtype)
-        codes = None if way == "pursuit" else sae.encode(x)
-        if way == "pursuit":
-            codes = omp(x - sae.b_out, sae.decoder, sae.k, select="signed")
-        elif way == "solved":
+        codes = omp(x - sae.b_out, sae.decoder, sae.k, select="signed") if way == "pursuit" else sae.encode(x)
+        if way == "solved":
             codes = replace(codes, values=least_squares(x - sae.b_out, sae.decoder, codes.indices))
         parts.append(sae.decode(codes).cpu())
     return torch.cat(parts).to(rows)

@@ -184,10 +184,10 @@ def _without_each(values: Float[np.ndarray, "n units"]) -> Float[np.ndarray, "n 
     return (values.sum(1, keepdims=True) - values) / (values.shape[1] - 1)
 
 
-def by_group(values: Float[Tensor, " rows"], groups: Int[Tensor, " rows"]) -> Float[np.ndarray, " units"]:
+def by_group(values: Float[Tensor, " rows"], groups: Int[Tensor | np.ndarray, " rows"]) -> Float[np.ndarray, " units"]:
     """Sums of `values` per group (article), in the order of the sorted group ids."""
     _, index = np.unique(np.asarray(groups), return_inverse=True)
-    return np.bincount(index, weights=np.asarray(values, dtype=np.float64))
+    return np.bincount(index, weights=np.asarray(values.cpu(), dtype=np.float64))
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ def test_a_scene_puts_rows_where_they_came_from(home, problem):
     assert scene is passage.scene
     np.testing.assert_allclose(scene.nats(scene.rows), scene.clean, rtol=1e-5)
     store = problem.store("test")
-    raw, article = store.tensor("resid_post"), torch.from_numpy(np.array(store.article, np.int64))
-    for number in article.unique():
+    raw, article = store.tensor("resid_post"), np.array(store.article)
+    for number in set(article.tolist()):
         ours = scene.rows[scene.articles == number].sum(0)
         torch.testing.assert_close(ours, raw[article == number].sum(0), rtol=1e-4, atol=1e-3)
     pieces = activations.texts(home["model"], home["corpus"], n_tokens=110, split="test")
