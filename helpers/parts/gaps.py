@@ -26,14 +26,13 @@ from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, Trace, secr
 from helpers.models import activations
 from helpers.models.activations import ActivationStore, Texts
 from helpers.models.teachers import Splice, Teacher
-from helpers.parts.splicing import ablated, by_article
+from helpers.parts.language_model import SPLITS, ablated, by_article
 from helpers.settings import allowed, one_of
 from helpers.study.scores import FEWEST, by_group, evaluate
 from helpers.study.study import Arm, Judged, Outcome, sums
 from helpers.training import Shuffled
 from helpers.training.remedies import Balance, Moment
 
-SPLITS = ("train", "validation", "test")
 SITE = {"reconstruct": "mlp_in", "predict": "mlp_out"}
 """Where a student's output stands: a reconstruction goes into the MLP, a prediction takes the MLP's place."""
 SIGNALS = {"local": 1.0, "fine-tuned": 0.5, "end to end": 0.0}
@@ -251,7 +250,7 @@ class FrozenLayer:
         return self.stores[split].tensor(site) / self.scale[site]
 
     def nats(self, split: str, splice: Splice | None = None, model: Teacher | None = None) -> pd.DataFrame:
-        """`splicing.by_article` of this model, or another, on a split."""
+        """`by_article` of this model, or another, on a split."""
         return by_article(model or self.teacher, self.pieces[split], splice)
 
     @cached_property

@@ -54,9 +54,8 @@ def lens_hits(bench: LayerRows, logits: Float[Tensor, "experts vocabulary"], top
     rows only; intervals over experts × articles.
     """
     allowed(1 <= top < logits.shape[1], f"top={top} words", f"1 to {logits.shape[1] - 1}")
-    table = _hits(bench, logits, top)
-    parts = {"own": _own, "base": _base, "shuffled": _shuffled, "lift": lambda c: _own(c) - _base(c) - _shuffled(c)}
-    return {name: table.compare(part, fewest=FEWEST) for name, part in parts.items()}
+    table, names = _hits(bench, logits, top), ("own", "base", "shuffled", "lift")
+    return {name: table.compare(lambda cell, name=name: _shares(cell)[name], fewest=FEWEST) for name in names}
 
 
 def _hits(bench: LayerRows, logits: Tensor, top: int) -> Sums:
@@ -79,18 +78,12 @@ def _hits(bench: LayerRows, logits: Tensor, top: int) -> Sums:
     return Sums({"": experts}, {"rows": of_article.sum(1), "every": every})
 
 
-def _own(cell: Totals) -> float:
-    return cell.total("own") / max(cell.total("chosen"), 1.0)
-
-
-def _base(cell: Totals) -> float:
-    return float((cell["chosen"] * cell["anywhere"] / cell["rows"]).sum()) / max(cell.total("chosen"), 1.0)
-
-
-def _shuffled(cell: Totals) -> float:
+def _shares(cell: Totals) -> dict[str, float]:
+    chosen = max(cell.total("chosen"), 1.0)
     by_chance = cell["every"][0] / cell["rows"][0]  # of every direction, whichever experts were drawn
-    pairs = cell["pairs"].sum(0) @ by_chance
-    return float(cell.total("strangers") - pairs) / max(cell.total("chosen"), 1.0)
+    own, base = cell.total("own") / chosen, float((cell["chosen"] * cell["anywhere"] / cell["rows"]).sum()) / chosen
+    shuffled = float(cell.total("strangers") - cell["pairs"].sum(0) @ by_chance) / chosen
+    return {"own": own, "base": base, "shuffled": shuffled, "lift": own - base - shuffled}
 
 
 def contexts(

@@ -25,9 +25,8 @@ from torch.nn import functional as F
 from helpers import settings
 from helpers.dictionary import Packed, RankOneDictionary, Rows, expander_sae, save_packed, topk_sae
 from helpers.parts.distilling import Spec
-from helpers.parts.language_model import SiteRows, codes_on
+from helpers.parts.language_model import WAYS, Passage, SiteRows, codes_on, reconstructions
 from helpers.parts.masks import clustered, informed, left_regular
-from helpers.parts.splicing import WAYS, Passage, reconstructions
 from helpers.settings import allowed, one_of
 from helpers.study.scores import Sums, by_group
 from helpers.study.study import Arm, Judged, Outcome
@@ -160,13 +159,10 @@ def adapted(begun: RankOneDictionary, samples: Float[Tensor, "rows m"], random: 
 
 
 def allotted(weight: Float[Tensor, " n"], total: int, most: int) -> Int[Tensor, " n"]:
-    """`total` units shared out ∝ `weight`, from 1 to `most` each: whole numbers that add up exactly.
-
-    Raises `ValueError` where no such shares exist.
-    """
+    """`total` units shared out ∝ `weight`, from 1 to `most` each: whole numbers that add up exactly."""
     n = len(weight)
-    if not n <= total <= n * most:
-        raise ValueError(f"total={total} cannot be shared by {n} atoms of 1 to most={most}; allowed: {n} to {n * most}")
+    given = f"total={total} cannot be shared by {n} atoms of 1 to most={most}"
+    allowed(n <= total <= n * most, given, f"{n} to {n * most}")
     weight = weight.double() / weight.double().mean().clamp_min(1e-30) + 1e-9
     low, high = 0.0, total / float(weight.min())
     for _ in range(100):  # the sum of the clamped shares rises with the factor: bisect
@@ -211,14 +207,14 @@ def arm(build: Shape, remedy: Balance, lr: float, steps: int) -> Arm:
     return replace(one, recipe=one.recipe | {"steps": steps - begin}, batches=1, first=first)
 
 
-# -- what is measured --------------------------------------------------------------------------------------------------
+# -- what is measured, and stored --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Spliced(SiteRows):
     """Rows of a site, and a passage on which the model's loss is measured with a student's reconstructions in it.
 
-    `ways` are those of `splicing.WAYS` in which codes are found there.
+    `ways` are those of `language_model.WAYS` in which codes are found there.
     """
 
     passage: Passage | None = None
@@ -266,9 +262,6 @@ def binned(spectrum: Float[np.ndarray, " d_model"]) -> list[list[float]]:
     return [[math.sqrt(a * (b - 1)), float(spectrum[a - 1 : b - 1].mean())] for a, b in pairwise(edges)]
 
 
-# -- what is stored ----------------------------------------------------------------------------------------------------
-
-
 def stored_values(rows: Rows | Packed) -> int:
     """Numbers in atoms, biases not counted."""
     return rows.n_values if isinstance(rows, Packed) else rows.weight.numel()
@@ -286,9 +279,6 @@ def bytes_of(sae: RankOneDictionary) -> dict[str, int]:
             named = dict(sae.named_parameters()) | {f"buffer{i}": b for i, b in enumerate(sae.buffers())}
             save_file({name: t.detach().cpu().contiguous() for name, t in named.items()}, path)
         return {"file": path.stat().st_size, "memory": numbers + extra, "training": 4 * numbers + extra}
-
-
-# -- numbers made of them ----------------------------------------------------------------------------------------------
 
 
 def reported_cell(cell: tuple[str, int | None], runs: Sequence[Outcome], table: Sums, steps: int) -> dict[str, object]:
@@ -321,7 +311,6 @@ def reported_cell(cell: tuple[str, int | None], runs: Sequence[Outcome], table: 
 # -- what a page shows of them -----------------------------------------------------------------------------------------
 
 NAMES = {
-    "expander": "expander",
     "dense": "dense, tied",
     "untied": "dense, untied",
     "equal": "dense, as many values",

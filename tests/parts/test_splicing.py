@@ -7,10 +7,9 @@ import torch
 from helpers.dictionary import expander_sae
 from helpers.models import activations
 from helpers.models.teachers import Splice
-from helpers.parts import splicing
-from helpers.parts.language_model import SiteRows
+from helpers.parts import language_model
+from helpers.parts.language_model import Passage, SiteRows
 from helpers.parts.masks import left_regular
-from helpers.parts.splicing import Passage
 from helpers.settings import generator
 from tests import tiny
 
@@ -50,7 +49,7 @@ def test_three_ways_to_code(problem):
     random, rows = generator(0), problem.rows("test")
     mask = left_regular(48, 16, 4, random)
     sae = expander_sae(mask, 16, 5, generator=random, b_dec=problem.mean)
-    found = {way: splicing.reconstructions(sae, rows, way, batch_size=16).detach() for way in splicing.WAYS}
+    found = {way: language_model.reconstructions(sae, rows, way, batch_size=16).detach() for way in language_model.WAYS}
     torch.testing.assert_close(found["encoder"], sae(rows).detach())
     codes = sae.encode(rows)
     rest = rows - found["solved"]
