@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -88,7 +88,8 @@ def over_layers(of: Sequence[Explained], to: float, **options) -> Comparison:
     allowed(set(draws) == {1}, f"parts of {draws} draws", "one draw each")
     layers = {i: {"explained": part.explained[0], "total": part.total} for i, part in enumerate(of)}
     table = Sums({"": layers})
-    return table.compare(lambda cell: geometric(cell["explained"] / cell["total"] / to), fewest=FEWEST, **options)
+    found = table.compare(lambda cell: geometric(cell["explained"] / cell["total"] / to), fewest=FEWEST, **options)
+    return replace(found, resampled="layer × article") if len(of) > 1 else found
 
 
 def geometric(numbers: np.ndarray) -> float:
