@@ -54,10 +54,6 @@ class KnownTruth:
             world.sample, batch_size=self.batch_size, fingerprint=str(world), seed=10 * seed + 5, device=device
         )
 
-    def mean(self, seed: int) -> Float[Tensor, " d"]:
-        """Of a sample as large as the validation one."""
-        return _drawn(self, seed)[1].mean(0)
-
     def judge(self, student: RankOneDictionary, seed: int) -> Judged:
         """Choices may look at FVU and dead share. `about` the test rows: shares of the features that are `dead` and
         `dense`, their `rates` [n_features], each truth's best cosine over the live ones (`cosines` [n_true]), and what
@@ -66,12 +62,11 @@ class KnownTruth:
         world, _, validation, test = _drawn(self, seed)
         before, after = evaluate(student, validation), evaluate(student, test)
         match = recovery(student.decoder.weight.detach()[after.rates > 0].cpu(), world.atoms)
-        sums = {"errors": after.squared_error, "norms": after.squared_norm}
         about = {name: getattr(after, name) for name in ("dead", "dense", "largest_rate")}
         about |= {name: getattr(match, name) for name in ("found", "matched", "mmcs", "mcc", "duplicates")}
         about |= {"rates": after.rates.numpy(), "cosines": match.of_truth.numpy()}
-        one_unit = {column: np.array([float(values.sum())]) for column, values in sums.items()}
-        return Judged(one_unit, {"fvu": before.fvu, "dead": before.dead}, about)
+        sums = {"errors": after.squared_error.sum(0, True).numpy(), "norms": after.squared_norm.sum(0, True).numpy()}
+        return Judged(sums, {"fvu": before.fvu, "dead": before.dead}, about)
 
 
 @lru_cache(maxsize=4)
@@ -98,7 +93,7 @@ class StartingSae:
 
     def __call__(self, problem: KnownTruth, seed: int) -> RankOneDictionary:
         random = settings.generator(10 * seed + 1)
-        b_dec = problem.mean(seed) if self.centred else None
+        b_dec = _drawn(problem, seed)[1].mean(0) if self.centred else None
         sae = topk_sae(problem.world.d, problem.n_features, problem.k, generator=random, b_dec=b_dec)
         with torch.no_grad():
             if self.start == "untied":

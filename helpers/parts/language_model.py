@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, SparseCodes, topk_sae
@@ -246,12 +245,6 @@ def mean_shares(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], rates: Fl
     parts, dense = total / len(rows) * along, rates > DENSE
     bias = float(sae.b_out.detach().cpu().double() @ mean / mean.square().sum())
     return {"bias": bias, "dense": float(parts[dense].sum()), "others": float(parts[~dense].sum())}
-
-
-def cosines(sae: RankOneDictionary, direction: Float[Tensor, " d"]) -> Float[np.ndarray, " n"]:
-    """Cosine of each latent's decoder row with a direction."""
-    rows = sae.decoder.weight.detach().cpu().float()
-    return (F.normalize(rows, dim=1) @ F.normalize(direction.float(), dim=0)).numpy()
 
 
 # -- what the model loses with reconstructions in the place of its rows ------------------------------------------------

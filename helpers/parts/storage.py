@@ -76,7 +76,7 @@ class Shape:
         allowed((self.degree is None) == dense, given, "a number unless it is dense")
 
     def __call__(self, problem: SiteRows, seed: int, begun: RankOneDictionary | None = None) -> RankOneDictionary:
-        """`begun`: what a shape of two phases is made from, trained (see `first`)."""
+        """`begun`: what a shape of two phases is made from, trained (see `arm`)."""
         random = settings.generator(seed)
         options = {"generator": random, "b_dec": problem.mean, "activation": "identity"}
         if self.shape == "pruned":
@@ -87,12 +87,6 @@ class Shape:
             return expander_sae(self._mask(problem, random), problem.d_model, self.k, **options)
         sae = topk_sae(problem.d_model, self.n_features, self.k, tied=self.shape == "dense", **options)
         return sae if self.shape in ("dense", "untied") else self._with_encoder(sae, random)
-
-    @property
-    def first(self) -> Shape:
-        """What a dictionary of two phases is made from."""
-        shape, degree = ("dense", None) if self.shape == "pruned" else ("expander", self.degree)
-        return replace(self, shape=shape, degree=degree)
 
     def _mask(self, problem: SiteRows, random: torch.Generator) -> Int[Tensor, "n degree"]:
         sizes = self.n_features, problem.d_model, self.degree, random
@@ -203,7 +197,8 @@ def arm(build: Shape, remedy: Balance, lr: float, steps: int) -> Arm:
     if build.shape not in PHASES:
         return one
     begin = round(PHASES[build.shape] * steps)
-    first = replace(one, name=f"before {name}", build=build.first, recipe=one.recipe | {"steps": begin})
+    begun = {"shape": "dense", "degree": None} if build.shape == "pruned" else {"shape": "expander"}
+    first = replace(one, name=f"before {name}", build=replace(build, **begun), recipe=one.recipe | {"steps": begin})
     return replace(one, recipe=one.recipe | {"steps": steps - begin}, batches=1, first=first)
 
 

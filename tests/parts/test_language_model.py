@@ -168,8 +168,3 @@ def test_the_means_carriers_add_up_to_the_reconstructions_mean(problem):
     shares = language_model.mean_shares(sae, rows, torch.from_numpy(rates))
     assert sum(shares.values()) == pytest.approx(along, rel=1e-4)
     assert shares["dense"] and shares["others"]
-
-
-def test_cosines_are_of_directions(problem):
-    sae = SAE(problem, 0)
-    assert language_model.cosines(sae, 5 * sae.decoder.weight[3].detach())[3] == pytest.approx(1, abs=1e-5)
