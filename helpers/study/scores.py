@@ -176,10 +176,10 @@ def margin(*without: np.ndarray, level: float) -> np.ndarray | np.float64:
     return np.max([stdtrit(n, (1 + level) / 2) * np.sqrt(variance) for variance, n in pairs], axis=0)
 
 
-def by_group(values: Float[Tensor, " rows"], groups: Int[Tensor, " rows"]) -> Float[np.ndarray, " units"]:
+def by_group(values: Float[Tensor, " rows"], groups: Int[Tensor | np.ndarray, " rows"]) -> Float[np.ndarray, " units"]:
     """Sums of `values` per group (article), in the order of the sorted group ids."""
     _, index = np.unique(np.asarray(groups), return_inverse=True)
-    return np.bincount(index, weights=np.asarray(values, dtype=np.float64))
+    return np.bincount(index, weights=np.asarray(values.cpu(), dtype=np.float64))
 
 
 @dataclass(frozen=True)
