@@ -125,7 +125,7 @@ class Check(Strict):
     """One measured quantity and the rule that judges it; `why` says where the rule's threshold comes from.
 
     `control` says what is measured where the claim is false by construction, which the rule must reject; `no_control`
-    why nothing is.
+    why nothing is. `changed` says when the rule was another, and why it is not any more.
     """
 
     metric: str
@@ -134,6 +134,7 @@ class Check(Strict):
     unit: str = ""
     control: str = ""
     no_control: str = ""
+    changed: str = ""
 
     @model_validator(mode="after")
     def _can_be_seen_to_fail(self) -> Check:
@@ -167,7 +168,9 @@ class PaperSays(Strict):
 
 class Claim(Strict):
     """A claim. `teachers` are the hub ids of the paper's own setting, or `any` where no teacher is involved
-    (a theorem, synthetic data); an empty list says that the paper's setting is not public."""
+    (a theorem, synthetic data); an empty list says that the paper's setting is not public. `retired`: metrics, or
+    ends of metrics, that the claim was judged by before, and why it is not any more; kept records of them are passed
+    over."""
 
     id: str = Field(pattern=r"^[a-z0-9]+(\.[a-z0-9]+)+$")
     statement: str
@@ -177,6 +180,7 @@ class Claim(Strict):
     chapter: str
     teachers: list[str] | Literal["any"]
     checks: dict[str, Check] = Field(min_length=1)
+    retired: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _metrics_differ(self) -> Claim:

@@ -6,7 +6,7 @@ Definitions follow the book's glossary: FVU is centred on the mean of the same r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -278,6 +278,21 @@ def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.m
     return Comparison(of(values), ci, [of(row[None]) for row in values], len(values))
 
 
+RELABELLINGS = 40
+"""How often labels are dealt afresh for a negative control."""
+
+
+def relabelled(*columns: Iterable[float], draws: int = RELABELLINGS) -> Iterator[Float[np.ndarray, "columns seeds"]]:
+    """Columns with their labels dealt afresh for each seed: alike but for noise. The true dealing is left out."""
+    values, random = np.array([list(column) for column in columns], float), np.random.default_rng(0)
+    true = np.indices(values.shape)[0]
+    while draws:
+        places = random.permuted(true, axis=0)
+        if not np.array_equal(places, true):
+            draws -= 1
+            yield np.take_along_axis(values, places, axis=0)
+
+
 # -- one table of sums -------------------------------------------------------------------------------------------------
 
 
@@ -384,6 +399,26 @@ class Sums:
     def ratio(self, over: Hashable, under: Hashable, **options) -> Comparison:
         """FVU of one cell over that of another."""
         return self.compare(lambda a, b: a.fvu / b.fvu, over, under, **options)
+
+    def relabelled(self, *groups: Sequence[Hashable], draws: int = RELABELLINGS) -> Iterator[Sums]:
+        """Tables in which the labels of groups of cells are dealt afresh for each seed and unit, so that nothing but
+        noise sets one group apart from another: a negative control for what compares them. Groups are of one length,
+        their cells in one order."""
+        random, names = np.random.default_rng(0), [name for group in groups for name in group]
+        for _ in range(draws):
+            cells: dict[Hashable, dict[int, dict[str, np.ndarray]]] = {name: {} for name in names}
+            for seed in self.seeds(*names):
+                order: dict[int, np.ndarray] = {}  # by the number of units: the same for all columns over these
+                for alike in zip(*groups, strict=True):
+                    own = [self.cells[name][seed] for name in alike]
+                    for column in own[0]:
+                        values = np.stack([each[column] for each in own])
+                        units = values.shape[1]
+                        places = np.tile(np.arange(len(groups)), (units, 1))
+                        dealt = order.setdefault(units, random.permuted(places, axis=1).T)
+                        for name, place in zip(alike, dealt, strict=True):
+                            cells[name].setdefault(seed, {})[column] = values[place, np.arange(units)]
+            yield Sums(cells, self.shared)
 
     def _stacked(self, name: Hashable, seeds: Sequence[int]) -> dict[str, np.ndarray]:
         own = [self.cells[name][seed] for seed in seeds]
