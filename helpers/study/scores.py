@@ -403,7 +403,7 @@ class Sums:
     def relabelled(self, *groups: Sequence[Hashable], draws: int = RELABELLINGS) -> Iterator[Sums]:
         """Tables in which the labels of groups of cells are dealt afresh for each seed and unit, so that nothing but
         noise sets one group apart from another: a negative control for what compares them. Groups are of one length,
-        their cells in one order."""
+        their cells in one order. Columns that they do not share are left out."""
         random, names = np.random.default_rng(0), [name for group in groups for name in group]
         for _ in range(draws):
             cells: dict[Hashable, dict[int, dict[str, np.ndarray]]] = {name: {} for name in names}
@@ -412,6 +412,8 @@ class Sums:
                 for alike in zip(*groups, strict=True):
                     own = [self.cells[name][seed] for name in alike]
                     for column in own[0]:
+                        if len({np.shape(each.get(column)) for each in own}) > 1:
+                            continue  # not in all of them, or of another width
                         values = np.stack([each[column] for each in own])
                         units = values.shape[1]
                         places = np.tile(np.arange(len(groups)), (units, 1))
