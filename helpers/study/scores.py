@@ -283,12 +283,14 @@ RELABELLINGS = 40
 
 
 def relabelled(*columns: Iterable[float], draws: int = RELABELLINGS) -> Iterator[Float[np.ndarray, "columns seeds"]]:
-    """Columns with their labels dealt afresh for each seed: alike but for noise. The true dealing is left out."""
+    """Columns with their labels dealt afresh for each seed: alike but for noise. Dealings that treat all seeds alike are
+    left out: they rename the columns and no more. Raises `ValueError` for fewer than two seeds."""
     values, random = np.array([list(column) for column in columns], float), np.random.default_rng(0)
-    true = np.indices(values.shape)[0]
+    if values.shape[1] < 2:
+        raise ValueError(f"columns have {values.shape[1]} seeds; allowed: at least 2, so that labels can be dealt")
     while draws:
-        places = random.permuted(true, axis=0)
-        if not np.array_equal(places, true):
+        places = random.permuted(np.indices(values.shape)[0], axis=0)
+        if (places != places[:, :1]).any():
             draws -= 1
             yield np.take_along_axis(values, places, axis=0)
 

@@ -202,14 +202,16 @@ def test_recovery_does_not_depend_on_lengths(size):
 
 
 # ------------------------------------------------------------------------------------------------------ relabelled data
-def test_columns_are_dealt_afresh_for_each_seed_and_the_true_labels_are_left_out():
+def test_columns_are_dealt_afresh_for_each_seed_and_never_alike_for_all():
     columns = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
     drawn = list(scores.relabelled(*columns))
     assert len(drawn) == scores.RELABELLINGS
     for one in drawn:
         assert (np.sort(one, axis=0) == columns).all() and not (one == columns).all()
-    assert len({one.tobytes() for one in drawn}) == 2**3 - 1
+    assert len({one.tobytes() for one in drawn}) == 2**3 - 2
     assert len(list(scores.relabelled([1.0, 1.0], [1.0, 1.0], draws=3))) == 3
+    with pytest.raises(ValueError, match="columns have 1 seeds"):
+        next(scores.relabelled([1.0], [2.0]))
 
 
 def test_a_relabelled_table_keeps_its_pairs_and_loses_what_sets_groups_apart():
