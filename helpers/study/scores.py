@@ -283,8 +283,8 @@ RELABELLINGS = 40
 
 
 def relabelled(*columns: Iterable[float], draws: int = RELABELLINGS) -> Iterator[Float[np.ndarray, "columns seeds"]]:
-    """Columns with their labels dealt afresh for each seed: alike but for noise. Dealings that treat all seeds alike are
-    left out: they rename the columns and no more. Raises `ValueError` for fewer than two seeds."""
+    """Columns with their labels dealt afresh for each seed: alike but for noise. Dealings that are alike for all seeds
+    only rename the columns, and are left out. Raises `ValueError` for fewer than two seeds."""
     values, random = np.array([list(column) for column in columns], float), np.random.default_rng(0)
     if values.shape[1] < 2:
         raise ValueError(f"columns have {values.shape[1]} seeds; allowed: at least 2, so that labels can be dealt")
