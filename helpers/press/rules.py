@@ -141,10 +141,6 @@ class Check(Strict):
         allowed(bool(self.control) != bool(self.no_control), "neither or both of control, no_control", "one of them")
         return self
 
-    def rejects(self, value: float, ci: tuple[float, float] | None) -> bool:
-        """Whether the rule does not hold for a control's number."""
-        return self.rule.outcome(value, *(ci or (value, value))) != "holds"
-
 
 class Paper(Strict):
     letter: str
