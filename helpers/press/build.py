@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from helpers import settings
-from helpers.press import chapters, claims, execution, pages
+from helpers.press import chapters, claims, execution, pages, scoreboard
 from helpers.press.chapters import Job
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -74,13 +74,9 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
         nbformat.write(
             _without_widgets(nbformat.read(job.executed, as_version=4)), folder / "notebooks" / job.executed.name
         )
-    made = {
-        "scoreboard": pages.scoreboard_markdown(profile),
-        "performance": pages.performance_markdown(),
-        "status": pages.status_markdown(profile),
-    }
+    made = scoreboard.pages(profile) | {"performance.md": pages.performance_markdown()}
     for name, text in made.items():
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def build(root: Path) -> list[str]:

@@ -125,10 +125,11 @@ class Check(Strict):
     """One measured quantity and the rule that judges it; `why` says where the rule's threshold comes from.
 
     `control` says what is measured where the claim is false by construction, which the rule must reject; `no_control`
-    why nothing is.
+    why nothing is. `paper` holds the paper's own numbers for this quantity, where it prints some.
     """
 
     metric: str
+    paper: list[float] = []
     rule: Rule
     why: str
     unit: str = ""
@@ -170,6 +171,7 @@ class Claim(Strict):
     (a theorem, synthetic data); an empty list says that the paper's setting is not public."""
 
     id: str = Field(pattern=r"^[a-z0-9]+(\.[a-z0-9]+)+$")
+    title: str = Field("", max_length=60)
     statement: str
     source: Source
     paper_says: PaperSays

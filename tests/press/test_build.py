@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from helpers.press import build, claims, execution, pages
+from helpers.press import build, execution
 
 PAGE = "<html><head>{head}</head><body><article>{body}</article></body></html>"
 
@@ -102,9 +102,3 @@ def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
     said = build.build(tmp_path)
     assert any("nowhere" in line for line in said) and "status" in said[-1]
     assert (html / "index.html").read_text() == "former"
-
-
-def test_the_first_page_says_how_many_claims_have_which_verdict(tmp_path):
-    said = pages.status_markdown("no-such-profile", tmp_path)
-    assert f"The {len(claims.register().claims)} claims" in said
-    assert all(f"</b> {verdict}</li>" in said for verdict in ("reproduced", "partly", "not tested"))
