@@ -269,7 +269,7 @@ def _summary(board: Board) -> str:
 def _table(board: Board, chapters: set[str]) -> str:
     families = board.families
     ours = ["ours"] if len(families) == 1 else [f"ours, {name}" for name in families]
-    heads = {"claim": "claim", "paper": "the paper", "strip": "fails ◂ threshold ▸ holds"}
+    heads = {"claim": "claim", "paper": "the paper", "strip": "fails ◂ │ ▸ holds"}
     heads |= {f"ours ours-{at}": name for at, name in enumerate(ours)} | {"judged": "verdict", "chapters": "chapter"}
     bodies, order = [], 0
     for part, title in board.book.parts.items():
@@ -338,7 +338,8 @@ def _asked(check: Check) -> str:
     """The rule as a reader sees it in a narrow column."""
     if isinstance(check.rule, Identity):
         return f"≤ {number(check.rule.tolerance)}"
-    return html.escape(re.sub("interval (above|below)", lambda side: "><"[side[1] == "below"], str(check.rule)))
+    words = str(check.rule).replace("interval above", ">").replace("interval below", "<").removeprefix("interval ")
+    return html.escape(words)
 
 
 def _details(claim: Claim, board: Board) -> str:
