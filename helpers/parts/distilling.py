@@ -418,7 +418,7 @@ def settled(outcomes: Sequence[Outcome], share: float = 0.1) -> Comparison:
         for name, start in starts.items()
     }
     found = Sums(cells).compare(lambda middle, end: middle.total("loss") / end.total("loss"), *cells)
-    return replace(found, n=width)
+    return replace(found, n=width, resampled="samples")
 
 
 # -- what an expert responds to ----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +94,8 @@ def over_layers(of: Sequence[Explained], to: float, **options) -> Comparison:
     def statistic(cell) -> float:
         return geometric(cell["explained"] / cell["total"] / to)
 
-    return Sums({"": layers}).compare(statistic, fewest=FEWEST, **options)
+    found = Sums({"": layers}).compare(statistic, fewest=FEWEST, **options)
+    return replace(found, resampled="layer × article") if len(of) > 1 else found
 
 
 def geometric(numbers: np.ndarray) -> float:

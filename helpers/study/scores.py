@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -251,20 +250,17 @@ FEWEST = 5
 
 @dataclass(frozen=True)
 class Comparison:
-    """A number made of sums over articles, or other units, and over seeds: its 95 % interval, over units alone where
-    there is one seed; its value for each seed; how many seeds × units there are. `claims.Chapter.record` takes it.
+    """A number made of sums over articles, or other units, and over seeds. `claims.Chapter.record` takes it.
+
+    `ci` is its 95 % interval, `by_seed` its value for each seed; `n` counts what was `resampled`: "articles",
+    or "seeds", or (seeds, articles) for "seed × article".
     """
 
     value: float
     ci: tuple[float, float] | None
     by_seed: list[float]
-    n: int
-
-    @property
-    def resampled(self) -> Literal["articles", "seeds", "seed × article"]:
-        if len(self.by_seed) == 1:
-            return "articles"
-        return "seeds" if self.n == len(self.by_seed) else "seed × article"
+    n: int | tuple[int, int]
+    resampled: str
 
 
 def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.mean, level: float = 0.95) -> Comparison:
@@ -275,7 +271,7 @@ def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.m
         return float(statistic(*rows.T))
 
     ci = t_interval(values, of, level=level)
-    return Comparison(of(values), ci, [of(row[None]) for row in values], len(values))
+    return Comparison(of(values), ci, [of(row[None]) for row in values], len(values), "seeds")
 
 
 # -- one table of sums -------------------------------------------------------------------------------------------------
@@ -369,13 +365,14 @@ class Sums:
 
         every, alike = np.arange(len(seeds)), np.ones(units)
         value, by_seed = of(every, alike), [of(every[i : i + 1], alike) for i in every]
+        about = (units, "articles") if len(seeds) == 1 else ((len(seeds), units), "seed × article")
         if units < fewest or level is None:
-            return Comparison(value, None, by_seed, len(seeds) * units)
+            return Comparison(value, None, by_seed, *about)
         without = [[of(every, (np.arange(units) != j).astype(float)) for j in range(units)]]
         if len(seeds) > 1:
             without.append([of(np.delete(every, i), alike) for i in every])
         margin = float(_margin(*map(np.array, without), level=level))
-        return Comparison(value, (value - margin, value + margin), by_seed, len(seeds) * units)
+        return Comparison(value, (value - margin, value + margin), by_seed, *about)
 
     def fvu(self, name: Hashable, **options) -> Comparison:
         """FVU of one cell."""

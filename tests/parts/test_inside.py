@@ -347,7 +347,7 @@ def test_ratios_pair_draws_and_articles():
     assert value == pytest.approx(3) and low < 3 < high
     both = explained.ratio([thrice, many], [many, many])
     assert listed(both) == pytest.approx([3**0.5] * 3)
-    assert both.n == 32 and both.resampled == "seed × article" and explained.ratio(one, one).resampled == "articles"
+    assert both.n == (4, 8) and both.resampled == "seed × article" and explained.ratio(one, one).resampled == "articles"
     assert explained.ratio([many, thrice], 0.1).value == pytest.approx(3**0.5 * explained.fve(many).value / 0.1)
     few = Explained(many.explained[:, :4], total[:4])
     assert listed(explained.ratio(few, few)) == [pytest.approx(1), None, None]
@@ -370,6 +370,7 @@ def test_the_interval_over_layers_leaves_layers_out_too():
     assert listed(explained.ratio(parts, 0.1)) == pytest.approx([value] * 3)  # the articles do not differ: layers do
     assert (low, high) == pytest.approx(of_two(value, 2, 8))
     assert listed(explained.over_layers(parts[:1], 0.1)) == pytest.approx([2, 2, 2])
+    assert (explained.over_layers(parts, 0.1).n, explained.over_layers(parts[:1], 0.1).n) == ((2, 8), 8)
     few = [Explained(part.explained[:, :4], total[:4]) for part in parts]
     assert explained.over_layers(few, 0.1).ci is None
     with pytest.raises(ValueError, match=r"parts of \[1, 2\] draws; allowed: one draw each"):

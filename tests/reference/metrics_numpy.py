@@ -64,4 +64,6 @@ def slow_comparison(data: np.ndarray, statistic: Callable[[np.ndarray], float], 
     freedom = total**2 / sum(v**2 / d for v, d in zip(variances, degrees, strict=True)) if total else 1
     margin = float(student.ppf((1 + level) / 2, freedom)) * math.sqrt(total)
     by_seed = [statistic(data[i : i + 1]) for i in range(len(data))]
-    return Comparison(value, (value - margin, value + margin), by_seed, data.shape[0] * data.shape[1])
+    seeds, units = data.shape[:2]
+    about = (units, "articles") if seeds == 1 else ((seeds, units), "seed × article") if units > 1 else (seeds, "seeds")
+    return Comparison(value, (value - margin, value + margin), by_seed, *about)
