@@ -126,10 +126,12 @@ class Check(Strict):
     """One measured quantity and the rule that judges it; `why` says where the rule's threshold comes from.
 
     `control` says what is measured where the claim is false by construction, which the rule must reject; `no_control`
-    why nothing is. `changed` says when the rule was another, and why it is not any more.
+    why nothing is. `changed` says when the rule was another, and why it is not any more. `paper` holds the paper's own
+    numbers for this quantity, where it prints some.
     """
 
     metric: str
+    paper: list[float] = []
     rule: Rule
     why: str
     unit: str = ""
@@ -170,6 +172,7 @@ class Claim(Strict):
     over."""
 
     id: str = Field(pattern=r"^[a-z0-9]+(\.[a-z0-9]+)+$")
+    title: str = Field("", max_length=60)
     statement: str
     source: Source
     paper_says: PaperSays
