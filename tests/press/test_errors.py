@@ -10,6 +10,9 @@ import json
 import os
 import re
 import shlex
+import signal
+import subprocess
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
