@@ -62,15 +62,17 @@ lint: .venv/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Files of tests side by side, a thread each: they are many small ones, and threads would wait for each other.
+SPREAD := -n auto --dist loadfile
 unit: .venv/.ready-dev
-	$(BIN)/python -m pytest tests --ignore=tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) tests --ignore=tests/browser
 
 verify: .venv/.ready-dev
 	$(BIN)/python -m helpers verify
 
 # Its results go to _build/results/nbval, so that they do not replace those the book was built from.
 nbval: .venv/.ready-dev
-	RANK1_PROFILE=nbval TQDM_DISABLE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	RANK1_PROFILE=nbval TQDM_DISABLE=1 $(BIN)/python -m pytest $(SPREAD) --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=600 --timeout=0 notebooks
 
 browser: .venv/.ready-dev

@@ -330,7 +330,9 @@ def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _files_named(parameters: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     """Size and time of the files that an input such as `corpus` or `teacher` names: editing one is a change too."""
-    named = [Path(v).expanduser() for k, v in parameters.items() if k in INPUTS and isinstance(v, str) and v]
+    values = [v for k, v in parameters.items() if k in INPUTS and isinstance(v, str)]
+    names = {name for v in values for name in (v, v.rpartition(":")[0]) if name}  # as in my.txt:lines
+    named = [Path(name).expanduser() for name in names]
     return _states(file for path in named for file in [path, *path.rglob("*")] if file.is_file())
 
 

@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from helpers import settings
 from helpers.press.rules import BETWEEN, Bound, Claim, Identity, IntervalAbove, Register, register, validated
-from helpers.press.verdicts import LONGEST_NOTE, Control, Record, Resampled, Scope, judge
+from helpers.press.verdicts import LONGEST_NOTE, Control, Counted, Record, Resampled, Scope, judge
 from helpers.settings import allowed, one_of
 
 __all__ = ["Chapter", "IntervalAbove", "Record", "Results", "reference", "register"]
@@ -90,7 +90,7 @@ class Chapter:
         value: Any,
         *,
         scope: Scope,
-        n: int | None = None,
+        n: Counted | None = None,
         ci: Sequence[float] | None = None,
         resampled: Resampled | None = None,
         unit: str | None = None,
@@ -103,10 +103,11 @@ class Chapter:
 
         `value` is a number, or a comparison that has `value`, `ci`, `n` and `resampled`; what is given beside it wins.
         `variant` names the check (it may be left out where a claim has one); `metric` is added to the register's
-        wording to tell several records of one check apart ("k = 8"). `n` counts what the number rests on, and with
-        an interval `ci` what was resampled. `teacher` is the chapter's unless given: None for random or synthetic
-        inputs. Raises `ValueError` for what cannot be judged, such as an unknown claim, an interval that does not
-        hold the value, or `scope="paper setting"` with a teacher that is not the paper's.
+        wording to tell several records of one check apart ("k = 8"). `n` counts what the number rests on: with
+        an interval `ci` the units that were `resampled`, of each kind where two were. `teacher` is the chapter's
+        unless given: None for random or synthetic inputs. Raises `ValueError` for what cannot be judged, such as an
+        unknown claim, an interval that does not hold the value, or `scope="paper setting"` with a teacher that is not
+        the paper's.
         """
         entry, teacher = register()[claim], self.teacher if teacher is ... else teacher
         check = _variant(entry, variant)
@@ -119,8 +120,8 @@ class Chapter:
             metric=asked.metric + (BETWEEN + metric if metric else ""),
             unit=asked.unit if unit is None else unit,
             expected=str(asked.rule),
-            verdict=judge(asked.rule, value, ci, scope, int(n), resampled, _seeds(self.parameters)),
-            **{"claim": claim, "value": value, "ci": ci, "n": int(n), "resampled": resampled},
+            verdict=judge(asked.rule, value, ci, scope, n, resampled),
+            **{"claim": claim, "value": value, "ci": ci, "n": n, "resampled": resampled},
             **{"scope": scope, "teacher": teacher, "note": note},
         )
         if result not in self.records:  # a cell that is run again says the same thing twice
@@ -134,7 +135,7 @@ class Chapter:
         value: Any,
         *,
         ci: Sequence[float] | None = None,
-        n: int | None = None,
+        n: Counted | None = None,
         resampled: Resampled | None = None,
     ) -> Control:
         """Keeps what a check's quantity is where the claim is false by construction, judged by the same rule.
@@ -148,7 +149,7 @@ class Chapter:
         value, ci, n, resampled = _measured(value, ci, n, resampled)
         _can_be_judged(entry, check, value, ci, n)
         rejected = entry.checks[check].rejects(value, ci)
-        result = Control(claim=claim, check=check, value=value, ci=ci, n=int(n), resampled=resampled, rejected=rejected)
+        result = Control(claim=claim, check=check, value=value, ci=ci, n=n, resampled=resampled, rejected=rejected)
         if result not in self.controls:
             self.controls.append(result)
         return result
@@ -238,18 +239,20 @@ def _check_scope(claim: Claim, scope: Scope, teacher: str | None) -> None:
         allowed(teacher in claim.teachers, f"scope='paper setting' for {claim.id} with teacher={teacher!r}", theirs)
 
 
-def _measured(value: Any, ci: Any, n: Any, resampled: Any) -> tuple[float, tuple[float, float] | None, int, Any]:
+def _measured(value: Any, ci: Any, n: Any, resampled: Any) -> tuple[float, tuple[float, float] | None, Counted, Any]:
     """Value, interval, n and what was resampled: as given, else as the comparison `value` has them."""
     if hasattr(value, "value") and hasattr(value, "ci"):
         comparison, value = value, value.value
         if ci is None and comparison.ci is not None:
             ci, resampled = comparison.ci, resampled or comparison.resampled
         n = comparison.n if n is None else n
-    value = _finite("value", value)
+    value, n = _finite("value", value), _counted(n)
     if ci is None:
         allowed(resampled is None, f"resampled={resampled!r} without an interval", "give ci=(low, high)")
         return value, None, n, None
     one_of("resampled", resampled, get_args(Resampled))
+    both = " × " in resampled
+    allowed(isinstance(n, tuple) == both, f"n={n} of resampled={resampled!r}", "a pair" if both else "one number")
     allowed(len(ci) == 2, f"ci={ci!r} is not a pair", "(low, high)")
     low, high = _finite("ci low", ci[0]), _finite("ci high", ci[1])
     slack = 1e-9 * max(abs(low), abs(high))  # percentiles of equal numbers differ from their mean by rounding
@@ -258,14 +261,21 @@ def _measured(value: Any, ci: Any, n: Any, resampled: Any) -> tuple[float, tuple
     return value, (low, high), n, resampled
 
 
+def _counted(n: Any) -> Counted:
+    numbers = tuple(n) if isinstance(n, Sequence) else (n,)
+    whole = all(each is not None and int(each) == each and each >= 1 for each in numbers)
+    allowed(whole, f"n={n}", "a positive whole number, or one of each kind of unit")
+    return tuple(map(int, numbers)) if isinstance(n, Sequence) else int(n)
+
+
 def _finite(what: str, value: float) -> float:
     allowed(math.isfinite(number := float(value)), f"{what}={number}", "a finite number")
     return number
 
 
-def _can_be_judged(claim: Claim, check: str, value: float, ci: tuple[float, float] | None, n: int | None) -> None:
+def _can_be_judged(claim: Claim, check: str, value: float, ci: tuple[float, float] | None, n: Counted) -> None:
     rule, where = claim.checks[check].rule, f"{claim.id}/{check}"
-    allowed(n is not None and int(n) == n and n >= 1, f"n={n}", "a positive whole number")
+    _counted(n)
     if rule.needs_interval and ci is None:
         raise ValueError(f"{where}: the rule {rule.name} needs ci=(low, high) and resampled=…")
     if isinstance(rule, Bound) and rule.value == "violations" and (value < 0 or value != int(value) or value > n):

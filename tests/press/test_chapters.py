@@ -269,10 +269,11 @@ def stamp_valid(root):
     job.stamp.write_text(json.dumps(stamp))
 
 
-def test_editing_the_readers_own_text_is_a_change(root):
+@pytest.mark.parametrize("how", ["", ":lines", ":body"])
+def test_editing_the_readers_own_text_is_a_change(root, how):
     text = root / "my.txt"
     text.write_text("one")
-    write_chapter(root, "01_first", WRITES_RESULTS, parameters=f"corpus = {str(text)!r}")
+    write_chapter(root, "01_first", WRITES_RESULTS, parameters=f"corpus = {str(text) + how!r}")
     stamp_valid(root)
     text.write_text("two!")
     assert chapters.stale(chapters.plan(root=root)[0]) == ["parameters changed"]

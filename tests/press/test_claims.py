@@ -251,6 +251,9 @@ def test_verdicts_follow_from_rule_and_scope(book, log, claim, value, ci, scope,
         ({"resampled": "tokens"}, "resampled='tokens' is unknown; allowed: 'seeds', 'articles', 'seed × article'"),
         ({"resampled": None}, "resampled=None is unknown"),
         ({"n": 0}, "n=0; allowed: a positive whole number"),
+        ({"n": (3, 0)}, "n=(3, 0); allowed: a positive whole number, or one of each kind"),
+        ({"n": (3, 5)}, "n=(3, 5) of resampled='seeds'; allowed: one number"),
+        ({"resampled": "seed × article"}, "n=3 of resampled='seed × article'; allowed: a pair"),
         ({"note": "Outcome(" * 40}, "has 320 characters; allowed: up to 300"),
         ({"variant": "float16"}, "rule.above: variant='float16' is unknown; allowed: 'only'"),
         ({"claim": "rule.count", "value": 0.5, "ci": None, "resampled": None}, "is not a count of violations"),
@@ -493,8 +496,12 @@ def test_the_table_has_a_row_for_every_verdict_and_ends_with_one_that_always_fit
         (5, "articles", 1, False),  # an interval over articles is about this one student, and says so
         (4, "samples", None, True),
         (20, "seed × article", 2, True),  # ten articles, but two seeds
-        (15, "seed × article", 3, False),
-        (12, "seed × article", 3, True),  # three seeds, but four articles
+        ((2, 10), "seed × article", 3, True),
+        ((3, 5), "seed × article", 1, False),  # its own count of seeds, whatever the chapter ran with
+        ((3, 4), "layer × article", None, True),
+        (2, "sizes", None, True),  # a slope over two sizes is no slope
+        (15, "seed × article", 3, False),  # an older record: pairs, and the chapter's seeds
+        (12, "seed × article", 3, True),
         (20, "seed × article", None, False),
         (1, None, None, False),
     ],
@@ -506,13 +513,18 @@ def test_an_interval_on_too_few_units_is_not_judged(n, resampled, seeds, few):
     assert verdicts.judge(rules.Bound(), 0, None, "analogue", n, resampled, seeds) == "holds here"
 
 
-def test_a_chapter_counts_its_seeds_when_it_records_and_when_it_is_read(book, log, tmp_path):
+@pytest.mark.parametrize("older", [False, True])
+def test_seeds_are_counted_when_a_chapter_records_and_when_it_is_read(book, log, older):
     log.parameters["seeds"] = [0, 1]
-    about = {"ci": (2.5, 4), "n": 20, "resampled": "seed × article", "scope": "analogue"}
-    assert log.record("rule.above", 3, **about).verdict == "too few"
-    log.save()
+    record = log.record("rule.above", 3, ci=(2.5, 4), n=(2, 10), resampled="seed × article", scope="analogue")
+    assert record.verdict == "too few" and record.measured() == "3 [2.5, 4], n = 2 × 10 (seed × article)"
+    content = json.loads(log.save().path.read_text())
+    assert content["records"][0]["n"] == [2, 10]
+    if older:  # pairs were counted
+        content["records"][0]["n"] = 20
+        log.path.write_text(json.dumps(content))
     ((_, (again,)),) = claims.load_results(log.path.parent, book)
-    assert again.verdict == "too few"
+    assert again.verdict == "too few" and (older or again == record)
 
 
 # ---------------------------------------------------------------------------------------------------------- controls
