@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from tests import tiny
 from tests.press.house import House, why_not_nobody
 
 EARLY, WITH_MODEL = 3.0, 40.0
@@ -57,34 +59,34 @@ def asked(command: str, *says: str, **options) -> Case:
 WORDS = [
     asked("run 99", "chapter='99'", "0  00_how_to_read"),
     asked("run 1 nowhere", "chapter='nowhere'", "allowed (number or slug)"),
-    asked("verify 99", "chapter='99'", "allowed (number or slug)"),
+    asked("verify 99", "chapter='99'", "allowed (number or slug)", soak=True),
     asked("run --profile huge", "profile='huge' does not exist; allowed: ", "quick"),
     asked("book --profile huge", "profile='huge' does not exist; allowed: ", "quick"),
     asked("run --profile ../quick", "profile='../quick'", "allowed: "),
     asked("", "usage: ", "command"),
     asked("bake", "invalid choice: 'bake'", "'run'"),
-    asked("run --fast", "unrecognized arguments: --fast"),
+    asked("run --fast", "unrecognized arguments: --fast", soak=True),
     asked("run 1 -p", "-p/--parameter: expected 2 arguments"),
-    asked("run 1 -p steps", "-p/--parameter: expected 2 arguments"),
+    asked("run 1 -p steps", "-p/--parameter: expected 2 arguments", soak=True),
     asked("run 1 -p stepz 3", "-p: parameter='stepz'", "allowed:\n  01_topk_sae_is_rank1_moe: teacher, layer"),
     asked("run -p nowhere 3", "-p: parameter='nowhere'", "allowed:\n  00_how_to_read: "),
 ]
 TYPES = [
     asked("run 1 -p n_tokens 4,000", "-p: n_tokens='4,000'; allowed: a whole number, such as 30000"),
     asked("run 1 -p n_tokens 1.5", "-p: n_tokens=1.5; allowed: a whole number"),
-    asked("run 1 -p n_tokens ''", "-p: n_tokens=None; allowed: a whole number"),
-    asked("run 1 -p n_tokens .inf", "-p: n_tokens=inf; allowed: a whole number"),
-    asked("run 1 -p n_tokens true", "-p: n_tokens=True; allowed: a whole number"),
+    asked("run 1 -p n_tokens ''", "-p: n_tokens=None; allowed: a whole number", soak=True),
+    asked("run 1 -p n_tokens .inf", "-p: n_tokens=inf; allowed: a whole number", soak=True),
+    asked("run 1 -p n_tokens true", "-p: n_tokens=True; allowed: a whole number", soak=True),
     asked("run 1 -p seeds 0", "-p: seeds=0; allowed: a list, such as [0, 1, 2]"),
-    asked("run 1 -p seeds '[0, a]'", "-p: seeds=[0, 'a']; allowed: in it a whole number"),
+    asked("run 1 -p seeds '[0, a]'", "-p: seeds=[0, 'a']; allowed: in it a whole number", soak=True),
     asked("run 1 -p seeds '[0'", "-p: seeds='[0' is not YAML", "allowed: such as"),
     asked("run 1 -p corpus 2024-13-45", "-p: corpus='2024-13-45' is not YAML", "allowed: such as"),
-    asked("run 1 -p corpus 2024-11-25", "-p: corpus=", "allowed: a text"),
+    asked("run 1 -p corpus 2024-11-25", "-p: corpus=", "allowed: a text", soak=True),
     asked("run 1 -p seeds {deep}", "-p: seeds=", "is not YAML", "allowed: such as", name="nested_5000_deep"),
     asked("run 9 -p strengths '{auxk: 1}'", "-p: strengths={'auxk': 1}; allowed: in it a list"),
     asked("run 1 -p device 3", "-p: device=3; allowed: a text"),
     asked("run 1 -p device abacus", "device='abacus'", "allowed: 'auto', 'cpu'"),
-    asked("run 1 -p device CPU", "device='CPU'", "allowed: 'auto', 'cpu'"),
+    asked("run 1 -p device CPU", "device='CPU'", "allowed: 'auto', 'cpu'", soak=True),
     asked("run 1 -p results_dir 3", "-p: results_dir=3; allowed: a text"),
     asked("run 1 -p cache_dir '[a]'", "-p: cache_dir=['a']; allowed: a text"),
     asked(
@@ -133,9 +135,9 @@ def locked_and_build_for_all(house: House) -> None:
 NO_HOME = {"HOME": None, "XDG_CACHE_HOME": None, "RANK1_CACHE": None}
 PLACES = [
     asked("run 3 -p results_dir {own}/file", "results_dir='", "/file'", "allowed: a folder", prepare=file_in_place),
-    asked("run 3 -p results_dir {own}/file/in", "results_dir='", "allowed: a folder", prepare=file_in_place),
+    asked("run 3 -p results_dir {own}/file/in", "results_dir='", "allowed: a folder", prepare=file_in_place, soak=True),
     asked("run 3 -p results_dir ~nobody54321/in", "results_dir='~nobody54321/in'", "allowed: a full path"),
-    asked("run 3 -p cache_dir {own}/file", "cache_dir='", "/file'", "allowed: a folder", prepare=file_in_place),
+    asked("run 3 -p cache_dir {own}/file", "cache_dir='", "allowed: a folder", prepare=file_in_place, soak=True),
     asked("run 3 -p cache_dir {own}/file/in", "cache_dir='", "allowed: a folder", prepare=file_in_place),
     asked(
         "run 3", "RANK1_CACHE='", "allowed: a folder", prepare=file_in_place, name="cache_is_a_file",
@@ -189,8 +191,9 @@ def register_gone(house: House) -> None:
     (house.root / "book" / "claims.yml").unlink()
 
 
-def mine(content: str | bytes, name: str, *says: str) -> Case:
-    return asked("run 3 --profile mine", "mine.yml", *says, prepare=profile(content), name=f"profile_{name}")
+def mine(content: str | bytes, name: str, *says: str, soak: bool = True) -> Case:
+    options = {"prepare": profile(content), "name": f"profile_{name}", "soak": soak}
+    return asked("run 3 --profile mine", "mine.yml", *says, **options)
 
 
 def third(content: str | bytes, name: str, *says: str) -> Case:
@@ -199,7 +202,7 @@ def third(content: str | bytes, name: str, *says: str) -> Case:
 
 
 FILES = [
-    mine("common: [", "not_yaml", "is not YAML"),
+    mine("common: [", "not_yaml", "is not YAML", soak=False),
     mine(b"common: {device: \xff}", "not_text", "is not YAML"),
     mine("[" * 5000, "nested_5000_deep", "is not YAML"),
     mine("- 1", "list", "allowed: names with their values"),
@@ -207,7 +210,7 @@ FILES = [
     mine("99_x: {steps: 1}", "no_chapter", "99_x", "allowed: "),
     mine("common: {stepz: 1}", "no_parameter", "stepz", "allowed:"),
     mine("3: {stepz: 1}", "number", "3", "allowed: "),
-    mine("03_gaussian_has_nothing_sparse: {steps: many}", "type", "steps='many'; allowed: a whole number"),
+    mine("03_gaussian_has_nothing_sparse: {steps: many}", "type", "steps='many'; allowed: a whole number", soak=False),
     third("{", "not_json", "allowed: "),
     third(b"\xff", "not_text", "allowed: "),
     third("[1]", "list", "allowed: "),
@@ -274,6 +277,7 @@ def bad(name: str, *says: str, command: str = "run 1", code: int = 1, **options)
 
 
 REFUSES = "if k > 3:\n    raise ValueError(f'k={k}; allowed: 1 to 3')"
+MAGICS = "%matplotlib inline\nx = !echo 1\n?print\nimport asyncio\nawait asyncio.sleep(0)"
 KILLED = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
 
 
@@ -294,14 +298,14 @@ def without_bs4(house: House) -> None:
 
 RUNS = [
     bad("cell_syntax", "01_first: cell 3 of the notebook, line 2", "dims = [", prepare=cells("x = 1\ndims = [")),
-    bad("cell_error", "In [2] (cell 3", "ZeroDivisionError", "partial notebook: ", prepare=cells("1 / 0")),
+    bad("cell_error", "In [2] (cell 3", "ZeroDivisionError", "partial notebook: ", prepare=cells("1 / 0"), soak=True),
     bad("default_refused", "k=4; allowed: 1 to 3", "partial notebook: ", prepare=cells(REFUSES), soak=True),
     bad("parameter_refused", "k=9; allowed: 1 to 3", command="run 1 -p k 9", code=2, prepare=cells(REFUSES)),
     bad("kernel_killed", "the kernel stopped", "was memory enough?", "partial notebook: ", prepare=cells(KILLED)),
     bad("no_records", "wrote no records", prepare=cells("import sys, IPython\nresults_dir = str(results_dir) + 'x'"),
         soak=True),
     bad("no_jupyter_book", "the package 'bs4' is missing", command="book", prepare=cells(also=without_bs4)),
-    good(name="magics", prepare=cells("%matplotlib inline\nx = !echo 1\n?print\nawait __import__('asyncio').sleep(0)")),
+    good(name="magics", prepare=cells(MAGICS), soak=True),
     good(name="no_home_no_account_but_a_cache", prepare=cells(also=own_for_all), nobody=True,
          environment={**NO_HOME, "RANK1_CACHE": "{own}/cache"}),
     good(name="home_not_the_users", prepare=cells(also=own_for_all), nobody=True, soak=True,
@@ -414,6 +418,77 @@ def slow(own, n):
 """
 
 
+# -- chapters of the book that are asked wrongly -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder with a tiny model and a text for it."""
+    folder = tmp_path_factory.mktemp("own")
+    tiny.save(folder / "teacher", "gpt-neox")
+    paragraphs = enumerate(tiny.text(200).split("\n\n"))
+    lines = [json.dumps({"article": i // 3, "text": each}) for i, each in paragraphs]
+    (folder / "text.jsonl").write_text("\n".join(lines), "utf-8")
+    return folder
+
+
+def model(name: str, command: str, *says: str, soak: bool = True, **options) -> Case:
+    """A question about a tiny model, which chapter and model must refuse."""
+    number, _, rest = command.partition(" ")
+    given = "-p teacher {own}/teacher -p layer 1 -p corpus {own}/text.jsonl "
+    return Case(f"run {number} {given}{rest}", says, seconds=WITH_MODEL, name=name, soak=soak, **options)
+
+
+def no_config(house: House) -> None:
+    (house.own / "teacher" / "config.json").unlink()
+
+
+def cut_weights(house: House) -> None:
+    path = house.own / "teacher" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty_corpus(house: House) -> None:
+    (house.own / "text.jsonl").write_text("")
+
+
+def no_corpus(house: House) -> None:
+    (house.own / "text.jsonl").write_bytes(b"PK\x03\x04\0\0")
+
+
+MODELS = [
+    model("layer", "0 -p layer 99", "layer=99", "allowed: ", soak=False),
+    model("layer_below", "0 -p layer -1", "layer=-1", "allowed: "),
+    model("no_config", "0", "teacher='", "config.json", "allowed: ", prepare=no_config),
+    model("cut_weights", "0", "teacher='", prepare=cut_weights),
+    model("no_hub", "0 -p teacher no-such/model", "teacher='no-such/model'", environment={"HF_HUB_OFFLINE": "1"}),
+    model("unknown_teacher", "0 -p teacher nowhere", "teacher='nowhere'", "allowed: "),
+    model("unknown_corpus", "0 -p corpus nowhere", "corpus='nowhere'", "allowed: "),
+    model("empty_corpus", "0", "corpus='", prepare=empty_corpus),
+    model("corpus_no_text", "0", "corpus='", prepare=no_corpus),
+    model("tokens_0", "1 -p n_tokens 0", "n_tokens=0", "allowed: "),
+    model("tokens_below", "1 -p n_tokens -5", "n_tokens=-5", "allowed: "),
+    model("tokens_beyond", "1 -p n_tokens 1e15", "n_tokens=1,000,000,000,000,000", "allowed: "),
+    model("k_beyond", "1 -p n_tokens 500 -p n_features 8 -p k 9", "k=9", "allowed: "),
+    model("k_0", "1 -p n_tokens 500 -p k 0", "k=0", "allowed: "),
+    model("features_0", "1 -p n_tokens 500 -p n_features 0", "n_features=0", "allowed: "),
+    model("steps_0", "1 -p n_tokens 500 -p n_features 32 -p k 2 -p steps 0", "steps=0", "allowed: "),
+    model("seeds_none", "1 -p n_tokens 500 -p n_features 32 -p k 2 -p steps 2 -p seeds []", "seeds=[]", "allowed: "),
+    asked("run 3 -p dims []", "dims=[]", "allowed: ", seconds=WITH_MODEL, soak=True),
+    asked("run 7 -p workers two", "workers='two'", "allowed: ", seconds=WITH_MODEL, soak=True),
+    asked("run 7 -p lrs []", "lrs=[]", "allowed: ", seconds=WITH_MODEL, soak=True),
+    asked("run 3 -p device mps", "device='mps'", "allowed here: ", seconds=WITH_MODEL, soak=True),
+    asked("run 7", "RANK1_SCHEDULER='tcp://127.0.0.1:9'", "no scheduler answers", "allowed: ", code=1, soak=True,
+          seconds=WITH_MODEL, environment={"RANK1_SCHEDULER": "tcp://127.0.0.1:9"}, name="dead_scheduler"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", marked(MODELS))
+def test_a_chapter_refuses_by_the_parameter(house, case, own):
+    shutil.copytree(own, house.own, dirs_exist_ok=True)
+    answer(house, case, "_build", "cache")
+
+
 # -- an output that cannot take what is said ---------------------------------------------------------------------------
 
 
@@ -502,7 +577,8 @@ FILLS = (
 )
 
 
-@pytest.mark.parametrize("where", ["build", pytest.param("cache", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("where", ["build", "cache"])
 def test_a_disk_that_fills_while_a_chapter_runs_is_named_and_leaves_nothing_half(house, disk, where):
     house.chapter(FILLS.replace("{own}", str(house.own)), KEEPS)
     disk("size=4m")
