@@ -140,16 +140,22 @@ class Chapter:
     ) -> Control:
         """Keeps what a check's quantity is where the claim is false by construction, judged by the same rule.
 
-        The code is that of the record; the arguments are those of `record`. Raises `ValueError` also where the
-        register does not say what the check's control is.
+        The code is that of the record; the arguments are those of `record`, and `value` may be a list of comparisons
+        of data that were relabelled at random. Raises `ValueError` also where the register does not say what the
+        check's control is.
         """
         entry = register()[claim]
         check = _variant(entry, variant)
         allowed(bool(entry.checks[check].control), f"{claim}/{check} has no `control`", "a check that says what it is")
-        value, ci, n, resampled = _measured(value, ci, n, resampled)
-        _can_be_judged(entry, check, value, ci, n)
-        rejected = entry.checks[check].rejects(value, ci)
-        result = Control(claim=claim, check=check, value=value, ci=ci, n=n, resampled=resampled, rejected=rejected)
+        several = isinstance(value, list)
+        given = value if several else [value]
+        found = sorted((_measured(each, ci, n, resampled) for each in given), key=lambda each: each[0])
+        for each in found:
+            _can_be_judged(entry, check, *each[:3])
+        value, ci, n, resampled = found[len(found) // 2]
+        draws = [(each, *interval) for each, interval, *_ in found] if several else []
+        about = {"claim": claim, "check": check, "value": value, "ci": ci, "n": n, "resampled": resampled}
+        result = Control(**about, draws=draws, rejected=True).judged(entry.checks[check])
         if result not in self.controls:
             self.controls.append(result)
         return result
@@ -375,7 +381,8 @@ def load_results(folder: Path, book: Register | None = None) -> list[tuple[Resul
             results = validated(Results, content, path.name)
             seeds = _seeds(results.parameters)
             results.controls = [_control_again(control, book, path.name) for control in results.controls]
-            found.append((results, [_judged_again(row, book, path.name, seeds) for row in results.records]))
+            judged = [row for row in results.records if not _retired(row, book)]
+            found.append((results, [_judged_again(row, book, path.name, seeds) for row in judged]))
     return found
 
 
@@ -392,13 +399,18 @@ def _control_again(control: Control, book: Register, name: str) -> Control:
     asked = next((claim.checks.get(control.check) for claim in book.claims if claim.id == control.claim), None)
     there = f"{name} is stale: control of {control.claim}/{control.check}"
     allowed(asked is not None, there, "a check of the register: run its chapter again or delete it")
-    return control.model_copy(update={"rejected": asked.rejects(control.value, control.ci)})
+    return control.judged(asked)
 
 
 def _seeds(parameters: Mapping[str, Any]) -> int | None:
     """How many seeds a chapter ran with; None where it has no list of them."""
     seeds = parameters.get("seeds")
     return len(seeds) if hasattr(seeds, "__len__") else None
+
+
+def _retired(row: Record, book: Register) -> bool:
+    old = next((claim.retired for claim in book.claims if claim.id == row.claim), {})
+    return any(row.metric.split(BETWEEN)[0] == metric or row.metric.endswith(metric) for metric in old)
 
 
 def _judged_again(row: Record, book: Register, name: str, seeds: int | None) -> Record:

@@ -126,24 +126,23 @@ class Check(Strict):
     """One measured quantity and the rule that judges it; `why` says where the rule's threshold comes from.
 
     `control` says what is measured where the claim is false by construction, which the rule must reject; `no_control`
-    why nothing is.
+    why nothing is. `changed` says when the rule was another, and why it is not any more. `paper` holds the paper's own
+    numbers for this quantity, where it prints some.
     """
 
     metric: str
+    paper: list[float] = []
     rule: Rule
     why: str
     unit: str = ""
     control: str = ""
     no_control: str = ""
+    changed: str = ""
 
     @model_validator(mode="after")
     def _can_be_seen_to_fail(self) -> Check:
         allowed(bool(self.control) != bool(self.no_control), "neither or both of control, no_control", "one of them")
         return self
-
-    def rejects(self, value: float, ci: tuple[float, float] | None) -> bool:
-        """Whether the rule does not hold for a control's number."""
-        return self.rule.outcome(value, *(ci or (value, value))) != "holds"
 
 
 class Paper(Strict):
@@ -168,9 +167,12 @@ class PaperSays(Strict):
 
 class Claim(Strict):
     """A claim. `teachers` are the hub ids of the paper's own setting, or `any` where no teacher is involved
-    (a theorem, synthetic data); an empty list says that the paper's setting is not public."""
+    (a theorem, synthetic data); an empty list says that the paper's setting is not public. `retired`: metrics, or
+    ends of metrics, that the claim was judged by before, and why it is not any more; kept records of them are passed
+    over."""
 
     id: str = Field(pattern=r"^[a-z0-9]+(\.[a-z0-9]+)+$")
+    title: str = Field("", max_length=60)
     statement: str
     source: Source
     paper_says: PaperSays
@@ -178,6 +180,7 @@ class Claim(Strict):
     chapter: str
     teachers: list[str] | Literal["any"]
     checks: dict[str, Check] = Field(min_length=1)
+    retired: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _metrics_differ(self) -> Claim:

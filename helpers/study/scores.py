@@ -6,7 +6,7 @@ Definitions follow the book's glossary: FVU is centred on the mean of the same r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -280,6 +280,23 @@ def slope(x: Sequence[float], y: Sequence[float], *, level: float = 0.95) -> Com
     return Comparison(float(value), (float(value - margin), float(value + margin)), [], sizes, "sizes")
 
 
+RELABELLINGS = 40
+"""How often labels are dealt afresh for a negative control."""
+
+
+def relabelled(*columns: Iterable[float], draws: int = RELABELLINGS) -> Iterator[Float[np.ndarray, "columns seeds"]]:
+    """Columns with their labels dealt afresh for each seed: alike but for noise. Dealings that are alike for all seeds
+    only rename the columns, and are left out. Raises `ValueError` for fewer than two seeds."""
+    values, random = np.array([list(column) for column in columns], float), np.random.default_rng(0)
+    if values.shape[1] < 2:
+        raise ValueError(f"columns have {values.shape[1]} seeds; allowed: at least 2, so that labels can be dealt")
+    while draws:
+        places = random.permuted(np.indices(values.shape)[0], axis=0)
+        if (places != places[:, :1]).any():
+            draws -= 1
+            yield np.take_along_axis(values, places, axis=0)
+
+
 # -- one table of sums -------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +408,28 @@ class Sums:
     def ratio(self, over: Hashable, under: Hashable, **options) -> Comparison:
         """FVU of one cell over that of another."""
         return self.compare(lambda a, b: a.fvu / b.fvu, over, under, scale="log", **options)
+
+    def relabelled(self, *groups: Sequence[Hashable], draws: int = RELABELLINGS) -> Iterator[Sums]:
+        """Tables in which the labels of groups of cells are dealt afresh for each seed and unit, so that nothing but
+        noise sets one group apart from another: a negative control for what compares them. Groups are of one length,
+        their cells in one order. Columns that they do not share are left out."""
+        random, names = np.random.default_rng(0), [name for group in groups for name in group]
+        for _ in range(draws):
+            cells: dict[Hashable, dict[int, dict[str, np.ndarray]]] = {name: {} for name in names}
+            for seed in self.seeds(*names):
+                order: dict[int, np.ndarray] = {}  # by the number of units: the same for all columns over these
+                for alike in zip(*groups, strict=True):
+                    own = [self.cells[name][seed] for name in alike]
+                    for column in own[0]:
+                        if len({np.shape(each.get(column)) for each in own}) > 1:
+                            continue  # not in all of them, or of another width
+                        values = np.stack([each[column] for each in own])
+                        units = values.shape[1]
+                        places = np.tile(np.arange(len(groups)), (units, 1))
+                        dealt = order.setdefault(units, random.permuted(places, axis=1).T)
+                        for name, place in zip(alike, dealt, strict=True):
+                            cells[name].setdefault(seed, {})[column] = values[place, np.arange(units)]
+            yield Sums(cells, self.shared)
 
     def _stacked(self, name: Hashable, seeds: Sequence[int]) -> dict[str, np.ndarray]:
         own = [self.cells[name][seed] for seed in seeds]

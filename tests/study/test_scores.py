@@ -208,3 +208,37 @@ def test_recovery_does_not_depend_on_lengths(size):
         plain.mcc, abs=0.05 if size < 1e-38 else 1e-6
     )  # denormal numbers have few digits
     assert (scaled.found, scaled.duplicates) == (plain.found, plain.duplicates)
+
+
+# ------------------------------------------------------------------------------------------------------ relabelled data
+def test_columns_are_dealt_afresh_for_each_seed_and_never_alike_for_all():
+    columns = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+    drawn = list(scores.relabelled(*columns))
+    assert len(drawn) == scores.RELABELLINGS
+    for one in drawn:
+        assert (np.sort(one, axis=0) == columns).all() and not (one == columns).all()
+    assert len({one.tobytes() for one in drawn}) == 2**3 - 2
+    assert len(list(scores.relabelled([1.0, 1.0], [1.0, 1.0], draws=3))) == 3
+    with pytest.raises(ValueError, match="columns have 1 seeds"):
+        next(scores.relabelled([1.0], [2.0]))
+
+
+def test_a_relabelled_table_keeps_its_pairs_and_loses_what_sets_groups_apart():
+    random = np.random.default_rng(0)
+    norms = random.uniform(1, 2, size=(4, 3, 30))
+    cells = {
+        name: {seed: {"errors": level * norms[i, seed], "norms": norms[i, seed]} for seed in range(3)}
+        for i, (name, level) in enumerate({"a": 0.9, "b": 0.3, "c": 0.6, "d": 0.2}.items())
+    }
+    table = scores.Sums(cells)
+    gain = lambda a, b, c, d: (a.fvu / b.fvu) / (c.fvu / d.fvu)  # noqa: E731
+    assert table.ratio("a", "b").value == pytest.approx(3)
+    within = [dealt.ratio("a", "b") for dealt in table.relabelled(["a"], ["b"])]
+    assert np.mean([one.ci[0] < 1 < one.ci[1] for one in within]) > 0.9
+    for dealt in table.relabelled(["a", "b"], ["c", "d"], draws=3):
+        for seed in range(3):
+            for pair in (("a", "b"), ("c", "d")):
+                first, second = (dealt.cells[name][seed] for name in pair)
+                levels = [each["errors"] / each["norms"] for each in (first, second)]
+                assert levels[0] / levels[1] == pytest.approx(np.full(30, 3))  # dealt together
+        assert dealt.compare(gain, "a", "b", "c", "d").value == pytest.approx(1, abs=0.05)
