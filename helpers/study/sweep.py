@@ -10,11 +10,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from helpers import settings
+
+if TYPE_CHECKING:  # it takes a second
+    from distributed import Client
 
 T = TypeVar("T")
 
@@ -57,31 +60,33 @@ def sweep(
     settings.allowed(good, f"workers={workers!r}", "a whole number, at least 0, or None for one a core")
     if workers == 0:
         return [_named(task, cell) for cell in settings.progress(cells, label, delay=2)]
-    address = address or os.environ.get(ADDRESS)
+    address = address or os.environ.get(ADDRESS) or None
     workers = min(workers or cores(), max(1, len(cells)))
     if address is None and workers == 1:
         return [_alone(task, cell) for cell in settings.progress(cells, label, delay=2)]
+    return _on_dask(task, cells, label, _client(address, workers))
+
+
+def _on_dask(task: Callable[..., T], cells: Sequence[Mapping[str, Any]], label: str, client: Client) -> list[T]:
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
-    client = _client(address, workers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cells that carry arrays are large; that is meant
         futures = {client.submit(_alone, task, dict(cell), pure=False): cell for cell in cells}
     try:
         for done in settings.progress(as_completed(futures), label, total=len(futures), delay=2):
-            try:
-                done.result()
-            except KilledWorker:
-                why = "its process was killed, and again when tried anew; was memory enough?"
-                raise RuntimeError(_failed(task, futures[done], why)) from None
+            if isinstance(error := done.exception(), KilledWorker):
+                error = RuntimeError(_failed(task, futures[done], "its process was killed twice; was memory enough?"))
+            if error is not None:
+                raise error
         return [future.result() for future in futures]
     finally:
         client.cancel(list(futures))
 
 
 @cache
-def _client(address: str | None, workers: int):
+def _client(address: str | None, workers: int) -> Client:
     """A connection that lasts as long as this process: starting workers takes seconds, most of it `import torch`."""
     import dask
     from distributed import Client, LocalCluster
