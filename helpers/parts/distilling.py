@@ -379,26 +379,7 @@ def contrast(
     def product(*cells: Totals) -> float:
         return math.prod(cell.fvu**power for cell, power in zip(cells, exponents, strict=True))
 
-    return errors_of(*students).compare(product)
-
-
-def settled(outcomes: Sequence[Outcome], share: float = 0.1) -> Comparison:
-    """Training loss in the middle of a run over that at its end, for runs of one length with several seeds.
-
-    Each is the mean over a window of `share` of the run, the middle one centred on half. The interval is over runs
-    and logged batches. Rows of a training batch are not held out: the loss is FVU on rows of which some are known.
-    """
-    total = len(outcomes[0].curve[1])
-    width = round(share * total)
-    given = f"share={share} of {total} logged steps is {width}"
-    allowed(width >= 2 and 0 < share <= 0.5, given, "at least 2, and at most half")
-    starts = {"middle": (total - width) // 2, "end": total - width}
-    cells = {
-        name: {each.seed: {"loss": np.array(each.curve[1][start : start + width])} for each in outcomes}
-        for name, start in starts.items()
-    }
-    found = Sums(cells).compare(lambda middle, end: middle.total("loss") / end.total("loss"), *cells)
-    return replace(found, n=width, resampled="samples")
+    return errors_of(*students).compare(product, scale="log")
 
 
 # -- what an expert responds to ----------------------------------------------------------------------------------------

@@ -75,10 +75,10 @@ def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explaine
     """FVE of one over FVE of another, or over a number; of lists, one for each layer, the layers' geometric mean."""
     of = [of] if isinstance(of, Explained) else list(of)
     if isinstance(to, float):
-        return estimate(lambda shares: geometric(shares / to), *of, **options)
+        return estimate(lambda shares: geometric(shares / to), *of, scale="log", **options)
     to = [to] if isinstance(to, Explained) else list(to)
     allowed(len(of) == len(to), f"{len(to)} parts to divide {len(of)} by", "as many")
-    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, **options)
+    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, scale="log", **options)
 
 
 def over_layers(of: Sequence[Explained], to: float, **options) -> Comparison:
@@ -87,8 +87,8 @@ def over_layers(of: Sequence[Explained], to: float, **options) -> Comparison:
     draws = [len(part.explained) for part in of]
     allowed(set(draws) == {1}, f"parts of {draws} draws", "one draw each")
     layers = {i: {"explained": part.explained[0], "total": part.total} for i, part in enumerate(of)}
-    table = Sums({"": layers})
-    found = table.compare(lambda cell: geometric(cell["explained"] / cell["total"] / to), fewest=FEWEST, **options)
+    table, options = Sums({"": layers}), {"fewest": FEWEST, "scale": "log"} | options
+    found = table.compare(lambda cell: geometric(cell["explained"] / cell["total"] / to), **options)
     return replace(found, resampled="layer × article") if len(of) > 1 else found
 
 

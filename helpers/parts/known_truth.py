@@ -25,7 +25,7 @@ from helpers import settings
 from helpers.dictionary import RankOneDictionary, topk_sae
 from helpers.parts.worlds import World, random_atoms
 from helpers.settings import allowed, one_of
-from helpers.study.scores import Comparison, evaluate, over_seeds, recovery
+from helpers.study.scores import Comparison, evaluate, over_seeds, recovery, relabelled
 from helpers.study.study import EQUAL, Arm, Judged, Outcome, choose, study
 from helpers.training import Fresh, remedies
 from helpers.training.remedies import Balance, Moment, load_shares
@@ -303,16 +303,32 @@ def difference_of_means(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def paired(
-    first: pd.DataFrame, second: pd.DataFrame, column: str, statistic: Callable[..., float] = ratio_of_means
-) -> Comparison:
-    """A `statistic` of one column of two candidates' lines, with an interval over pairs of seeds."""
-    return over_seeds(*(each.sort_values("seed")[column] for each in (first, second)), statistic=statistic)
+def paired(
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    column: str,
+    statistic: Callable[..., float] = ratio_of_means,
+    *,
+    dealt: bool = False,
+) -> Comparison | list[Comparison]:
+    """A `statistic` of one column of two candidates' lines, with an interval over pairs of seeds: of a difference, or
+    of a positive ratio; with `dealt` a list of what it is where their labels are dealt afresh for each seed
+    (`scores.relabelled`)."""
+    columns = [each.sort_values("seed")[column] for each in (first, second)]
+    options = {"statistic": statistic, "scale": "plain" if statistic is difference_of_means else "log"}
+    found = [over_seeds(*some, **options) for some in (relabelled(*columns) if dealt else [columns])]
+    return found if dealt else found[0]
 
 
-def times_fewer(more: pd.DataFrame, fewer: pd.DataFrame, n_features: int) -> Comparison:
+def mean(lines: pd.DataFrame, column: str) -> Comparison:
+    """Mean over seeds of a share, such as of dead features, or of FVU; the interval stays in their range."""
+    return over_seeds(lines[column], scale="log" if column == "fvu" else "logit")
+
+
+def times_fewer(more: pd.DataFrame, fewer: pd.DataFrame, n_features: int, **options) -> Comparison | list[Comparison]:
     """Dead features of the first candidate over those of the second, summed over paired seeds, on test rows.
 
-    A count of zero is taken as one, on both sides: below, it makes the ratio a lower bound.
+    A count of zero is taken as one, on both sides: below, it makes the ratio a lower bound. `options` of `paired`.
     """
 
     in_all = n_features * len(more)  # means times this, so that what is left without a seed is no smaller
@@ -320,7 +336,7 @@ def times_fewer(more: pd.DataFrame, fewer: pd.DataFrame, n_features: int) -> Com
     def fold(first: np.ndarray, second: np.ndarray) -> float:
         return max(in_all * first.mean(), 1.0) / max(in_all * second.mean(), 1.0)
 
-    return paired(more, fewer, "dead", fold)
+    return paired(more, fewer, "dead", fold, **options)
 
 
 # -- the Switch gradient, in parts -------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def reported_method(
 ) -> dict[str, object]:
     """A method at a site as a results file has it: what was chosen with all its seeds, all candidates that were
     `tried` with the first, and of them the one that caps the most."""
-    rate, fvu = table.compare(lambda cell: cell.largest_rate, key), table.fvu(key)
+    rate, fvu = table.compare(lambda cell: cell.largest_rate, key, scale="logit"), table.fvu(key)
     by_seed = {f"{name}_by_seed": [_measures(each)[name] for each in runs] for name in MEASURES}
     capped = tried[choose(dict(enumerate(tried)), "largest_rate")]
     return (

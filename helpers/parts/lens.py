@@ -54,8 +54,11 @@ def lens_hits(bench: LayerRows, logits: Float[Tensor, "experts vocabulary"], top
     rows only; intervals over experts × articles.
     """
     allowed(1 <= top < logits.shape[1], f"top={top} words", f"1 to {logits.shape[1] - 1}")
-    table, names = _hits(bench, logits, top), ("own", "base", "shuffled", "lift")
-    return {name: table.compare(lambda cell, name=name: _shares(cell)[name], fewest=FEWEST) for name in names}
+    table, scales = _hits(bench, logits, top), {"own": "logit", "base": "logit", "shuffled": "plain", "lift": "plain"}
+    return {
+        name: table.compare(lambda cell, name=name: _shares(cell)[name], fewest=FEWEST, scale=scale)
+        for name, scale in scales.items()  # the plain ones may be negative
+    }
 
 
 def _hits(bench: LayerRows, logits: Tensor, top: int) -> Sums:

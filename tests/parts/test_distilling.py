@@ -266,16 +266,6 @@ def test_a_ratio_is_of_sums_and_its_interval_is_paired():
         distilling.ratio(over, made_up(5, [[1.0, 100.0]], task="gaussian"))
 
 
-def test_settled_compares_the_middle_with_the_end():
-    loss = [9.0] * 45 + [3.0] * 10 + [7.0] * 35 + [2.0] * 10
-    curves = (loss, [2 * each for each in loss])
-    outcomes = [Outcome({}, {}, seed=i, curve=(list(range(100)), each)) for i, each in enumerate(curves)]
-    found = distilling.settled(outcomes)
-    assert found.value == pytest.approx(1.5) and found.ci == pytest.approx((1.5, 1.5)) and found.n == 10
-    with pytest.raises(ValueError, match="share=0.01"):
-        distilling.settled(outcomes, 0.01)
-
-
 # -- what an expert responds to ----------------------------------------------------------------------------------------
 
 
