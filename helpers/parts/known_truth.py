@@ -303,7 +303,6 @@ def difference_of_means(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def paired(
-def paired(
     first: pd.DataFrame,
     second: pd.DataFrame,
     column: str,

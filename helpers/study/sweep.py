@@ -56,7 +56,8 @@ def sweep(
     good = workers is None or isinstance(workers, int) and workers >= 0
     settings.allowed(good, f"workers={workers!r}", "a whole number, at least 0, or None for one a core")
     if workers == 0:
-        return [_named(task, cell) for cell in settings.progress(cells, label, delay=2)]
+        every = torch.get_num_threads()
+        return [_alone(task, cell, every) for cell in settings.progress(cells, label, delay=2)]
     address = address or os.environ.get(ADDRESS)
     workers = min(workers or cores(), max(1, len(cells)))
     if address is None and workers == 1:
@@ -126,23 +127,18 @@ async def _kind(address: str) -> str:
         return f"{type(error).__name__} {error}".strip()
 
 
-def _named(task: Callable[..., T], cell: Mapping[str, Any]) -> T:
-    try:
-        return task(**cell)
-    except Exception as error:
-        raise RuntimeError(_failed(task, cell, error)) from error
-
-
 def _failed(task: Callable[..., T], cell: Mapping[str, Any], why: Any) -> str:
     told = ", ".join(f"{name}={value!r}" for name, value in cell.items())
     return f"{task.__name__}({told[:500]}) failed: {why}"
 
 
-def _alone(task: Callable[..., T], cell: Mapping[str, Any]) -> T:
+def _alone(task: Callable[..., T], cell: Mapping[str, Any], threads: int = 1) -> T:
     """One thread whatever runs beside it, so that a cell's numbers do not depend on the number of workers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        return _named(task, cell)
+        return task(**cell)
+    except Exception as error:
+        raise RuntimeError(_failed(task, cell, error)) from error
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
