@@ -40,7 +40,9 @@ def sweep(
     """`[task(**cell) for cell in cells]`, in that order, each cell on one thread of one worker.
 
     Runs of small models do not fill several cores, so cells side by side finish sooner than threads within one. Cells
-    that store what they have done (`fit` does) are not repeated by a sweep that is started again.
+    that store what they have done (`fit` does) are not repeated by a sweep that is started again. `ValueError` for
+    workers below 0, and where no scheduler answers within seconds; `RuntimeError` names the cell that failed, from its
+    error, and those that have not begun are given up.
 
     Args:
         task: a function of an importable module; its arguments and result travel between processes.
@@ -48,24 +50,17 @@ def sweep(
             them here with all threads, as suits tasks that hold a large model.
         address: of a Dask scheduler, whose workers must have this repository installed and see the same cache folder;
             `RANK1_SCHEDULER` if None. It wins over `workers`.
-
-    Raises:
-        ValueError: for workers below 0, and for a scheduler that does not answer within seconds.
-        RuntimeError: naming the cell that failed, from its error; cells that have not begun are given up.
     """
     good = workers is None or isinstance(workers, int) and workers >= 0
     settings.allowed(good, f"workers={workers!r}", "a whole number, at least 0, or None for one a core")
-    if workers == 0:
-        every = torch.get_num_threads()
-        return [_alone(task, cell, every) for cell in settings.progress(cells, label, delay=2)]
-    address = address or os.environ.get(ADDRESS)
-    workers = min(workers or cores(), max(1, len(cells)))
-    if address is None and workers == 1:
-        return [_alone(task, cell) for cell in settings.progress(cells, label, delay=2)]
+    address, processes = address or os.environ.get(ADDRESS), min(workers or cores(), max(1, len(cells)))
+    if workers == 0 or address is None and processes == 1:
+        threads = torch.get_num_threads() if workers == 0 else 1
+        return [_alone(task, cell, threads) for cell in settings.progress(cells, label, delay=2)]
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
-    client = _client(address, workers)
+    client = _client(address, processes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cells that carry arrays are large; that is meant
         futures = {client.submit(_alone, task, dict(cell), pure=False): cell for cell in cells}
