@@ -24,7 +24,7 @@ UNMARKED = {
 }
 NO_PROSE = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|<style.*?</style>|<svg.*?</svg>", re.DOTALL)
 NAMED = re.compile(
-    r"(?:Theorem|Lemma|Corollary|Remark|Section|Hypothesis|Definition|Figure|Table) [A-Z]?\.?\d+(?:\.\d+)*"
+    r"(?:Python|Theorem|Lemma|Corollary|Remark|Section|Hypothesis|Definition|Figure|Table) [A-Z]?\.?\d+(?:\.\d+)*"
 )
 DECIMAL = re.compile(r"(?<![\w.])\d*\.\d+(?![\w.]*\d)")
 FILES = {path.name: texts for path, _, texts in numbers.prose()}
