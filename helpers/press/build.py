@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from helpers import settings
-from helpers.press import chapters, claims, execution, pages, scoreboard
+from helpers.press import claims, execution, pages, scoreboard
 from helpers.press.chapters import Job
 
 FOR_TOOLS = re.compile(r"[ \t]*# (?:fmt: (?:skip|off|on)|noqa).*$", re.MULTILINE)
@@ -40,13 +40,12 @@ REMOTE = re.compile(r"^(https?:)?//")
 REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
 
 
-def make(profile: str, console: Console, root: Path = settings.ROOT) -> int:
+def make(jobs: list[Job], profile: str, console: Console, root: Path = settings.ROOT) -> int:
     """Execute what is not valid any more, then build `_build/html`; 0 when every chapter and page is there.
 
     A chapter that fails does not keep the others from running, but no book is built then.
     """
     started = time.perf_counter()
-    jobs = chapters.plan((), profile, root=root)
     failures = execution.run(jobs, console)
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
@@ -73,7 +72,11 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(root / name, folder / name)
     for job in jobs:
-        nbformat.write(_as_page(nbformat.read(job.executed, as_version=4)), folder / "notebooks" / job.executed.name)
+        try:
+            notebook = _as_page(nbformat.read(job.executed, as_version=4))
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"{job.executed} is damaged; delete it, and its chapter runs again") from error
+        nbformat.write(notebook, folder / "notebooks" / job.executed.name)
     made = scoreboard.pages(profile) | {"performance.md": pages.performance_markdown()}
     for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8")

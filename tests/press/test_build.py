@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from helpers.press import build, execution
+from helpers.press import build, chapters, execution
 
 PAGE = "<html><head>{head}</head><body><article>{body}</article></body></html>"
 
@@ -95,8 +95,8 @@ def test_a_failing_chapter_means_no_book(tmp_path, monkeypatch):
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "01_a.ipynb")
     monkeypatch.setattr(execution, "execute", lambda *_: (_ for _ in ()).throw(execution.ChapterFailed("broken")))
     monkeypatch.setattr(build, "stage", lambda *_: pytest.fail("staged a book with a failed chapter"))
-    out = io.StringIO()
-    assert build.make("quick", Console(file=out), tmp_path) == 1
+    jobs, out = chapters.plan(root=tmp_path), io.StringIO()
+    assert build.make(jobs, "quick", Console(file=out), tmp_path) == 1
     assert "1 of 1 chapters failed" in out.getvalue()
 
 

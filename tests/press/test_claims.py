@@ -155,7 +155,7 @@ def test_a_wrong_register_says_where_and_what(tmp_path, edit, told):
 def test_broken_yaml_and_repeated_keys_are_refused(tmp_path, text):
     path = tmp_path / "claims.yml"
     path.write_text(text)
-    with pytest.raises(ValueError, match="claims.yml is not valid YAML"):
+    with pytest.raises(ValueError, match="claims.yml is not YAML"):
         claims.register(path)
 
 
@@ -534,11 +534,53 @@ def test_a_control_is_judged_by_the_rule_and_kept_once(book, log):
     passing = log.control("rule.identity", "only", 1e-7, n=3)
     written = json.loads(log.save().path.read_text())["controls"]
     expected = {"claim": "rule.above", "check": "only", "value": 1.5, "ci": [0.5, 2.5], "n": 3, "resampled": "seeds"}
-    assert written[0] == expected | {"rejected": True} and len(written) == 2
+    assert written[0] == expected | {"draws": [], "passed": 0.0, "rejected": True} and len(written) == 2
     assert not passing.rejected
     assert list(claims.passing_controls(log.path.parent, book)) == [
         f"{SLUG}: the control of rule.identity/only passes with 1e-07, n = 3"
     ]
+
+
+@pytest.mark.parametrize(("passing", "rejected"), [(0, True), (1, True), (2, False)])
+def test_a_control_of_several_draws_is_rejected_where_few_of_them_pass(book, log, passing, rejected):
+    values = [3.0] * passing + [1.0] * (19 - passing)
+    control = log.control("rule.above", None, [Compared(value, (value - 0.5, value + 0.5)) for value in values])
+    assert (control.value, control.ci, control.n) == (1.0, (0.5, 1.5), 7)
+    assert (control.passed, control.rejected) == (passing / 19, rejected)
+    assert control.measured() == f"1 [0.5, 1.5], n = 7, {passing} of 19 draws pass"
+    log.save()
+    ((run, _),) = claims.load_results(log.path.parent, book)
+    assert run.controls == [control]
+
+
+def test_what_would_hold_by_chance_is_added_up_over_records_from_their_controls(book, log):
+    draws = [Compared(value, (value - 0.5, value + 0.5)) for value in (3.0, 1.0, 1.0, 1.0)]
+    for metric in ("k = 1", "k = 2", "k = 3"):
+        log.record("rule.above", 3, ci=(2.5, 4), resampled="seeds", n=3, scope="analogue", metric=metric)
+    log.record("rule.identity", 0.0, n=3, scope="analogue")
+    log.record("rule.count", 0, n=3, scope="analogue")
+    log.control("rule.above", None, draws)
+    log.control("rule.above", None, 1.0, ci=(0.5, 1.5), n=3, resampled="seeds")
+    log.control("rule.identity", None, 1.0, n=3)
+    found = verdicts.by_chance(log.records, log.controls, book)
+    assert found == (pytest.approx(3 * (0.25 + 0) / 2), 4)
+    assert verdicts.by_chance(log.records, [], book) == (0, 0)
+
+
+def test_records_of_a_retired_metric_are_passed_over(write, tmp_path):
+    text = claim_text("a.b", {"only": RULES["identity"]})
+    save(tmp_path / "here", SLUG, row("a.b"), row("a.b", metric="metric of old · k = 1"))
+    with pytest.raises(ValueError, match="metric 'metric of old · k = 1' is not one of a.b"):
+        claims.load_results(tmp_path / "here", write(text))
+    book = write(text + "  retired: {metric of old: all passed it}\n")
+    ((_, (record,)),) = claims.load_results(tmp_path / "here", book)
+    assert record.metric == "metric only"
+
+
+def test_every_check_has_a_control_or_says_why_there_can_be_none():
+    for claim in claims.register().claims:
+        for name, check in claim.checks.items():
+            assert "not run" not in check.no_control, f"{claim.id}/{name}"
 
 
 @pytest.mark.parametrize(
@@ -576,18 +618,16 @@ def test_kept_controls_are_judged_again_and_stale_ones_are_named(book, log):
         claims.load_results(log.path.parent, book)
 
 
-def test_every_control_of_the_book_is_recorded_in_its_chapter():
-    """Or is said not to be run: `control` in the register and `log.control` in the notebook go together."""
-    stated = {
-        (c.chapter, c.id, name) for c in claims.register().claims for name, check in c.checks.items() if check.control
-    }
+def test_every_control_of_the_book_is_recorded_in_a_chapter():
+    """`control` in the register and `log.control` in a notebook go together."""
+    stated = {(c.id, name) for c in claims.register().claims for name, check in c.checks.items() if check.control}
     written = set()
     for path in (settings.ROOT / "notebooks").glob("*.ipynb"):
         code = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
-        called = set(re.findall(r"log\.control\(\s*\"([\w.]+)\",\s*(\"?\w+\"?)", code))
+        called = set(re.findall(r"(?:log\.control|controls_of)\(\s*\"([\w.]+)\",\s*(\"?\w+\"?)", code))
         for claim, variant in called:
-            names = [variant.strip('"')] if '"' in variant else claims.register()[claim].checks
-            written |= {(path.stem, claim, name) for name in names}
+            every = {pair for pair in stated if pair[0] == claim}
+            written |= {(claim, variant.strip('"'))} if '"' in variant else every
     assert written == stated
 
 
