@@ -1,6 +1,7 @@
 # make book    set up .venv, run the chapters that changed, build _build/html/index.html   (PROFILE=quick)
 # make test    the same, then every check that CI runs
 # make verify  run a cheap cell of each long run in results/ again, and compare
+# make soak    the checks that take many minutes: all kills, full disks, model classes, inputs of chapters
 # make lab     open the notebooks in JupyterLab
 # make bench   timings beside peers, into benchmarks/results/
 # make strip   clear the notebooks' outputs before a commit
@@ -19,7 +20,7 @@ export GOMP_SPINCOUNT ?= 10000
 export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit verify nbval browser lab bench strip setup clean
+.PHONY: help book test lint unit verify nbval browser soak lab bench strip setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -74,6 +75,10 @@ nbval: .venv/.ready-dev
 
 browser: .venv/.ready-dev
 	$(BIN)/python -m pytest -rs tests/browser
+
+# Of each of these `make test` runs a sample.
+soak: .venv/.ready-dev
+	$(BIN)/python -m pytest tests -m soak -rs --timeout=0
 
 lab: .venv/.ready
 	$(BIN)/python -m jupyter lab notebooks
