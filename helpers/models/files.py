@@ -61,7 +61,7 @@ def rows(path: Path, how: str, corpus: str, *, one: bool) -> Iterator[dict]:
         byte, at = _undecodable(path) or (error.object[error.start], error.start)
         what = f"corpus={corpus!r} is not UTF-8: byte 0x{byte:02x} at offset {at}"
         raise ValueError(f"{what}; allowed: UTF-8, or UTF-16 with its mark (convert with iconv)") from error
-    except (pa.ArrowException, csv.Error, json.JSONDecodeError, OSError) as error:
+    except (pa.ArrowException, csv.Error, json.JSONDecodeError, OSError, RecursionError) as error:
         raise ValueError(f"corpus={corpus!r} cannot be read as {ending}: {error}") from error
 
 
