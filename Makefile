@@ -4,6 +4,7 @@
 # make soak    the checks that take many minutes: all kills, full disks, model classes, inputs of chapters
 # make lab     open the notebooks in JupyterLab
 # make bench   timings beside peers, into benchmarks/results/
+# make numbers write the numbers in prose anew from results/
 # make strip   clear the notebooks' outputs before a commit
 # make setup   only make .venv
 # make clean   remove _build (the cache of models and activations, and .venv, stay)
@@ -20,7 +21,7 @@ export GOMP_SPINCOUNT ?= 10000
 export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit verify nbval browser soak lab bench strip setup clean
+.PHONY: help book test lint unit verify nbval browser soak lab bench numbers strip setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -62,15 +63,17 @@ lint: .venv/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Files of tests side by side, a thread each: they are many small ones, and threads would wait for each other.
+SPREAD := -n auto --dist loadfile
 unit: .venv/.ready-dev
-	$(BIN)/python -m pytest tests --ignore=tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) tests --ignore=tests/browser
 
 verify: .venv/.ready-dev
 	$(BIN)/python -m helpers verify
 
 # Its results go to _build/results/nbval, so that they do not replace those the book was built from.
 nbval: .venv/.ready-dev
-	RANK1_PROFILE=nbval TQDM_DISABLE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	RANK1_PROFILE=nbval TQDM_DISABLE=1 $(BIN)/python -m pytest $(SPREAD) --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=600 --timeout=0 notebooks
 
 browser: .venv/.ready-dev
@@ -85,6 +88,9 @@ lab: .venv/.ready
 
 bench: .venv/.ready-bench
 	$(BIN)/python -m benchmarks
+
+numbers: .venv/.ready
+	$(BIN)/python -m helpers.press.numbers
 
 strip: .venv/.ready-dev
 	$(BIN)/nbstripout notebooks/*.ipynb

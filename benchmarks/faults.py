@@ -145,11 +145,11 @@ def pages_of(root: Path) -> list[str]:
 @dataclass(frozen=True)
 class Work:
     """What is done in a cache folder. `from_` names a folder that the cache is a copy of at first; `flips` are files
-    that are told apart (all if empty); `together`: eight processes do it at once; `slow`: no part of a sample."""
+    that are tried, a pattern; `together`: eight processes do it at once; `slow`: no part of a sample."""
 
     do: Callable[[Path, Path], str]
     from_: str = ""
-    flips: str = "**/*"
+    flips: str = "."
     together: bool = True
     slow: bool = False
 
@@ -162,8 +162,8 @@ WORKS = {
     "fit": Work(training),
     "trial": Work(trial),
     "mixture training": Work(pretraining),
-    "sweep": Work(sweep, flips="", together=False, slow=True),
-    "book": Work(book, "book", "_build/[er]*/**/*.*", together=False, slow=True),
+    "sweep": Work(sweep, flips="^$", together=False, slow=True),
+    "book": Work(book, "book", "^_build/(executed|results)/", together=False, slow=True),
 }
 
 
@@ -173,10 +173,7 @@ def prepare(base: Path) -> None:
     tiny.save(base / "llama", "llama")
     rows = [{"article": i // 3, "text": each} for i, each in enumerate(tiny.text(900).split("\n\n"))]
     (base / "text.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    tiny.repository(base / "book", TITLE)
-
-
-TITLE = "A chapter"
+    tiny.repository(base / "book")
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -356,6 +353,8 @@ class Trials:
 
     def look(self, cache: Path) -> None:
         self.note("half files", broken(cache))
+        if (cache / "_build" / "html").exists() and kept.digest(*pages_of(cache)) != self.digest:
+            self.note("half files", ["pages"])
 
     def end(self, cache: Path, told: Mapping[str, str] | None = None) -> None:
         """Let it go to its end: to the bit what it is uninterrupted, with nothing beside it."""
@@ -378,6 +377,8 @@ class Trials:
             else:
                 self.end(cache)
                 cache = self.fresh("killed")
+                if self.work.from_:  # a book that replaces a former one
+                    shutil.copytree(self.whole / "_build" / "html", cache / "_build" / "html")
         self.end(cache)
         deadline = time.monotonic() + 30
         while (left := survivors()) and time.monotonic() < deadline:

@@ -160,7 +160,7 @@ def test_the_learning_rate_is_chosen_on_validation_and_test_sums_are_by_article(
     output, y = trained.student(real.test.inputs), real.test.outputs
     slow = float((output - y).square().sum() / (y - y.mean(0)).square().sum())
     assert found.outcomes[1].fvu == pytest.approx(slow, rel=1e-5)
-    assert len(found.outcomes[0].sums["errors"]) == len(set(real.test.group.tolist()))
+    assert len(found.outcomes[0].sums["errors"]) == len(set(real.test.article.tolist()))
     assert found.tried[1e-2].fvu == found.outcomes[0].fvu
     low, high = found.fvu.ci
     assert low < found.fvu.value < high
@@ -257,23 +257,13 @@ def test_a_ratio_is_of_sums_and_its_interval_is_paired():
     over, under = made_up(4, 2 * under), made_up(5, under)
     found = distilling.ratio(over, under)
     assert found.value == pytest.approx(2) and found.ci == pytest.approx((2, 2)) and found.by_seed == [2, 2]
-    assert found.n == 6 and found.resampled == "seed × article"
+    assert found.n == (2, 3) and found.resampled == "seed × article"
     over, under = made_up(4, [[3.0, 100.0]]), made_up(5, [[1.0, 100.0]])
     uneven = distilling.ratio(over, under)
     assert uneven.value == pytest.approx(103 / 101) and uneven.ci == pytest.approx(of_two(uneven.value, 1, 3))
     assert uneven.resampled == "articles"
     with pytest.raises(ValueError, match="'real' and 'gaussian'; allowed: one task"):
         distilling.ratio(over, made_up(5, [[1.0, 100.0]], task="gaussian"))
-
-
-def test_settled_compares_the_middle_with_the_end():
-    loss = [9.0] * 45 + [3.0] * 10 + [7.0] * 35 + [2.0] * 10
-    curves = (loss, [2 * each for each in loss])
-    outcomes = [Outcome({}, {}, seed=i, curve=(list(range(100)), each)) for i, each in enumerate(curves)]
-    found = distilling.settled(outcomes)
-    assert found.value == pytest.approx(1.5) and found.ci == pytest.approx((1.5, 1.5)) and found.n == 10
-    with pytest.raises(ValueError, match="share=0.01"):
-        distilling.settled(outcomes, 0.01)
 
 
 # -- what an expert responds to ----------------------------------------------------------------------------------------
@@ -285,7 +275,7 @@ def test_strongest_rows_are_those_of_the_dense_code_matrix():
     x = torch.randn(200, 12, generator=generator(1), dtype=torch.float64)
     with torch.no_grad():
         dense = ours.encode(x).to_dense(9).abs()
-    found = distilling.strongest(ours, x, 5, batch_size=64)
+    found = distilling.strongest(ours, x, 5)
     for atom, rows in enumerate(found):
         slow = sorted((r for r in range(200) if dense[r, atom] > 0), key=lambda r: -float(dense[r, atom]))[:5]
         assert rows.tolist() == slow
