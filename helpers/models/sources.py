@@ -69,6 +69,11 @@ def find(teacher: str, revision: str | None, cache_dir: str | Path | None) -> tu
         return str(place), folder_hash(place), {}
     if place.is_dir():
         allowed((place / "config.json").is_file(), f"teacher={teacher!r}: the folder has no config.json", ALLOWED)
+        try:
+            layers = json.loads((place / "config.json").read_bytes()).get("num_hidden_layers") or 0
+            allowed(layers <= 10_000, f"num_hidden_layers={layers}", "at most 10,000")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"teacher={teacher!r}: its config.json is damaged: {error}") from error
         return str(place), folder_hash(place), {}
     named = teacher.count("/") == 1 and not teacher.startswith((".", "/", "~"))
     allowed(named, f"teacher={teacher!r} is unknown", ALLOWED)
