@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,14 +59,21 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of GGUF
 
 def find(teacher: str, revision: str | None, cache_dir: str | Path | None) -> tuple[str, str | None, dict]:
     """Where to load a teacher from, its fingerprint if known by now, and options that say what may be downloaded."""
+    place = Path(teacher).expanduser()
+    if place.is_dir() and (teacher == EMBEDDED or NAME.fullmatch(teacher)):
+        warnings.warn(f"teacher={teacher!r} is the book's own; the folder of this name is './{teacher}'", stacklevel=2)
     if teacher == EMBEDDED:
         return str(gemma(cache_dir)), f"gguf:{PACKAGE_MODULE.EXPECTED_SHA256}", {}
-    if teacher.startswith("book-"):
+    if NAME.fullmatch(teacher) or teacher.startswith("book-") and not place.is_dir():
         place = folder(teacher, cache_dir=cache_dir)
         return str(place), folder_hash(place), {}
-    place = Path(teacher).expanduser()
     if place.is_dir():
         allowed((place / "config.json").is_file(), f"teacher={teacher!r}: the folder has no config.json", ALLOWED)
+        try:
+            layers = json.loads((place / "config.json").read_bytes()).get("num_hidden_layers") or 0
+            allowed(layers <= 10_000, f"num_hidden_layers={layers}", "at most 10,000")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"teacher={teacher!r}: its config.json is damaged: {error}") from error
         return str(place), folder_hash(place), {}
     named = teacher.count("/") == 1 and not teacher.startswith((".", "/", "~"))
     allowed(named, f"teacher={teacher!r} is unknown", ALLOWED)

@@ -341,6 +341,10 @@ class Teacher:
             handle.remove()
 
 
+SAFE = {"trust_remote_code": False}
+"""Code of a model's author is not run. Where this is not said `transformers` asks at the keyboard."""
+
+
 def load(
     teacher: str = EMBEDDED,
     *,
@@ -364,6 +368,7 @@ def load(
     one_of("dtype", dtype, DTYPES)
     where = settings.device(device)
     source, fingerprint, hub = sources.find(teacher, revision, cache_dir)
+    hub |= SAFE
     options = {**hub, "attn_implementation": attn_implementation, "dtype": getattr(torch, dtype)}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are named below
     try:

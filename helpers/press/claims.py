@@ -140,16 +140,22 @@ class Chapter:
     ) -> Control:
         """Keeps what a check's quantity is where the claim is false by construction, judged by the same rule.
 
-        The code is that of the record; the arguments are those of `record`. Raises `ValueError` also where the
-        register does not say what the check's control is.
+        The code is that of the record; the arguments are those of `record`, and `value` may be a list of comparisons
+        of data that were relabelled at random. Raises `ValueError` also where the register does not say what the
+        check's control is.
         """
         entry = register()[claim]
         check = _variant(entry, variant)
         allowed(bool(entry.checks[check].control), f"{claim}/{check} has no `control`", "a check that says what it is")
-        value, ci, n, resampled = _measured(value, ci, n, resampled)
-        _can_be_judged(entry, check, value, ci, n)
-        rejected = entry.checks[check].rejects(value, ci)
-        result = Control(claim=claim, check=check, value=value, ci=ci, n=n, resampled=resampled, rejected=rejected)
+        several = isinstance(value, list)
+        given = value if several else [value]
+        found = sorted((_measured(each, ci, n, resampled) for each in given), key=lambda each: each[0])
+        for each in found:
+            _can_be_judged(entry, check, *each[:3])
+        value, ci, n, resampled = found[len(found) // 2]
+        draws = [(each, *interval) for each, interval, *_ in found] if several else []
+        about = {"claim": claim, "check": check, "value": value, "ci": ci, "n": n, "resampled": resampled}
+        result = Control(**about, draws=draws, rejected=True).judged(entry.checks[check])
         if result not in self.controls:
             self.controls.append(result)
         return result
@@ -188,24 +194,38 @@ class Chapter:
         return "".join(record._repr_html_() for record in self.records) or "<em>This chapter tests no claim.</em>"
 
 
+def cells(notebook: Path) -> list[dict[str, Any]]:
+    """The cells of a notebook, each with its source as one text; `ValueError` naming a file that is not one."""
+    try:
+        found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        whole = {"cell_type": "", "metadata": {}}
+        return [whole | cell | {"source": "".join(cell["source"])} for cell in found]
+    except FileNotFoundError as error:
+        raise ValueError(f"{notebook.name} is not in {notebook.parent.name}; allowed: a chapter of the book") from error
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{notebook.name} cannot be read ({why}); allowed: a notebook of format 4") from error
+
+
 def parameters(notebook: Path) -> dict[str, Any]:
     """Names and defaults in the parameters cell of a notebook; `ValueError` where there is no such notebook or cell.
 
     Only constants are allowed there, since papermill does not recompute derived values.
     """
-    try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except OSError as error:
-        raise ValueError(f"{notebook.name} is not in {notebook.parent.name}; allowed: a chapter of the book") from error
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    code = [cell for cell in cells(notebook) if cell["cell_type"] == "code"]
     tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     allowed(len(tagged) == 1, f"{notebook.name}: {len(tagged)} code cells are tagged 'parameters'", "exactly one")
-    source, found = "".join(tagged[0]["source"]), {}
-    for node in ast.parse(source).body:
+    source, found = tagged[0]["source"], {}
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        where = f"{notebook.name}: line {error.lineno} of the parameters cell: {error.msg}"
+        raise ValueError(f"{where}; allowed: constants") from None
+    for node in body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         try:
             found[target.id] = ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, TypeError):
             line = ast.get_source_segment(source, node)
             raise ValueError(f"{notebook.name}: the parameters cell holds constants only, not {line!r}") from None
     return found
@@ -361,7 +381,8 @@ def load_results(folder: Path, book: Register | None = None) -> list[tuple[Resul
             results = validated(Results, content, path.name)
             seeds = _seeds(results.parameters)
             results.controls = [_control_again(control, book, path.name) for control in results.controls]
-            found.append((results, [_judged_again(row, book, path.name, seeds) for row in results.records]))
+            judged = [row for row in results.records if not _retired(row, book)]
+            found.append((results, [_judged_again(row, book, path.name, seeds) for row in judged]))
     return found
 
 
@@ -378,13 +399,18 @@ def _control_again(control: Control, book: Register, name: str) -> Control:
     asked = next((claim.checks.get(control.check) for claim in book.claims if claim.id == control.claim), None)
     there = f"{name} is stale: control of {control.claim}/{control.check}"
     allowed(asked is not None, there, "a check of the register: run its chapter again or delete it")
-    return control.model_copy(update={"rejected": asked.rejects(control.value, control.ci)})
+    return control.judged(asked)
 
 
 def _seeds(parameters: Mapping[str, Any]) -> int | None:
     """How many seeds a chapter ran with; None where it has no list of them."""
     seeds = parameters.get("seeds")
     return len(seeds) if hasattr(seeds, "__len__") else None
+
+
+def _retired(row: Record, book: Register) -> bool:
+    old = next((claim.retired for claim in book.claims if claim.id == row.claim), {})
+    return any(row.metric.split(BETWEEN)[0] == metric or row.metric.endswith(metric) for metric in old)
 
 
 def _judged_again(row: Record, book: Register, name: str, seeds: int | None) -> Record:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from helpers.press.rules import Claim, Register, Rule, Strict, register
+from helpers.press.rules import Check, Claim, Register, Rule, Strict, register
 
 Verdict = Literal["reproduced", "holds here", "partly", "fails here", "not reproduced", "too few", "not tested"]
 Scope = Literal["paper setting", "analogue"]
@@ -72,8 +72,16 @@ class Record(Strict):
         )
 
 
+OFTEN = 0.1
+"""A control of several draws is rejected where at most this share of them passes: at 95 % a fortieth does by chance."""
+
+
 class Control(Strict):
-    """What a check's quantity is where its claim is false by construction, and whether the rule rejects that."""
+    """What a check's quantity is where its claim is false by construction, and whether the rule rejects that.
+
+    `draws`: value, low and high of each of several, such as relabelled data; the middle one is the control's own
+    number, and `passed` the share that passes the rule.
+    """
 
     claim: str
     check: str
@@ -81,12 +89,22 @@ class Control(Strict):
     ci: tuple[float, float] | None
     n: Counted
     resampled: Resampled | None
+    draws: list[tuple[float, float, float]] = []
+    passed: float = 0.0
     rejected: bool
 
     def measured(self) -> str:
-        """`0.43 [0.42, 0.44], n = 252`"""
+        """`0.43 [0.42, 0.44], n = 252, 1 of 40 draws passes`"""
         interval = f" [{_number(self.ci[0])}, {_number(self.ci[1])}]" if self.ci else ""
-        return f"{_number(self.value)}{interval}, n = {counted(self.n)}"
+        count = round(self.passed * len(self.draws))
+        passing = f", {count} of {len(self.draws)} draws pass" if self.draws else ""
+        return f"{_number(self.value)}{interval}, n = {counted(self.n)}{passing}"
+
+    def judged(self, check: Check) -> Control:
+        """The same control by the rule as it stands."""
+        draws = self.draws or [(self.value, *(self.ci or (self.value, self.value)))]
+        passed = sum(check.rule.outcome(*each) == "holds" for each in draws) / len(draws)
+        return self.model_copy(update={"passed": passed, "rejected": passed <= OFTEN})
 
 
 def counted(n: Counted) -> str:
@@ -197,3 +215,20 @@ def overall(
             kept += long or own
         found[claim.id] = combined(claim, kept)
     return found
+
+
+class Chance(NamedTuple):
+    """How many of the `judged` records would hold by chance: for each, the share of its check's controls that pass."""
+
+    expected: float
+    judged: int
+
+
+def by_chance(records: Iterable[Record], controls: Iterable[Control], book: Register | None = None) -> Chance:
+    """What chance alone would let hold among the records whose check has a recorded control."""
+    book, passing = book or register(), {}
+    for control in controls:
+        passing.setdefault((control.claim, control.check), []).append(control.passed)
+    of = [passing.get((record.claim, book[record.claim].check_of(record.metric))) for record in records]
+    shares = [sum(each) / len(each) for each in of if each]
+    return Chance(sum(shares), len(shares))

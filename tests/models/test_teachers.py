@@ -404,3 +404,17 @@ def test_embedded_gemma_as_transformers_builds_it(attention):
     assert config.rope_parameters["full_attention"]["rope_theta"] == 1_000_000
     assert config.rope_parameters["sliding_attention"]["rope_theta"] == 10_000
     assert config.tie_word_embeddings and config._attn_implementation == attention
+
+
+def test_a_folder_named_like_a_model_of_the_book_is_told_apart(tmp_path, monkeypatch):
+    """`book-llama` is the reader's own; `gemma-3-270m` and `book-moe` stay the book's, and that is said."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("book-llama", sources.EMBEDDED, "book-moe"):
+        tiny.save(tmp_path / name, "llama")
+    assert teachers.load("book-llama", device="cpu").d_model == teachers.load("./book-moe", device="cpu").d_model == 16
+    monkeypatch.setattr(sources, "gemma", lambda _: Path("the embedded one"))
+    for name, place in ((sources.EMBEDDED, "the embedded one"), ("book-moe", str(sources.FOLDER))):
+        with pytest.warns(UserWarning, match=f"teacher='{name}' is the book's own.*'./{name}'"):
+            assert sources.find(name, None, None)[0] == place
+    with pytest.raises(ValueError, match="teacher='book-other' is not among the shipped models"):
+        sources.find("book-other", None, None)
