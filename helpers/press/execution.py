@@ -94,6 +94,7 @@ def execute(job: Job, console: Console) -> float:
             "executed": datetime.now().isoformat(sep=" ", timespec="minutes"),
             "seconds": round(seconds, 1),
             "results": digest_files(job.results),
+            "copy": digest_files(job.executed),
         }
         settings.write_json(job.stamp, stamp)
     except OSError as error:
