@@ -18,7 +18,7 @@ from helpers import settings
 from helpers.press.claims import REFERENCE, Results, load_results
 from helpers.press.pages import machine, number, table
 from helpers.press.rules import BETWEEN, Bound, Check, Claim, Identity, IntervalWithin, Register, Trend, register
-from helpers.press.verdicts import TABLE, Control, Record, Verdict, overall
+from helpers.press.verdicts import TABLE, Control, Record, Verdict, by_chance, overall
 
 SYMBOLS: dict[Verdict, str] = {
     "reproduced": "●",
@@ -257,12 +257,16 @@ def _summary(board: Board) -> str:
     waiting = sum(check.no_control.startswith("not run yet") for check in checks)
     stated, found = sum(bool(check.control) for check in checks), board.controls()
     passed = sum(not control.rejected for control in found)
+    deciding = [shown.record for claim in board.book.claims for _, shown in board.deciding(claim)]
+    chance = by_chance(deciding, found, board.book)
+    by_luck = f" By chance alone {number(chance.expected)} of the {chance.judged} numbers so controlled would hold."
+    none_left = f", {waiting} have one that was not run yet" if waiting else ""
     return (
         f"**{tested} of {len(board.verdicts)} claims of three papers are tested here**, each by a rule that was fixed "
         f"before: {_counts(board)}\n\n"
-        f"Of {len(checks)} checks {stated} have a negative control, {waiting} have one that was not run yet, "
-        f"{len(checks) - stated - waiting} can have none. {len(found)} controls were recorded; {passed} of them passed "
-        "the rule that should reject it.\n"
+        f"Of {len(checks)} checks {stated} have a negative control{none_left}, {len(checks) - stated - waiting} can "
+        f"have none. {len(found)} controls were recorded; {passed} of them passed the rule that should reject it."
+        f"{by_luck if chance.judged else ''}\n"
     )
 
 
@@ -351,6 +355,7 @@ def _details(claim: Claim, board: Board) -> str:
     for name, check in claim.checks.items():
         unit = f" ({rich(check.unit)})" if check.unit else ""
         parts.append(f"<h4>{rich(check.metric)}{unit}</h4><p>Asked: {_asked(check)}; {rich(check.why)}.</p>")
+        parts += [f"<p>Changed {rich(check.changed)}</p>"] if check.changed else []
         rows = [_record_row(shown) for shown in board.of(claim, name)]
         parts.append(table(rows) if rows else "<p>Not run.</p>")
         found = [control for control in board.controls(claim.id) if control.check == name]
