@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:  # it takes a second, which the command line does without
@@ -169,11 +170,12 @@ def write(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """`content` as JSON in the file `path`, whole or not at all; arrays and tensors become lists."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=as_json)
     write(path, (text + "\n").encode())
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """A path, or a scalar, an array or a tensor, as JSON has it: for `json.dumps(default=…)`."""
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):  # NumPy and torch scalars and arrays
@@ -196,10 +198,11 @@ def new_folder(target: Path) -> Iterator[Path]:
             os.replace(target, old / "old")
         os.replace(new, target)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ValueError(
-            f"{target} cannot be written: {error.strerror or error}; allowed: a folder with room"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "os error" not in str(error):
+            raise  # of a file that was read
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{target} cannot be written: {why}; allowed: a folder with room") from error
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)

@@ -39,6 +39,17 @@ FONT_AHEAD = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
 REMOTE = re.compile(r"^(https?:)?//")
 REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
 
+JUPYTER_BOOK = """
+import os, threading, time
+def end_with_parent(parent=os.getppid()):  # a killed build leaves no one behind who writes in its folder
+    while os.getppid() == parent:
+        time.sleep(0.1)
+    os._exit(1)
+threading.Thread(target=end_with_parent, daemon=True).start()
+from jupyter_book.cli.main import main
+main()
+"""
+
 
 def make(jobs: list[Job], profile: str, console: Console, root: Path = settings.ROOT) -> int:
     """Execute what is not valid any more, then build `_build/html`; 0 when every chapter and page is there.
@@ -50,10 +61,13 @@ def make(jobs: list[Job], profile: str, console: Console, root: Path = settings.
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
         return 1
-    stage(jobs, profile, root)
     console.print("building the pages (about half a minute)", markup=False)
     records = root / "_build" / "results" / profile
-    faults = build(root) + list(claims.passing_controls(records)) + list(claims.passing_controls(claims.REFERENCE))
+    try:
+        stage(jobs, profile, root)
+        faults = build(root) + list(claims.passing_controls(records)) + list(claims.passing_controls(claims.REFERENCE))
+    except ValueError as error:
+        faults = [str(error)]
     for fault in faults:
         console.print(f"[bold red]fault[/] {escape(fault)}")
     if not faults:
@@ -89,8 +103,7 @@ def build(root: Path) -> list[str]:
     """
     folder, log = root / "_build" / "stage", root / "_build" / "book.log"
     strict = ["-W", "-n", "--keep-going"]
-    jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-    command = [*jupyter_book, "build", str(folder), "--path-output", str(folder), *strict]
+    command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(folder), "--path-output", str(folder), *strict]
     with log.open("w", encoding="utf-8") as stream:
         status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
     if status:
@@ -99,8 +112,10 @@ def build(root: Path) -> list[str]:
         return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
     _open_from_disk(folder / "_build" / "html")
     html = root / "_build" / "html"
-    shutil.rmtree(html, ignore_errors=True)
-    os.replace(folder / "_build" / "html", html)
+    for left in html.parent.glob(".html.*"):  # of a killed build
+        shutil.rmtree(left, ignore_errors=True)
+    with settings.new_folder(html) as new:
+        os.replace(folder / "_build" / "html", new)
     return list(faults(html, root / "_toc.yml"))
 
 

@@ -231,7 +231,8 @@ def _check_given(values: Mapping[str, Any]) -> None:
         settings.check_device(values["device"])
     for name in INPUTS:
         if isinstance(value := values.get(name), str):
-            path = settings.place(name, value)
+            before = value.rpartition(":")[0]  # what follows a colon may say how a file is read
+            path = settings.place(name, before if before and os.path.exists(os.path.expanduser(before)) else value)
             try:
                 path.stat()
                 why = None if os.access(path, os.R_OK) else "you may not read it"
@@ -293,7 +294,7 @@ def stale(job: Job) -> list[str]:
     """Why `job` must run: what changed since its executed copy was made, or is missing. Empty when it is valid."""
     try:
         stamp = json.loads(job.stamp.read_text(encoding="utf-8"))
-        then, records, _ = dict(stamp["made_from"]), stamp["results"], stamp["executed"]
+        then, records, copy, _ = dict(stamp["made_from"]), stamp["results"], stamp["copy"], stamp["executed"]
     except (OSError, ValueError, KeyError, TypeError):
         return ["not run yet"]
     if not job.executed.is_file():
@@ -307,6 +308,7 @@ def stale(job: Job) -> list[str]:
         if then.get(part) != now.get(part)
     ]
     # A chapter run by hand in Jupyter writes to the same place: its records are not this copy's.
+    changed += [] if copy == digest_files(job.executed) else ["executed copy changed since"]
     return changed + ([] if records == digest_files(job.results) else ["results rewritten since"])
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from helpers import settings
-from helpers.kept import Kept
+from helpers.kept import Kept, digest
 from helpers.settings import CacheDir, allowed
 from helpers.study.scores import Sums, quotient
 from helpers.study.sweep import sweep
@@ -156,7 +156,9 @@ def run(
             places[i].write(found[i])
     for file, place, each in zip(files, places, found, strict=True):
         if file is not None and not file.is_file():
-            settings.write_json(file, {"asked": json.loads(place.what), "outcome": each})
+            outcome = json.loads(json.dumps(each, default=settings.as_json))
+            about = {"asked": json.loads(place.what), "check": _check(outcome)}
+            settings.write_json(file, about | {"outcome": outcome})
     return [Outcome(**each, arm=arm, seed=seed) for each, arm in zip(found, arms, strict=True)]
 
 
@@ -165,11 +167,17 @@ def _cell_file(folder: Path, arm: Arm, place: Kept, seed: int) -> Path:
     return folder / f"{name}-{place.asked[:12]}.json"
 
 
+def _check(outcome: dict) -> str:
+    return digest(json.dumps(outcome, sort_keys=True))
+
+
 def _from_file(file: Path | None) -> dict | None:
     if file is None or not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["outcome"]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = content["outcome"]
+        allowed(content["check"] == _check(found), "its checksum is wrong", "what was written")
         return found | {"sums": {column: np.array(values) for column, values in found["sums"].items()}}
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); restore it from the repository, or delete it") from error

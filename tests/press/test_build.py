@@ -1,11 +1,15 @@
 """Building the pages: what is staged, what counts as a fault, and that a failing chapter means no build."""
 
 import io
+import os
+import subprocess
+import sys
 
 import nbformat
 import pytest
 from rich.console import Console
 
+from helpers import settings
 from helpers.press import build, chapters, execution
 
 PAGE = "<html><head>{head}</head><body><article>{body}</article></body></html>"
@@ -112,3 +116,22 @@ def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
     said = build.build(tmp_path)
     assert any("nowhere" in line for line in said) and "status" in said[-1]
     assert (html / "index.html").read_text() == "former"
+
+
+def test_what_builds_the_pages_ends_with_who_asked_for_them(tmp_path):
+    (tmp_path / "jupyter_book" / "cli").mkdir(parents=True)
+    (tmp_path / "jupyter_book" / "cli" / "main.py").write_text(
+        "import time\ndef main():\n    print('begun', flush=True)\n    time.sleep(600)\n"
+    )
+    starts = (
+        "import subprocess, sys, time; from helpers.press.build import JUPYTER_BOOK;"
+        "subprocess.Popen([sys.executable, '-c', JUPYTER_BOOK]); time.sleep(600)"
+    )
+    path = f"{tmp_path}{os.pathsep}{settings.ROOT}"
+    asked = subprocess.Popen(
+        [sys.executable, "-c", starts], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert asked.stdout.readline() == "begun\n"
+    asked.kill()
+    assert asked.stdout.read() == "", "the pipe closes when the last process that holds it has ended"
+    asked.wait()

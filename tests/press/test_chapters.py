@@ -265,8 +265,16 @@ def stamp_valid(root):
     for path in (job.executed, job.results):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}\n")
-    stamp = {"made_from": chapters.fingerprint(job), "results": chapters.digest_files(job.results), "executed": "now"}
+    stamp = {"made_from": chapters.fingerprint(job), "executed": "now"}
+    stamp |= {"results": chapters.digest_files(job.results), "copy": chapters.digest_files(job.executed)}
     job.stamp.write_text(json.dumps(stamp))
+
+
+def test_an_executed_copy_that_changed_is_made_again(root):
+    stamp_valid(root)
+    (job,) = chapters.plan(root=root)
+    job.executed.write_text("[]\n")
+    assert chapters.stale(job) == ["executed copy changed since"]
 
 
 @pytest.mark.parametrize("how", ["", ":lines", ":body"])

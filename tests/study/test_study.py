@@ -1,6 +1,7 @@
 """Runs are kept under what was asked for, choosing follows the stated rule, grids go on where they end too soon."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -153,9 +154,12 @@ def test_a_finished_cell_is_a_small_file_that_goes_on_elsewhere(tmp_path, monkey
     copied = tmp_path / "copied"
     run(Toy(), [PLAIN], 0, cache_dir=tmp_path / "here", cells=copied)
     assert (copied / file.name).read_text("utf-8") == file.read_text("utf-8"), "what is in the cache is written out"
-    file.write_text(file.read_text("utf-8")[:-20], "utf-8")
-    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*restore it from the repository"):
-        run(Toy(), [PLAIN], 0, cache_dir=False, cells=cells)
+    whole = file.read_text("utf-8")
+    digit = re.search(r"\d(?=[^\d]*$)", whole).start()
+    for damaged in (whole[:-20], whole[:digit] + str((int(whole[digit]) + 1) % 10) + whole[digit + 1 :]):
+        file.write_text(damaged, "utf-8")
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged .*restore it from the repository"):
+            run(Toy(), [PLAIN], 0, cache_dir=False, cells=cells)
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
