@@ -301,12 +301,9 @@ def _table(board: Board, chapters: set[str]) -> str:
             if claim.part == part:
                 bodies.append(_row(claim, board, chapters, columns, len(bodies)))
     head = "".join(f'<th scope="col" class="{kind}">{name}</th>' for kind, name in heads.items())
-    return (
-        '<div class="scoreboard"><table><caption>Every claim of the three papers: the paper’s number, ours against '
-        f"the threshold, and the verdict</caption><thead><tr>{head}</tr></thead>\n"
-        + "\n".join(bodies)
-        + "\n</table></div>"
-    )
+    caption = "Every claim: the paper's number, ours against the threshold, and the verdict"
+    top = f'<div class="scoreboard"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead>\n'
+    return top + "\n".join(bodies) + "\n</table></div>"
 
 
 def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], order: int) -> str:
