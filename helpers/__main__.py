@@ -6,6 +6,10 @@ import argparse
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Stopped(KeyboardInterrupt):
@@ -16,25 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0 when all went well, 1 when a chapter or the build failed, 2 when asked wrongly."""
     args = _parser().parse_args(arguments)
     # Imported late: --help and a mistyped option answer at once.
-    from rich.console import Console
-
     from helpers.press import chapters
 
-    class Heedless(Console):
-        """Where nobody reads any more, or no disk takes what is said, the work goes on without a word."""
-
-        def on_broken_pipe(self) -> None:
-            self.quiet = True
-            _point_at_nothing()
-
-        def print(self, *args, **options) -> None:
-            try:
-                super().print(*args, **options)
-            except OSError as error:
-                print(f"nothing more can be written to the output: {error.strerror}", file=sys.stderr)
-                self.on_broken_pipe()
-
-    console = Heedless(highlight=False, soft_wrap=True)
+    console = _console()
     try:
         if args.command == "verify":
             from helpers.press import verify
@@ -61,8 +49,29 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _console() -> Console:
+    from rich.console import Console
+
+    class Heedless(Console):
+        """Where nobody reads any more, or no disk takes what is said, the work goes on without a word."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            _point_at_nothing()
+
+        def print(self, *args, **options) -> None:
+            try:
+                super().print(*args, **options)
+            except OSError as error:
+                print(f"nothing more can be written to the output: {error.strerror}", file=sys.stderr)
+                self.on_broken_pipe()
+
+    return Heedless(highlight=False, soft_wrap=True)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
+    status = "Status: 0 all went well, 1 a chapter or the build failed, 2 refused, 130 or 143 stopped by a signal."
+    parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__, epilog=status)
     commands = parser.add_subparsers(dest="command", required=True)
     book = commands.add_parser("book", help="execute what has changed, then build _build/html/index.html")
     run = commands.add_parser("run", help="execute chapters only")
@@ -110,7 +119,7 @@ def command() -> int:
         return 128 + number
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+            print(f"error: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
         _point_at_nothing()
         return 1
 

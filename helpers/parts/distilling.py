@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -112,16 +113,11 @@ def _spectrum(moments: Moments) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d
 
 # -- the task ----------------------------------------------------------------------------------------------------------
 
-COSTS = {
-    "neurons": lambda student: student.active_neurons,
-    "multiply_adds": lambda student: student.multiply_adds,
-    "parameters": lambda student: student.n_parameters,
-}
-"""What two students may have equal when their errors are compared."""
+COSTS = {"neurons": "active_neurons", "multiply_adds": "multiply_adds", "parameters": "n_parameters"}
+"""What two students may have equal when their errors are compared, and where a student says it."""
 
 
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Rows in and out of the MLP; `article` is the one that each row comes from, or took the place of."""
 
     inputs: Float[Tensor, "n d_in"]
@@ -129,20 +125,46 @@ class Pairs:
     article: Int[np.ndarray, " n"]
 
 
-@dataclass(frozen=True)
 class Task:
-    """What students learn and are judged by: a problem for `study`.
+    """What students learn and are judged by, a problem for `study`: the MLP's inputs, changed, with what the MLP itself
+    returns for them, computed once, for every student.
 
-    Outputs are the MLP's divided by `scale`: FVU does not depend on it, but where training starts does.
+    The three splits (`train`, `validation` and `test`: `Pairs`) are changed with draws of their own. What the MLP
+    returns is kept in the cache folder (4·n·d bytes for each change); rows are held in memory (8·n·d bytes).
+
+    Args:
+        stores: `train`, `validation` and `test`, with the site `mlp_in` of this teacher and layer.
+        judged_on: another change for validation and test (`REAL` for students that trained with padding).
+        scaled: divide outputs by the standard deviation of the training ones (`scale`: the root of their mean variance
+            over dimensions), so that a student with PyTorch's usual start begins with outputs of their size. FVU does
+            not depend on it, but where training starts does.
     """
 
-    name: str
-    train: Pairs
-    validation: Pairs
-    test: Pairs
-    steps: int
-    batch_size: int
-    scale: float = 1.0
+    def __init__(
+        self,
+        teacher: Teacher,
+        layer: int,
+        stores: Mapping[str, ActivationStore],
+        change: Change = REAL,
+        *,
+        steps: int,
+        batch_size: int,
+        judged_on: Change | None = None,
+        scaled: bool = True,
+        cache_dir: CacheDir = None,
+    ):
+        missing = {"train", "validation", "test"} - set(stores)
+        allowed(not missing, f"stores has no {', '.join(sorted(missing))}", "train, validation and test")
+        self.name = change.name if scaled else f"{change.name}, unscaled"
+        self.steps, self.batch_size, self.scale = steps, batch_size, 1.0
+        for number, split in enumerate(("train", "validation", "test")):
+            how = change if split == "train" or judged_on is None else judged_on
+            inputs = how.apply(stores[split].tensor("mlp_in"), settings.generator(1000 + number))
+            make = partial(outputs_of, teacher.mlp(layer), inputs)
+            outputs = kept.keep("targets", [stores[split].key, inputs], make, cache_dir=cache_dir)
+            if split == "train" and scaled:
+                self.scale = float(outputs.var(0).mean()) ** 0.5
+            setattr(self, split, Pairs(inputs, outputs.div_(self.scale), np.array(stores[split].article)))
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -151,9 +173,7 @@ class Task:
     @cached_property
     def asked(self) -> list:
         """All that determines results: for keys."""
-        splits = (self.train, self.validation, self.test)
-        rows = kept.digest(*(part for each in splits for part in (each.inputs, each.outputs, each.article)))
-        return [rows, self.steps, self.batch_size]
+        return [kept.digest(*self.train, *self.validation, *self.test), self.steps, self.batch_size]
 
     def stream(self, seed: int, device: torch.device) -> Shuffled:
         """A seed is an order of the batches, the same for every kind of student."""
@@ -165,47 +185,9 @@ class Task:
         validation, test = (evaluate(student, each.inputs, each.outputs) for each in (self.validation, self.test))
         parts = {"errors": test.squared_error, "norms": test.squared_norm}
         sums = {column: by_group(values, self.test.article) for column, values in parts.items()}
-        about = {name: cost(student) for name, cost in COSTS.items()}
+        about = {name: getattr(student, cost) for name, cost in COSTS.items()}
         about |= {name: getattr(test, name) if student.k else None for name in ("dead", "largest_rate")}
         return Judged(sums, {"fvu": validation.fvu}, about)
-
-
-def task(
-    teacher: Teacher,
-    layer: int,
-    stores: Mapping[str, ActivationStore],
-    change: Change = REAL,
-    *,
-    steps: int,
-    batch_size: int,
-    judged_on: Change | None = None,
-    scaled: bool = True,
-    cache_dir: CacheDir = None,
-) -> Task:
-    """The MLP's inputs, changed, with what the MLP itself returns for them: computed once, for every student.
-
-    The three splits are changed with draws of their own. What the MLP returns is kept in the cache folder (4·n·d bytes
-    for each change); inputs and outputs are held in memory (8·n·d bytes).
-
-    Args:
-        stores: `train`, `validation` and `test`, with the site `mlp_in` of this teacher and layer.
-        judged_on: another change for validation and test (`REAL` for students that trained with padding).
-        scaled: divide outputs by the standard deviation of the training ones (one number, the root of their mean
-            variance over dimensions), so that a student with PyTorch's usual start begins with outputs of their size.
-    """
-    missing = {"train", "validation", "test"} - set(stores)
-    allowed(not missing, f"stores has no {', '.join(sorted(missing))}", "train, validation and test")
-    splits = {}
-    for number, split in enumerate(("train", "validation", "test")):
-        how = change if split == "train" or judged_on is None else judged_on
-        inputs = how.apply(stores[split].tensor("mlp_in"), settings.generator(1000 + number))
-        make = partial(outputs_of, teacher.mlp(layer), inputs)
-        outputs = kept.keep("targets", [stores[split].key, inputs], make, cache_dir=cache_dir)
-        if split == "train":
-            scale = float(outputs.var(0).mean()) ** 0.5 if scaled else 1.0
-        splits[split] = Pairs(inputs, outputs.div_(scale), np.array(stores[split].article))
-    name = change.name if scaled else f"{change.name}, unscaled"
-    return Task(name, **splits, steps=steps, batch_size=batch_size, scale=scale)
 
 
 @torch.no_grad()

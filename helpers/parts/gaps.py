@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, Trace, secret_moe, topk_sae
 from helpers.models import activations
-from helpers.models.activations import ActivationStore, Texts
 from helpers.models.teachers import Splice, Teacher
 from helpers.parts.language_model import SPLITS, ablated, by_article
 from helpers.settings import allowed, one_of
@@ -193,23 +192,17 @@ def own(problem: StandIn, seed: int) -> RankOneDictionary:
 # -- the layer, and students in it -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
 class FrozenLayer:
-    """One layer of a frozen model: by split the rows that enter and leave its MLP, the pieces of text they come from
-    (cut by `activations.texts(teacher, **texts[split])`), and the model's loss there.
+    """One layer of a frozen model, harvested: by split `stores` of the rows that enter and leave its MLP, the `pieces`
+    of text they come from (cut by `activations.texts(teacher, **texts[split])`), and the model's loss there.
 
-    Students see rows divided by one number for each site (the root of the training rows' mean variance).
+    Students see rows divided by one number for each site (the root of the training rows' mean variance). `sizes` are
+    the tokens of train, validation and test. Raises `ValueError` for a split without a size, for test text of fewer
+    than five articles, over which no interval can be given, and what `activations.harvest` raises.
     """
 
-    teacher: Teacher
-    number: int
-    texts: Mapping[str, Mapping[str, object]]
-    pieces: Mapping[str, Texts]
-    stores: Mapping[str, ActivationStore]
-
-    @classmethod
-    def harvested(
-        cls,
+    def __init__(
+        self,
         teacher: Teacher,
         corpus: str,
         *,
@@ -217,21 +210,15 @@ class FrozenLayer:
         sizes: Mapping[str, int],
         max_length: int = 128,
         cache_dir: str | Path | None = None,
-    ) -> FrozenLayer:
-        """Harvest one layer; `sizes` are the tokens of train, validation and test.
-
-        Raises `ValueError` for a split without a size, for test text of fewer than five articles, over which no
-        interval can be given, and what `activations.harvest` raises.
-        """
+    ):
         allowed(set(sizes) == set(SPLITS), f"sizes={dict(sizes)}", f"one for each of {', '.join(SPLITS)}")
-        how = {"corpus": corpus, "max_length": max_length}
-        texts = {split: how | {"split": split, "n_tokens": n} for split, n in sizes.items()}
-        pieces = {split: activations.texts(teacher, **each) for split, each in texts.items()}
-        articles = len(np.unique(pieces["test"].articles))
+        self.teacher, self.number, how = teacher, layer, {"corpus": corpus, "max_length": max_length}
+        self.texts = {split: how | {"split": split, "n_tokens": n} for split, n in sizes.items()}
+        self.pieces = {split: activations.texts(teacher, **each) for split, each in self.texts.items()}
+        articles = len(np.unique(self.pieces["test"].articles))
         allowed(articles >= FEWEST, f"{sizes['test']} test tokens hold {articles} articles", f"at least {FEWEST}")
         where = {"layer": layer, "sites": list(SITE.values()), "cache_dir": cache_dir}
-        stores = {split: activations.harvest(teacher, **where, **each) for split, each in texts.items()}
-        return cls(teacher, layer, texts, pieces, stores)
+        self.stores = {split: activations.harvest(teacher, **where, **each) for split, each in self.texts.items()}
 
     @property
     def asked(self) -> list:

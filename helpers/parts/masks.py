@@ -203,13 +203,7 @@ def _check_size(size: int, n: int) -> None:
 
 
 def expansion_bounds(
-    rows: Int[Tensor, "n degree"],
-    d_model: int,
-    size: int,
-    generator: torch.Generator,
-    *,
-    starts: int = 8,
-    visited: int = 0,
+    rows: Int[Tensor, "n degree"], d_model: int, size: int, generator: torch.Generator, *, starts=8, visited=0
 ) -> Expansion:
     """Bounds on ε_1 … ε_size where sets are too many to visit; exact for as many sizes as have `visited` sets at most.
 

@@ -58,13 +58,9 @@ def scaled(
     return atoms * torch.linalg.lstsq(a, b[:, None]).solution.to(atoms)
 
 
-def by_rule(
-    bench: LayerRows, seeds: Sequence[int], *, rules: Sequence[str] = RULES, fitted: Sequence[str] = FITTED
-) -> dict[tuple[str, str, str, str], Explained]:
-    """What fixed coefficients explain (centred), by control, site, rule and what was fitted to the fitting rows.
-
-    Controls: implicit, shuffled, random. Explained is ‖y‖² − ‖y − ŷ‖², which may be negative.
-    """
+def by_rule(bench: LayerRows, seeds: Sequence[int]) -> dict[tuple[str, str, str, str], Explained]:
+    """What fixed coefficients explain (centred), by control (implicit, shuffled, random), site, rule and what was
+    fitted to the fitting rows. Explained is ‖y‖² − ‖y − ŷ‖², which may be negative."""
     first, found = bench.directions[:, 0], {}
     n, d = first.shape
     variants: list[tuple[str, Tensor, MoELayer]] = [("implicit", first, bench.moe)]
@@ -73,13 +69,13 @@ def by_rule(
         variants.append(("random", random_atoms(n, d, noise).to(first), random_router(bench.moe, noise)))
         variants.append(("shuffled", first[derangement(n, noise).to(first.device)], bench.moe))
     coded = []
-    for rule in rules:
+    for rule in RULES:
         for control, atoms, moe in variants:
             coded.append((control, rule, atoms, *(weighed(bench, which, rule, moe) for which in WHICH)))
     for site in SITES:
         fitting, judging = (bench.rows(which, site) for which in WHICH)
         for control, rule, atoms, codes, unseen in coded:
-            for how in fitted:
+            for how in FITTED:
                 left = judging - weighted_sum(unseen.values, unseen.indices, scaled(atoms, codes, fitting, how))
                 explained = judging.double().square().sum(1) - left.double().square().sum(1)
                 found.setdefault((control, site, rule, how), []).append(explained)

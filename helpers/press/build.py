@@ -61,10 +61,13 @@ def make(jobs: list[Job], profile: str, console: Console, root: Path = settings.
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
         return 1
-    stage(jobs, profile, root)
     console.print("building the pages (about half a minute)", markup=False)
     records = root / "_build" / "results" / profile
-    faults = build(root) + list(claims.passing_controls(records)) + list(claims.passing_controls(claims.REFERENCE))
+    try:
+        stage(jobs, profile, root)
+        faults = build(root) + list(claims.passing_controls(records)) + list(claims.passing_controls(claims.REFERENCE))
+    except ValueError as error:
+        faults = [str(error)]
     for fault in faults:
         console.print(f"[bold red]fault[/] {escape(fault)}")
     if not faults:

@@ -231,7 +231,8 @@ def _check_given(values: Mapping[str, Any]) -> None:
         settings.check_device(values["device"])
     for name in INPUTS:
         if isinstance(value := values.get(name), str):
-            path = settings.place(name, value)
+            before = value.rpartition(":")[0]  # what follows a colon may say how a file is read
+            path = settings.place(name, before if before and os.path.exists(os.path.expanduser(before)) else value)
             try:
                 path.stat()
                 why = None if os.access(path, os.R_OK) else "you may not read it"

@@ -123,7 +123,7 @@ def _papermill(job: Job, partial: Path, console: Console) -> None:
     logging.getLogger("traitlets").setLevel(logging.CRITICAL)  # what it says of a dead kernel is said below
     with TemporaryDirectory(prefix="rank1-kernel-") as folder, _progress(job, console) as on_cell_start:
         manager = AsyncKernelManager(
-            kernel_spec_manager=_ThisInterpreter(job.profile), connection_file=str(Path(folder) / "kernel.json")
+            kernel_spec_manager=_ThisInterpreter(job.profile, folder), connection_file=f"{folder}/kernel.json"
         )
         ended = ThreadPoolExecutor(1).submit(_work, job, partial, manager, on_cell_start)
         try:
@@ -170,9 +170,13 @@ def _work(job: Job, partial: Path, manager: AsyncKernelManager, on_cell_start: C
 class _ThisInterpreter(KernelSpecManager):
     """The kernel is the running Python, whatever kernels the user has registered under the same name."""
 
-    def __init__(self, profile: str):
+    def __init__(self, profile: str, folder: str):
+        """`folder` is where a kernel may write, also for a user who has no home."""
         super().__init__()
         self.variables = {"RANK1_PROFILE": profile, "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        self.variables |= {"JUPYTER_RUNTIME_DIR": folder}
+        if os.path.expanduser("~") == "~":
+            self.variables |= {"HOME": folder}
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         quiet = ["--log-level=ERROR"]  # else each kernel warns that loopback is not encrypted

@@ -2,8 +2,8 @@
 
 `<!--n 07 dead.pareto/error · k = 4 | .2f-->1.06<!--/n-->` is that record's value with two decimals. `@low`, `@high` or
 `@n` after a case is its interval's end or its count. A row of a run's points is `entries[site=mlp_in, k=32].fvu`, a
-mean where several rows fit or a cell holds several numbers. With braces it is arithmetic: `1 - 1 / {…}`. A form that
-ends in ` %` is in percent.
+mean where several rows fit or a cell holds several numbers; `.ratio#0` is the first number of a cell. With braces it is
+arithmetic: `1 - 1 / {…}`. A form that ends in ` %` is in percent.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def _at(run: claims.Results, address: str) -> float:
         pairs = dict(pair.split("=", 1) for pair in re.split(r", (?=\w+=)", wanted))
         rows = [r for r in run.points.get(table, []) if all(str(r.get(k)) == v for k, v in pairs.items())]
         settings.allowed(bool(rows), f"number {address!r}", f"a row of chapter {run.chapter}")
-        return float(np.mean([each[column] for each in rows]))
+        column, _, place = column.partition("#")
+        return float(np.mean([each[column][int(place)] if place else each[column] for each in rows]))
     where, _, field = address.partition("@")
     name, _, case = where.partition(BETWEEN)
     claim, _, check = name.partition("/")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -268,7 +268,7 @@ def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.m
     return Comparison(of(values), ci, [of(row[None]) for row in values], len(values), "seeds")
 
 
-def slope(x: Sequence[float], y: Sequence[float], *, level: float = 0.95) -> Comparison:
+def slope(x: Iterable[float], y: Iterable[float], *, level: float = 0.95) -> Comparison:
     """Least-squares slope of y over x with its t interval of n − 2 degrees of freedom, from the scatter about the line.
 
     For an exponent give logarithms. Raises `ValueError` for fewer than three different x.
@@ -278,6 +278,12 @@ def slope(x: Sequence[float], y: Sequence[float], *, level: float = 0.95) -> Com
     (value, _), covariance = np.polyfit(x, y, 1, cov=True)
     margin = stdtrit(len(x) - 2, (1 + level) / 2) * covariance[0, 0] ** 0.5
     return Comparison(float(value), (float(value - margin), float(value + margin)), [], sizes, "sizes")
+
+
+def over_sizes(found: Comparison, sizes: Iterable[float]) -> Comparison:
+    """A slope over `sizes`: fewer than three are what it rests on, whatever its interval was made of."""
+    few = len(set(sizes))
+    return found if few >= 3 else replace(found, n=few, resampled="sizes")
 
 
 RELABELLINGS = 40

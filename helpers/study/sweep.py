@@ -10,11 +10,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from helpers import settings
+
+if TYPE_CHECKING:  # it takes a second
+    from distributed import Client
 
 T = TypeVar("T")
 
@@ -40,7 +43,9 @@ def sweep(
     """`[task(**cell) for cell in cells]`, in that order, each cell on one thread of one worker.
 
     Runs of small models do not fill several cores, so cells side by side finish sooner than threads within one. Cells
-    that store what they have done (`fit` does) are not repeated by a sweep that is started again.
+    that store what they have done (`fit` does) are not repeated by a sweep that is started again. `ValueError` for
+    workers below 0, and where no scheduler answers within seconds; `RuntimeError` names the cell that failed, from its
+    error, and those that have not begun are given up.
 
     Args:
         task: a function of an importable module; its arguments and result travel between processes.
@@ -48,40 +53,37 @@ def sweep(
             them here with all threads, as suits tasks that hold a large model.
         address: of a Dask scheduler, whose workers must have this repository installed and see the same cache folder;
             `RANK1_SCHEDULER` if None. It wins over `workers`.
-
-    Raises:
-        ValueError: for workers below 0, and for a scheduler that does not answer within seconds.
-        RuntimeError: naming the cell that failed, from its error; cells that have not begun are given up.
     """
     good = workers is None or isinstance(workers, int) and workers >= 0
     settings.allowed(good, f"workers={workers!r}", "a whole number, at least 0, or None for one a core")
-    if workers == 0:
-        return [_named(task, cell) for cell in settings.progress(cells, label, delay=2)]
-    address = address or os.environ.get(ADDRESS)
-    workers = min(workers or cores(), max(1, len(cells)))
-    if address is None and workers == 1:
-        return [_alone(task, cell) for cell in settings.progress(cells, label, delay=2)]
+    address = address or os.environ.get(ADDRESS) or None
+    processes = min(workers or cores(), max(1, len(cells)))
+    if workers == 0 or address is None and processes == 1:
+        threads = torch.get_num_threads() if workers == 0 else 1
+        return [_alone(task, cell, threads) for cell in settings.progress(cells, label, delay=2)]
+    return _on_dask(task, cells, label, _client(address, processes))
+
+
+def _on_dask(task: Callable[..., T], cells: Sequence[Mapping[str, Any]], label: str, client: Client) -> list[T]:
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
-    client = _client(address, workers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cells that carry arrays are large; that is meant
         futures = {client.submit(_alone, task, dict(cell), pure=False): cell for cell in cells}
     try:
         for done in settings.progress(as_completed(futures), label, total=len(futures), delay=2):
-            try:
-                done.result()
-            except KilledWorker:
-                why = "its process was killed, and again when tried anew; was memory enough?"
-                raise RuntimeError(_failed(task, futures[done], why)) from None
+            if isinstance(error := done.exception(), KilledWorker):
+                error = RuntimeError(_failed(task, futures[done], "its process was killed twice; was memory enough?"))
+            if error is not None:
+                raise error
         return [future.result() for future in futures]
     finally:
         client.cancel(list(futures))
 
 
 @cache
-def _client(address: str | None, workers: int):
+def _client(address: str | None, workers: int) -> Client:
     """A connection that lasts as long as this process: starting workers takes seconds, most of it `import torch`."""
     import dask
     from distributed import Client, LocalCluster
@@ -126,23 +128,18 @@ async def _kind(address: str) -> str:
         return f"{type(error).__name__} {error}".strip()
 
 
-def _named(task: Callable[..., T], cell: Mapping[str, Any]) -> T:
-    try:
-        return task(**cell)
-    except Exception as error:
-        raise RuntimeError(_failed(task, cell, error)) from error
-
-
 def _failed(task: Callable[..., T], cell: Mapping[str, Any], why: Any) -> str:
     told = ", ".join(f"{name}={value!r}" for name, value in cell.items())
     return f"{task.__name__}({told[:500]}) failed: {why}"
 
 
-def _alone(task: Callable[..., T], cell: Mapping[str, Any]) -> T:
+def _alone(task: Callable[..., T], cell: Mapping[str, Any], threads: int = 1) -> T:
     """One thread whatever runs beside it, so that a cell's numbers do not depend on the number of workers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        return _named(task, cell)
+        return task(**cell)
+    except Exception as error:
+        raise RuntimeError(_failed(task, cell, error)) from error
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

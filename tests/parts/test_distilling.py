@@ -121,22 +121,22 @@ def setting(tmp_path_factory):
 @pytest.fixture(scope="module")
 def real(setting):
     teacher, stores, folder = setting
-    return distilling.task(teacher, 1, stores, cache_dir=folder, **LENGTH)
+    return distilling.Task(teacher, 1, stores, cache_dir=folder, **LENGTH)
 
 
 def test_targets_are_the_mlps_own_and_computed_once(setting):
     teacher, stores, folder = setting
     how = {"cache_dir": folder, **LENGTH}
     noise = distilling.gaussian(stores["train"].moments("mlp_in"))
-    given = distilling.task(teacher, 1, stores, noise, **how)
+    given = distilling.Task(teacher, 1, stores, noise, **how)
     torch.testing.assert_close(given.test.outputs * given.scale, teacher.mlp(1)(given.test.inputs))
     assert float(given.train.outputs.var(0).mean()) == pytest.approx(1, rel=1e-4)
-    raw = distilling.task(teacher, 1, stores, noise, scaled=False, **how)
+    raw = distilling.Task(teacher, 1, stores, noise, scaled=False, **how)
     torch.testing.assert_close(raw.test.outputs, given.test.outputs * given.scale)
     assert raw.asked != given.asked
     assert not torch.equal(given.validation.inputs[:100], given.test.inputs[:100])
     hook = teacher.mlp(1).register_forward_hook(lambda *_: pytest.fail("computed twice"))
-    again = distilling.task(teacher, 1, stores, noise, **how)
+    again = distilling.Task(teacher, 1, stores, noise, **how)
     hook.remove()
     assert torch.equal(again.train.outputs, given.train.outputs) and again.asked == given.asked
 
@@ -144,7 +144,7 @@ def test_targets_are_the_mlps_own_and_computed_once(setting):
 def test_students_with_padding_are_judged_on_text(setting):
     teacher, stores, folder = setting
     change = distilling.with_padding(torch.ones(16), 0.4)
-    given = distilling.task(teacher, 1, stores, change, judged_on=distilling.REAL, cache_dir=folder, **LENGTH)
+    given = distilling.Task(teacher, 1, stores, change, judged_on=distilling.REAL, cache_dir=folder, **LENGTH)
     torch.testing.assert_close(given.test.inputs, stores["test"].tensor("mlp_in"))
     assert 0.35 < float((given.train.inputs == 1).all(1).float().mean()) < 0.45
 
@@ -197,7 +197,7 @@ def test_a_bias_is_there_where_the_balance_needs_one(real):
 def made_up(active, errors, experts=0, task="real"):
     """A distillation with given test errors [seeds, articles], and an untrained student's costs."""
     spec = Spec(active, experts, router_rank=2)
-    about = {name: cost(spec.build(6, 6, generator(0))) for name, cost in distilling.COSTS.items()}
+    about = {name: getattr(spec.build(6, 6, generator(0)), cost) for name, cost in distilling.COSTS.items()}
     sums = [{"errors": np.asarray(e, float), "norms": np.ones(len(e))} for e in errors]
     outcomes = [Outcome(each, {"fvu": 0.1}, about, Arm("", spec), seed) for seed, each in enumerate(sums)]
     return Distillation(task, spec, {1e-3: outcomes[0]}, outcomes)

@@ -11,6 +11,7 @@ import torch
 from helpers.parts import known_truth
 from helpers.parts.known_truth import Candidate, KnownTruth, StartingSae, measured
 from helpers.parts.worlds import World
+from helpers.study.scores import RELABELLINGS
 from helpers.study.study import Arm, Outcome, fits, run, study
 from helpers.training import remedies
 from tests.reference import dictionary_numpy
@@ -245,6 +246,14 @@ def test_a_seed_is_left_out_of_both_of_a_pair():
     assert found.value == pytest.approx(0.2 / 0.16)
     assert found.ci == pytest.approx(of_two(found.value, 0.199 / 0.159, 0.201 / 0.161))
     assert known_truth.paired(rival, mine, "dead", known_truth.difference_of_means).ci == pytest.approx((0.3, 0.3))
+
+
+def test_a_pair_whose_labels_are_dealt_afresh_is_told_apart_no_more():
+    rival, mine = (known_truth.lines_of(CONTEST, c) for c in (("auxk", 2.0, 0.1, True), ("switch", 0.1, 0.1, True)))
+    drawn = known_truth.times_fewer(rival, mine, 100, dealt=True)
+    assert len(drawn) == RELABELLINGS and {each.value for each in drawn} == {1.0}  # with two seeds one of each
+    drawn = known_truth.paired(rival, mine, "dead", known_truth.difference_of_means, dealt=True)
+    assert max(abs(each.value) for each in drawn) < 1e-12 and all(each.ci[0] < 0 < each.ci[1] for each in drawn)
 
 
 def test_every_method_has_as_many_candidates():

@@ -12,18 +12,21 @@ from helpers.press import numbers
 UNMARKED = {
     "00_how_to_read.ipynb": 1,
     "01_topk_sae_is_rank1_moe.ipynb": 1,
-    "03_gaussian_has_nothing_sparse.ipynb": 6,
+    "03_gaussian_has_nothing_sparse.ipynb": 5,
     "04_sparse_inputs_sparse_experts.ipynb": 1,
+    "05_distilling_an_mlp.ipynb": 3,
     "07_a_benchmark_with_known_truth.ipynb": 4,
     "09_dead_features_in_a_language_model.ipynb": 2,
     "10_the_sae_inside.ipynb": 23,
     "12_three_gaps.ipynb": 16,
+    "14_matching_pursuit.ipynb": 1,
     "16_training_the_mixture.ipynb": 11,
     "glossary.md": 1,
+    "index.md": 2,
 }
 NO_PROSE = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|<style.*?</style>|<svg.*?</svg>", re.DOTALL)
 NAMED = re.compile(
-    r"(?:Theorem|Lemma|Corollary|Remark|Section|Hypothesis|Definition|Figure|Table) [A-Z]?\.?\d+(?:\.\d+)*"
+    r"(?:Python|Theorem|Lemma|Corollary|Remark|Section|Hypothesis|Definition|Figure|Table) [A-Z]?\.?\d+(?:\.\d+)*"
 )
 DECIMAL = re.compile(r"(?<![\w.])\d*\.\d+(?![\w.]*\d)")
 FILES = {path.name: texts for path, _, texts in numbers.prose()}

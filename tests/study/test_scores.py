@@ -97,6 +97,13 @@ def test_a_slope_has_the_interval_of_the_scatter_about_its_line():
         scores.slope([1, 1, 2], [1, 2, 3])
 
 
+def test_a_slope_over_two_sizes_rests_on_two():
+    found = scores.over_seeds([1.0, 2.0, 3.0])
+    assert scores.over_sizes(found, [1, 2, 3]) == found
+    few = scores.over_sizes(found, [1, 2, 2])
+    assert (few.n, few.resampled, few.ci) == (2, "sizes", found.ci)
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
 def test_by_group_sums(groups):
     values = torch.arange(len(groups)).double()
