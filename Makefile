@@ -4,6 +4,7 @@
 # make soak    the checks that take many minutes: all kills, full disks, model classes, inputs of chapters
 # make lab     open the notebooks in JupyterLab
 # make bench   timings beside peers, into benchmarks/results/
+# make numbers write the numbers in prose anew from results/
 # make strip   clear the notebooks' outputs before a commit
 # make setup   only make .venv
 # make clean   remove _build (the cache of models and activations, and .venv, stay)
@@ -20,7 +21,7 @@ export GOMP_SPINCOUNT ?= 10000
 export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit verify nbval browser soak lab bench strip setup clean
+.PHONY: help book test lint unit verify nbval browser soak lab bench numbers strip setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -87,6 +88,9 @@ lab: .venv/.ready
 
 bench: .venv/.ready-bench
 	$(BIN)/python -m benchmarks
+
+numbers: .venv/.ready
+	$(BIN)/python -m helpers.press.numbers
 
 strip: .venv/.ready-dev
 	$(BIN)/nbstripout notebooks/*.ipynb

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,15 +35,34 @@ def cache_dir(folder: str | Path | None = None) -> Path:
     `folder` wins over the environment variable `RANK1_CACHE`, which wins over the user's cache folder. Raises
     `ValueError` naming a place where no folder can be.
     """
-    chosen = folder or os.environ.get("RANK1_CACHE") or user_cache_path("rank1-book")
-    path = Path(chosen).expanduser().resolve()
+    named, chosen = ("cache_dir", folder) if folder else ("RANK1_CACHE", os.environ.get("RANK1_CACHE"))
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        chosen = chosen or user_cache_path("rank1-book")
+    except RuntimeError as error:
+        raise ValueError("RANK1_CACHE is not set, and there is no home folder; allowed: a full path") from error
+    return made(named, place(named, chosen))
+
+
+def place(parameter: str, value: str | Path) -> Path:
+    """The full path that a parameter names; `ValueError` where the user that `~` stands for has no home folder."""
+    try:
+        return Path(value).expanduser().resolve()
+    except (RuntimeError, OSError) as error:
+        why = "there is no home folder" if isinstance(error, RuntimeError) else error.strerror
+        raise ValueError(f"{parameter}={str(value)!r}: {why}; allowed: a full path") from error
+
+
+def made(parameter: str, folder: Path, to_write: bool = False) -> Path:
+    """`folder`, made where it is missing; `ValueError` where none can be, or `to_write` and nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if to_write:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"1")
     except OSError as error:
-        raise ValueError(
-            f"cache_dir={str(path)!r}: {error.strerror}; allowed: a folder, or where one can be"
-        ) from error
-    return path
+        what = "a folder of yours with room, or where one can be made"
+        raise ValueError(f"{parameter}={str(folder)!r}: {error.strerror}; allowed: {what}") from error
+    return folder
 
 
 def progress(*args, **options) -> tqdm:
@@ -57,9 +77,8 @@ def profile() -> str:
 
 def results_dir(folder: str | Path | None = None) -> Path:
     """Folder where a chapter writes its records: `folder`, or `_build/results/<profile>` of the repository."""
-    path = Path(folder).expanduser().resolve() if folder else ROOT / "_build" / "results" / profile()
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    path = place("results_dir", folder) if folder else ROOT / "_build" / "results" / profile()
+    return made("results_dir", path, to_write=True)
 
 
 def allowed(good: bool, given: str, what: str) -> None:
@@ -77,17 +96,22 @@ def one_of(name: str, value: Any, options: Iterable) -> None:
 # -- devices and randomness --------------------------------------------------------------------------------------------
 
 
+def check_device(name: str) -> None:
+    """`ValueError` unless it is the name of a device, here or elsewhere."""
+    good = re.fullmatch(r"auto|cpu|mps|cuda(:\d\d?)?", name) is not None
+    allowed(good, f"device={name!r} is not a device", "'auto', 'cpu', 'cuda', 'cuda:N', 'mps'")
+
+
 def device(name: str = "auto") -> torch.device:
     """`auto` is a GPU when there is one, else the CPU. An accelerator that is not there raises `ValueError`."""
     import torch
 
+    check_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r} is not a device; allowed: 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    chosen = torch.device(name)
+    cuda = torch.cuda.device_count() > (chosen.index or 0)
+    there = {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}
     if not there.get(chosen.type, False):
         here = ["auto", *(kind for kind, ok in there.items() if ok)]
         raise ValueError(f"device={name!r} is not on this machine; allowed here: {', '.join(here)}")

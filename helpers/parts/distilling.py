@@ -22,6 +22,7 @@ from helpers import kept, settings
 from helpers.dictionary import RankOneDictionary, dense_mlp, secret_moe
 from helpers.models.activations import ActivationStore, Moments
 from helpers.models.teachers import Teacher
+from helpers.parts.language_model import codes_on
 from helpers.settings import CacheDir, allowed, one_of
 from helpers.study import study
 from helpers.study.scores import Comparison, Sums, Totals, by_group, evaluate
@@ -81,9 +82,8 @@ def recoloured(moments: Moments, seed: int = 0) -> Change:
     roots = values.clamp(min=values[-1] * 1e-9).sqrt()
     basis = axes.double()
     move = ((basis * roots) @ basis.T @ rotation @ (basis / roots) @ basis.T).float()
-    return Change(
-        f"recoloured({seed})", lambda rows, generator: (rows - moments.mean.float()) @ move.T + moments.mean.float()
-    )
+    mean = moments.mean.float()
+    return Change(f"recoloured({seed})", lambda rows, generator: (rows - mean) @ move.T + mean)
 
 
 def without_top(moments: Moments, count: int) -> Change:
@@ -122,11 +122,11 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows in and out of the MLP; `group` is the article each row comes from, or took the place of."""
+    """Rows in and out of the MLP; `article` is the one that each row comes from, or took the place of."""
 
     inputs: Float[Tensor, "n d_in"]
     outputs: Float[Tensor, "n d_out"]
-    group: Int[Tensor, " n"]
+    article: Int[np.ndarray, " n"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Task:
     def asked(self) -> list:
         """All that determines results: for keys."""
         splits = (self.train, self.validation, self.test)
-        rows = kept.digest(*(part for each in splits for part in (each.inputs, each.outputs, each.group)))
+        rows = kept.digest(*(part for each in splits for part in (each.inputs, each.outputs, each.article)))
         return [rows, self.steps, self.batch_size]
 
     def stream(self, seed: int, device: torch.device) -> Shuffled:
@@ -164,7 +164,7 @@ class Task:
         """FVU on validation rows, sums over the rows of each test article, and what the student costs."""
         validation, test = (evaluate(student, each.inputs, each.outputs) for each in (self.validation, self.test))
         parts = {"errors": test.squared_error, "norms": test.squared_norm}
-        sums = {column: by_group(values, self.test.group) for column, values in parts.items()}
+        sums = {column: by_group(values, self.test.article) for column, values in parts.items()}
         about = {name: cost(student) for name, cost in COSTS.items()}
         about |= {name: getattr(test, name) if student.k else None for name in ("dead", "largest_rate")}
         return Judged(sums, {"fvu": validation.fvu}, about)
@@ -203,8 +203,7 @@ def task(
         outputs = kept.keep("targets", [stores[split].key, inputs], make, cache_dir=cache_dir)
         if split == "train":
             scale = float(outputs.var(0).mean()) ** 0.5 if scaled else 1.0
-        articles = torch.from_numpy(np.array(stores[split].article, np.int64))
-        splits[split] = Pairs(inputs, outputs.div_(scale), articles)
+        splits[split] = Pairs(inputs, outputs.div_(scale), np.array(stores[split].article))
     name = change.name if scaled else f"{change.name}, unscaled"
     return Task(name, **splits, steps=steps, batch_size=batch_size, scale=scale)
 
@@ -324,7 +323,7 @@ def distil(
 
     `recipe` goes to `training.fit`, `further` to `study.tune`, `options` to `study.run`.
     """
-    allowed(bool(lrs) and bool(seeds), f"lrs={list(lrs)}, seeds={list(seeds)}", "at least one of each")
+    allowed(bool(seeds), f"seeds={list(seeds)}", "at least one")
     arm = Arm(f"{given.name}: {spec.label}", spec, spec.balance, recipe=recipe or {})
     options |= {"workers": 1}  # in this process, which holds the rows
     tried = study.tune(given, [arm], lrs, seeds[0], further=further, together=len(lrs), **options)[arm.name]
@@ -390,36 +389,27 @@ def contrast(
 
     The interval is over seeds (those that all have) and articles, the same for both.
     """
-    sides = [(dense_alike(d, s, equal), s) for d, s in zip(dense, sparse, strict=True)]
     powers = []
-    for (alike, ours), sign in zip(sides, (1, -1), strict=False):
-        powers += [(each, sign * share) for each, share in alike] + [(ours, -sign)]
+    for others, ours, sign in zip(dense, sparse, (1, -1)[: len(sparse)], strict=True):
+        powers += [(each, sign * share) for each, share in dense_alike(others, ours, equal)] + [(ours, -sign)]
     students, exponents = zip(*powers, strict=True)
 
     def product(*cells: Totals) -> float:
         return math.prod(cell.fvu**power for cell, power in zip(cells, exponents, strict=True))
 
-    return errors_of(*students).compare(product)
+    return errors_of(*students).compare(product, scale="log")
 
 
 # -- what an expert responds to ----------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def strongest(
-    model: RankOneDictionary, inputs: Float[Tensor, "n d_in"], count: int, *, batch_size: int = 4096
-) -> list[Int[np.ndarray, " rows"]]:
+def strongest(model: RankOneDictionary, inputs: Float[Tensor, "n d_in"], count: int) -> list[Int[np.ndarray, " rows"]]:
     """For each atom the rows of `inputs` on which its value is largest in size, the strongest first; at most `count`,
     fewer where it fires on fewer."""
     allowed(count >= 1, f"count={count}", "at least 1")
-    where, rows, atoms, sizes = next(model.parameters()), [], [], []
-    for start in range(0, len(inputs), batch_size):
-        codes = model.encode(inputs[start : start + batch_size].to(where.device, where.dtype))
-        row, place = codes.fires.nonzero(as_tuple=True)
-        rows.append((row + start).cpu())
-        atoms.append(codes.indices[row, place].cpu())
-        sizes.append(codes.values[row, place].abs().cpu())
-    row, atom, size = (torch.cat(parts).numpy() for parts in (rows, atoms, sizes))
+    codes = codes_on(model, inputs)
+    row, place = codes.fires.numpy().nonzero()
+    atom, size = (each.numpy()[row, place] for each in (codes.indices, codes.values.abs()))
     order = np.lexsort((-size, atom))
     starts = np.searchsorted(atom[order], np.arange(model.n_atoms + 1))
     return [row[order[a : min(b, a + count)]] for a, b in itertools.pairwise(starts)]

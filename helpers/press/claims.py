@@ -194,24 +194,38 @@ class Chapter:
         return "".join(record._repr_html_() for record in self.records) or "<em>This chapter tests no claim.</em>"
 
 
+def cells(notebook: Path) -> list[dict[str, Any]]:
+    """The cells of a notebook, each with its source as one text; `ValueError` naming a file that is not one."""
+    try:
+        found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        whole = {"cell_type": "", "metadata": {}}
+        return [whole | cell | {"source": "".join(cell["source"])} for cell in found]
+    except FileNotFoundError as error:
+        raise ValueError(f"{notebook.name} is not in {notebook.parent.name}; allowed: a chapter of the book") from error
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{notebook.name} cannot be read ({why}); allowed: a notebook of format 4") from error
+
+
 def parameters(notebook: Path) -> dict[str, Any]:
     """Names and defaults in the parameters cell of a notebook; `ValueError` where there is no such notebook or cell.
 
     Only constants are allowed there, since papermill does not recompute derived values.
     """
-    try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except OSError as error:
-        raise ValueError(f"{notebook.name} is not in {notebook.parent.name}; allowed: a chapter of the book") from error
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    code = [cell for cell in cells(notebook) if cell["cell_type"] == "code"]
     tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     allowed(len(tagged) == 1, f"{notebook.name}: {len(tagged)} code cells are tagged 'parameters'", "exactly one")
-    source, found = "".join(tagged[0]["source"]), {}
-    for node in ast.parse(source).body:
+    source, found = tagged[0]["source"], {}
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        where = f"{notebook.name}: line {error.lineno} of the parameters cell: {error.msg}"
+        raise ValueError(f"{where}; allowed: constants") from None
+    for node in body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         try:
             found[target.id] = ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, TypeError):
             line = ast.get_source_segment(source, node)
             raise ValueError(f"{notebook.name}: the parameters cell holds constants only, not {line!r}") from None
     return found

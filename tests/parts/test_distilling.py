@@ -160,7 +160,7 @@ def test_the_learning_rate_is_chosen_on_validation_and_test_sums_are_by_article(
     output, y = trained.student(real.test.inputs), real.test.outputs
     slow = float((output - y).square().sum() / (y - y.mean(0)).square().sum())
     assert found.outcomes[1].fvu == pytest.approx(slow, rel=1e-5)
-    assert len(found.outcomes[0].sums["errors"]) == len(set(real.test.group.tolist()))
+    assert len(found.outcomes[0].sums["errors"]) == len(set(real.test.article.tolist()))
     assert found.tried[1e-2].fvu == found.outcomes[0].fvu
     low, high = found.fvu.ci
     assert low < found.fvu.value < high
@@ -275,7 +275,7 @@ def test_strongest_rows_are_those_of_the_dense_code_matrix():
     x = torch.randn(200, 12, generator=generator(1), dtype=torch.float64)
     with torch.no_grad():
         dense = ours.encode(x).to_dense(9).abs()
-    found = distilling.strongest(ours, x, 5, batch_size=64)
+    found = distilling.strongest(ours, x, 5)
     for atom, rows in enumerate(found):
         slow = sorted((r for r in range(200) if dense[r, atom] > 0), key=lambda r: -float(dense[r, atom]))[:5]
         assert rows.tolist() == slow

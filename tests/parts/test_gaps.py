@@ -367,7 +367,7 @@ def test_a_layer_needs_all_three_splits(on):
         sizes = {"train": 9, "validation": 9, "test": 20}
         gaps.FrozenLayer.harvested(on.teacher, on.texts["test"]["corpus"], layer=LAYER, sizes=sizes)
     with pytest.raises(ValueError, match="batch_size=0"):
-        place(on, batch_size=0)
+        place(on, batch_size=0).stream(0, torch.device("cpu"))
 
 
 # -- rows and walks ----------------------------------------------------------------------------------------------------

@@ -269,10 +269,11 @@ def stamp_valid(root):
     job.stamp.write_text(json.dumps(stamp))
 
 
-def test_editing_the_readers_own_text_is_a_change(root):
+@pytest.mark.parametrize("how", ["", ":lines", ":body"])
+def test_editing_the_readers_own_text_is_a_change(root, how):
     text = root / "my.txt"
     text.write_text("one")
-    write_chapter(root, "01_first", WRITES_RESULTS, parameters=f"corpus = {str(text)!r}")
+    write_chapter(root, "01_first", WRITES_RESULTS, parameters=f"corpus = {str(text) + how!r}")
     stamp_valid(root)
     text.write_text("two!")
     assert chapters.stale(chapters.plan(root=root)[0]) == ["parameters changed"]
@@ -434,7 +435,10 @@ def test_a_log_shows_progress_inside_a_long_cell(root, monkeypatch):
 
 def test_two_runs_at_once_are_refused(root):
     jobs = chapters.plan(root=root)
-    with execution._alone(jobs), pytest.raises(ValueError, match="another run is busy"):
+    with (
+        execution._alone(settings.made("_build", jobs[0].executed.parent)),
+        pytest.raises(ValueError, match="another run is busy"),
+    ):
         execution.run(jobs, Console(file=io.StringIO()))
 
 

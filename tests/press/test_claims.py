@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pybtex.database import parse_file
 
 from helpers import settings
-from helpers.press import claims, pages, rules, verdicts
+from helpers.press import claims, rules, scoreboard, verdicts
 
 SLUG = "01_topk_sae_is_rank1_moe"
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -77,7 +77,7 @@ def write(tmp_path, monkeypatch):
         path = tmp_path / "claims.yml"
         path.write_text(BOOK + text)
         monkeypatch.setattr(claims, "register", lambda: original(path))
-        monkeypatch.setattr(pages, "register", lambda: original(path))
+        monkeypatch.setattr(scoreboard, "register", lambda: original(path))
         return original(path)
 
     original = claims.register
@@ -155,7 +155,7 @@ def test_a_wrong_register_says_where_and_what(tmp_path, edit, told):
 def test_broken_yaml_and_repeated_keys_are_refused(tmp_path, text):
     path = tmp_path / "claims.yml"
     path.write_text(text)
-    with pytest.raises(ValueError, match="claims.yml is not valid YAML"):
+    with pytest.raises(ValueError, match="claims.yml is not YAML"):
         claims.register(path)
 
 
@@ -681,25 +681,26 @@ def render(tmp_path):
 
     def render():
         here, long = tmp_path / "here", tmp_path / "long"
-        return pages.scoreboard_markdown(results=here, reference=long, notebooks=tmp_path / "notebooks")
+        made = scoreboard.pages(results=here, reference=long, notebooks=tmp_path / "notebooks")
+        return made["scoreboard.md"]
 
     return render
 
 
 def card(page, claim):
-    """The part of the page about one claim."""
-    return page.split(f"({pages.anchor(claim)})=")[1].split("\n:::::\n")[0]
+    """The rows of the page about one claim."""
+    return page.split(f'id="{scoreboard.anchor(claim)}"')[1].split("</tbody>\n<tbody")[0]
 
 
 def test_the_page_shows_every_claim_of_the_book_exactly_once(render):
     page = render()
     for claim in claims.register().claims:
-        assert page.count(f"({pages.anchor(claim.id)})=") == 1
-        assert page.count(f"`{claim.id}` ·") == 1
+        assert page.count(f'id="{scoreboard.anchor(claim.id)}"') == 1
+        assert claim.title, f"{claim.id} has no title"
         for check in claim.checks.values():
-            assert pages.plain(check.metric) in card(page, claim.id)
+            assert scoreboard.rich(check.metric) in card(page, claim.id)
         assert "verdict-not-tested" in card(page, claim.id)
-    assert "0 of 32 claims have been tested so far" in page
+    assert "0 of 32 claims of three papers are tested here" in page
 
 
 def test_the_long_runs_that_are_kept_can_be_read_and_stand_in_the_register():
@@ -714,8 +715,8 @@ def test_the_page_shows_controls_beside_records_and_counts_those_that_pass(book,
     log.path.parent.mkdir()
     log.save()
     page = render()
-    assert "the reverse: **1, n = 3**, rejected" in card(page, "rule.identity")
-    assert "the reverse: **0, n = 3**, PASSES" in card(page, "rule.count")
+    assert "the reverse: <b>1, n = 3</b>, rejected" in card(page, "rule.identity")
+    assert "the reverse: <b>0, n = 3</b>, <b>PASSES</b>" in card(page, "rule.count")
     assert "the reverse: not in this build" in card(page, "rule.above")
     assert "2 controls were recorded; 1 of them passed" in page
 
@@ -766,19 +767,21 @@ def test_reference_runs_carry_the_verdict_and_are_labelled_apart(book, tmp_path,
     save(tmp_path / "here", SLUG, row("rule.above", **far))
     save(tmp_path / "long", SLUG, row("rule.above", **near), profile="full")
     text = card(render(), "rule.above")
-    assert text.startswith("\n:::::{div} claim claim-reproduced")
-    assert "reference run: metric only: **3 \\[2.5, 3.5\\], n = 3 (seeds)**" in text
-    assert "- metric only: **1.2 \\[1, 1.5\\], n = 3 (seeds)**" in text and "fails here" in text
-    assert "{doc}`/notebooks/" + SLUG in text
+    assert text.startswith(' data-verdict="reproduced"')
+    long, here = re.findall(r"<tr><td>–.*</tr>", text)
+    assert "3.00 [2.50, 3.50]" in long and "● ch. 1" in long and "reproduced" in long
+    assert "1.20 [1.00, 1.50]" in here and "○ ch. 1" in here and "fails here" in here
+    assert text.count("<circle") == 1, "the line shows what the verdict rests on"
+    assert f'<a href="notebooks/{SLUG}.html">' in text
 
 
 def test_the_page_neither_links_to_missing_chapters_nor_lets_a_note_act(book, tmp_path, render):
     save(tmp_path / "here", SLUG, row(note="a *note* with {role}`x` and <b>"))
     text = card(render(), "rule.identity")
-    assert r"a \*note\* with \{role\}\`x\` and \<b\>" in text
+    assert "a *note* with {role}`x` and &lt;b&gt;" in text, "it stands in HTML, where Markdown does nothing"
     (tmp_path / "here" / f"{SLUG}.json").unlink()
     (tmp_path / "notebooks" / f"{SLUG}.ipynb").unlink()
-    assert f"/notebooks/{SLUG}" not in render()
+    assert f"notebooks/{SLUG}" not in render()
 
 
 def test_points_of_a_longer_run_are_read_back_with_their_origin(tmp_path, monkeypatch):
