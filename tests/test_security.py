@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -277,3 +278,35 @@ def test_a_slider_shows_html_as_text(text):
     assert json.loads(data)["values"][0][0] == text
     live = made.widget()
     harmless(BeautifulSoup(live.children[0].value, "html.parser"))
+
+
+SHOWS = """
+import json, pandas
+from IPython.display import Markdown
+from matplotlib import pyplot as plt
+from helpers.press.slider import slider
+texts = json.loads({texts!r})
+for text in texts:
+    print(text)
+pandas.DataFrame({{"title": texts, "token": texts}})
+---
+frame = {{"alt": lambda i: texts[i], "label": texts[2], "caption": " ".join(texts)}}
+slider(lambda i: plt.figure(figsize=(1, 1)), {{"i": [0, 1]}}, **frame)
+---
+log.record("own.claim", 0, n=9, scope="analogue", note=" ".join(texts))
+"""
+
+
+def test_pages_show_html_as_text(tmp_path):
+    """A small book whose chapter prints, tabulates, draws and records a hostile corpus's titles and tokens."""
+    cells = SHOWS.format(texts=json.dumps(HOSTILE)).split("---")
+    tiny.repository(tmp_path, *cells)
+    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}}
+    done = subprocess.run([sys.executable, "-m", "helpers", "book"], capture_output=True, text=True, **where)
+    assert not done.returncode, done.stdout
+    for name in ("notebooks/00_how_to_read", "scoreboard"):
+        soup = BeautifulSoup((tmp_path / "_build" / "html" / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+        article = soup.find("article")
+        harmless(article)
+        shown = " ".join(article.get_text(" ").split())
+        assert all(" ".join(text.split()) in shown for text in HOSTILE), [t for t in HOSTILE if t not in shown]

@@ -9,7 +9,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -18,7 +19,7 @@ from helpers import settings
 from helpers.press.claims import REFERENCE, Results, load_results
 from helpers.press.pages import machine, number, table
 from helpers.press.rules import BETWEEN, Bound, Check, Claim, Identity, IntervalWithin, Register, Trend, register
-from helpers.press.verdicts import TABLE, Control, Record, Verdict, overall
+from helpers.press.verdicts import TABLE, Control, Record, Verdict, by_chance, overall
 
 SYMBOLS: dict[Verdict, str] = {
     "reproduced": "●",
@@ -31,43 +32,64 @@ SYMBOLS: dict[Verdict, str] = {
 }
 FAMILIES = {"gemma": "Gemma 3", "smollm2": "SmolLM2", "pythia": "Pythia"}
 """Language models by the beginning of their names; another is a family of its own name."""
-OWN = ("book-moe",)
+OWN = "book-moe"
 """The book's own mixture stands, as what needs no language model does, in the first column."""
 PAGE = settings.ROOT / "book" / "scoreboard.md"
 """The page's prose; what is made from the records stands in the place of a comment such as `<!-- table -->`."""
 
 
+LONG, BUILD, OTHER = "●", "○", "□"
+"""Marks of a number's run: a long one that is kept with the book, this build, or another profile on this machine."""
+
+
 class Shown(NamedTuple):
-    """A record with its chapter, and whether a long run made it."""
+    """A record with the run that made it."""
 
     record: Record
-    chapter: str
-    long: bool
+    run: Results
+    mark: str
+
+    @property
+    def column(self) -> str:
+        """The family of its language model; empty where none is needed, or the book's own mixture is meant."""
+        teacher = self.record.teacher
+        name = "" if teacher in (None, OWN) else teacher.rsplit("/", 1)[-1]
+        label = next((label for prefix, label in FAMILIES.items() if name.lower().startswith(prefix)), name)
+        return "your run" if self.mark == OTHER and label in ("", FAMILIES["gemma"]) else label
 
 
 @dataclass(frozen=True)
 class Board:
-    """The register with what was measured: by this build, and by the reference runs."""
+    """The register with what was measured: by the reference runs, by this build, and on other models or texts."""
 
     book: Register
-    here: list[tuple[Results, list[Record]]]
-    long: list[tuple[Results, list[Record]]]
+    runs: list[tuple[str, Results, list[Record]]]
     verdicts: dict[str, Verdict]
 
     @classmethod
-    def read(cls, results: Path, reference: Path = REFERENCE) -> Board:
-        """From two folders; raises `ValueError` for results that the register no longer knows."""
-        book = register()
-        here, long = load_results(results, book), load_results(reference, book)
-        ours, theirs = ([record for _, records in runs for record in records] for runs in (here, long))
-        return cls(book, here, long, overall(ours, theirs, book))
+    def read(cls, results: Path, reference: Path = REFERENCE, others: Iterable[Path] = ()) -> Board:
+        """From folders of results; raises `ValueError` for some of the first two that the register no longer knows.
+
+        Of `others` those runs count that a reader changed (`…+custom`) or that are about another model; they have
+        columns of their own and decide no verdict. What is stale there is passed over.
+        """
+        book, runs, of = register(), [], {}
+        for mark, folder in ((LONG, reference), (BUILD, results)):
+            runs += [(mark, *each) for each in load_results(folder, book)]
+            of[mark] = [record for kind, _, records in runs if kind == mark for record in records]
+        for folder in others:
+            with suppress(ValueError):
+                for run, records in load_results(folder, book):
+                    own = folder.name.endswith("+custom")
+                    kept = [each for each in records if own or Shown(each, run, OTHER).column != "your run"]
+                    runs += [(OTHER, run, kept)] if kept else []
+        return cls(book, runs, overall(of[BUILD], of[LONG], book))
 
     def of(self, claim: Claim, check: str | None = None) -> list[Shown]:
         """A claim's records, or those of one of its checks: of long runs first."""
         return [
-            Shown(record, run.chapter, kind == "long")
-            for kind in ("long", "here")
-            for run, records in getattr(self, kind)
+            Shown(record, run, mark)
+            for mark, run, records in self.runs
             for record in records
             if record.claim == claim.id and check in (None, claim.check_of(record.metric))
         ]
@@ -77,29 +99,26 @@ class Board:
         found = []
         for name, check in claim.checks.items():
             records = self.of(claim, name)
-            kept = [shown for shown in records if shown.long] or records
+            kept = [shown for shown in records if shown.mark == LONG] or [s for s in records if s.mark == BUILD]
             found += [(check, shown) for shown in kept]
         return found
 
+    def drawn(self, claim: Claim) -> list[tuple[Check, Shown]]:
+        """What the verdict rests on, then what other models and a reader's own runs have."""
+        records = [(check, shown) for name, check in claim.checks.items() for shown in self.of(claim, name)]
+        return self.deciding(claim) + [each for each in records if each[1].mark == OTHER]
+
     def controls(self, claim_id: str | None = None) -> list[Control]:
         """Controls of a claim, or of all, from this build and the reference runs."""
-        controls = [control for run, _ in self.here + self.long for control in run.controls]
+        controls = [control for mark, run, _ in self.runs if mark != OTHER for control in run.controls]
         return [control for control in controls if claim_id in (None, control.claim)]
 
     @property
-    def families(self) -> list[str]:
+    def columns(self) -> list[str]:
         """Families of language models that some record is about, the book's own first; never none."""
-        found = {family(record) for _, records in self.here + self.long for record in records} - {""}
+        found = {Shown(record, run, mark).column for mark, run, records in self.runs for record in records} - {""}
         known = [name for name in FAMILIES.values() if name in found]
-        return known + sorted(found - set(known)) or ["Gemma 3"]
-
-
-def family(record: Record) -> str:
-    """The column of a record's language model; empty where none is needed, or the book's own mixture is meant."""
-    if record.teacher is None or record.teacher in OWN:
-        return ""
-    name = record.teacher.rsplit("/", 1)[-1]
-    return next((label for prefix, label in FAMILIES.items() if name.lower().startswith(prefix)), name)
+        return known + sorted(found - set(known)) or [FAMILIES["gemma"]]
 
 
 # -- a number's place against its rule ---------------------------------------------------------------------------------
@@ -128,18 +147,16 @@ def place(check: Check, value: float, scale: float = 1.0) -> float:
     return max(-1.0, min(1.0, far))
 
 
-def _drawn(check: Check, shown: Shown, scale: float) -> list[float]:
-    """Left end, dot and right end of a record."""
-    low, high = shown.record.ci or (shown.record.value, shown.record.value)
-    ends = [place(check, value, scale) for value in (low, shown.record.value, high)]
-    return [min(ends), ends[1], max(ends)]
-
-
-def _placed(deciding: Sequence[tuple[Check, Shown]]) -> list[tuple[Check, Shown, list[float]]]:
-    largest: dict[str, float] = {}
-    for check, shown in deciding:
-        largest[check.metric] = max(largest.get(check.metric, 0.0), *map(abs, shown.record.ci or (0.0,)))
-    return [(check, shown, _drawn(check, shown, largest[check.metric])) for check, shown in deciding]
+def _placed(drawn: Sequence[tuple[Check, Shown]]) -> list[tuple[Check, Shown, list[float]]]:
+    """Each record with the left end, the dot and the right end of its line."""
+    largest, placed = Counter(), []
+    for check, shown in drawn:
+        largest[check.metric] = max(largest[check.metric], *map(abs, shown.record.ci or (0.0,)))
+    for check, shown in drawn:
+        values = (shown.record.value, *(shown.record.ci or ()))
+        at = [place(check, value, largest[check.metric]) for value in values]
+        placed.append((check, shown, [min(at), at[0], max(at)]))
+    return placed
 
 
 def _strip(placed: Sequence[tuple[Check, Shown, list[float]]], words: str) -> str:
@@ -156,7 +173,9 @@ def _strip(placed: Sequence[tuple[Check, Shown, list[float]]], words: str) -> st
         y, x = round(top + row * step, 1), across(at)
         kind = f"v-{shown.record.verdict.replace(' ', '-')}"
         line = f'<path d="M{across(low)} {y}H{across(high)}"/>' if high > low else ""
-        marks.append(f'<g class="{kind}{"" if shown.long else " ring"}">{line}<circle cx="{x}" cy="{y}" r="2.9"/></g>')
+        dot = f'<rect class="dot" x="{x - 2.6:.1f}" y="{y - 2.6:.1f}" width="5.2" height="5.2"/>'
+        dot = dot if shown.mark == OTHER else f'<circle cx="{x}" cy="{y}" r="2.9"/>'
+        marks.append(f'<g class="{kind}{" ring" if shown.mark == BUILD else ""}">{line}{dot}</g>')
     for check in {id(check): check for check, *_ in placed}.values():
         for said in check.paper:
             x = across(place(check, said))
@@ -208,13 +227,13 @@ def pages(
     Reads `_build/results/<profile>` (or `results`) and, marked apart, `reference`. Raises `ValueError` for results
     that the register no longer knows, and for a chapter that the book no longer has.
     """
-    board = Board.read(results or settings.ROOT / "_build" / "results" / profile, reference)
+    results = results or settings.ROOT / "_build" / "results" / profile
+    others = sorted(other for other in results.parent.glob("*/") if other.name not in (results.name, "nbval"))
+    board = Board.read(results, reference, others)
     chapters = {path.stem for path in Path(notebooks).glob("*.ipynb")}
-    for run, _ in board.here + board.long:
-        if run.chapter not in chapters:
-            raise ValueError(
-                f"results of chapter {run.chapter!r}, which the book does not have: delete {run.chapter}.json"
-            )
+    for _, run, _ in board.runs:
+        gone = f"results of chapter {run.chapter!r}, which the book does not have"
+        settings.allowed(run.chapter in chapters, gone, f"none: delete {run.chapter}.json")
     made = {verdict: badge(verdict) for verdict in get_args(Verdict)} | {
         "profile": profile,
         "summary": _summary(board),
@@ -236,9 +255,8 @@ def _small(board: Board) -> str:
             if claim.part == part:
                 verdict = board.verdicts[claim.id]
                 said = html.escape(f"{claim.title or claim.id}: {verdict}", quote=True)
-                kind = f"v-{verdict.replace(' ', '-')}"
                 where = f'href="scoreboard.html#{anchor(claim.id)}" title="{said}" aria-label="{said}"'
-                marks.append(f'<a class="{kind}" {where}>{SYMBOLS[verdict]}</a>')
+                marks.append(f'<a class="v-{verdict.replace(" ", "-")}" {where}>{SYMBOLS[verdict]}</a>')
         rows.append(f'<li><span>{part} · {rich(title)}</span><span class="marks">{"".join(marks)}</span></li>')
     body = f'<p class="counts">{_counts(board)}</p>\n<ul class="small-board">\n' + "\n".join(rows) + "\n</ul>"
     said = f"The {len(board.verdicts)} claims of the three papers, as of this build; each mark leads to its numbers:"
@@ -257,51 +275,51 @@ def _summary(board: Board) -> str:
     waiting = sum(check.no_control.startswith("not run yet") for check in checks)
     stated, found = sum(bool(check.control) for check in checks), board.controls()
     passed = sum(not control.rejected for control in found)
+    deciding = [shown.record for claim in board.book.claims for _, shown in board.deciding(claim)]
+    chance = by_chance(deciding, found, board.book)
+    by_luck = f" By chance alone {number(chance.expected)} of the {chance.judged} numbers so controlled would hold."
+    none_left = f", {waiting} have one that was not run yet" if waiting else ""
     return (
         f"**{tested} of {len(board.verdicts)} claims of three papers are tested here**, each by a rule that was fixed "
         f"before: {_counts(board)}\n\n"
-        f"Of {len(checks)} checks {stated} have a negative control, {waiting} have one that was not run yet, "
-        f"{len(checks) - stated - waiting} can have none. {len(found)} controls were recorded; {passed} of them passed "
-        "the rule that should reject it.\n"
+        f"Of {len(checks)} checks {stated} have a negative control{none_left}, {len(checks) - stated - waiting} can "
+        f"have none. {len(found)} controls were recorded; {passed} of them passed the rule that should reject it."
+        f"{by_luck if chance.judged else ''}\n"
     )
 
 
 def _table(board: Board, chapters: set[str]) -> str:
-    families = board.families
-    ours = ["ours"] if len(families) == 1 else [f"ours, {name}" for name in families]
+    columns = board.columns
+    ours = ["ours"] if len(columns) == 1 else columns
     heads = {"claim": "claim", "paper": "the paper", "strip": "fails ◂ │ ▸ holds"}
     heads |= {f"ours ours-{at}": name for at, name in enumerate(ours)} | {"judged": "verdict", "chapters": "chapter"}
-    bodies, order = [], 0
+    bodies = []
     for part, title in board.book.parts.items():
         span = f'<th colspan="{len(heads)}" scope="rowgroup">Part {part} · {rich(title)}</th>'
         bodies.append(f'<tbody class="part" data-part="{part}"><tr>{span}</tr></tbody>')
         for claim in board.book.claims:
             if claim.part == part:
-                order += 1
-                bodies.append(_row(claim, board, chapters, families, order))
+                bodies.append(_row(claim, board, chapters, columns, len(bodies)))
     head = "".join(f'<th scope="col" class="{kind}">{name}</th>' for kind, name in heads.items())
-    return (
-        '<div class="scoreboard"><table><caption>Every claim of the three papers: the paper’s number, ours against '
-        f"the threshold, and the verdict</caption><thead><tr>{head}</tr></thead>\n"
-        + "\n".join(bodies)
-        + "\n</table></div>"
-    )
+    caption = "Every claim: the paper's number, ours against the threshold, and the verdict"
+    several = ' class="several"' if len(columns) > 1 else ""
+    top = f'<div class="scoreboard"><table{several}><caption>{caption}</caption><thead><tr>{head}</tr></thead>\n'
+    return top + "\n".join(bodies) + "\n</table></div>"
 
 
-def _row(claim: Claim, board: Board, chapters: set[str], families: list[str], order: int) -> str:
-    verdict, placed = board.verdicts[claim.id], _placed(board.deciding(claim))
+def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], order: int) -> str:
+    verdict, placed = board.verdicts[claim.id], _placed(board.drawn(claim))
     weakest = min((at[0] for *_, at in placed), default=-2.0)
     held = sum(shown.record.verdict in ("reproduced", "holds here") for _, shown, _ in placed)
     words = f"{held} of {len(placed)} numbers hold: {verdict}" if placed else "no number yet"
-    shown = [(shown.chapter, shown.record) for shown in board.of(claim)]
-    ours = [chapter for chapter in sorted({claim.chapter} | {chapter for chapter, _ in shown}) if chapter in chapters]
+    ours = sorted(chapters & ({claim.chapter} | {shown.run.chapter for shown in board.of(claim)}))
     links = " ".join(f'<a href="notebooks/{chapter}.html">{int(chapter[:2])}</a>' for chapter in ours)
     paper = board.book.papers[claim.source.paper]
     cells = [
         f'<th scope="row"><span class="title">{rich(claim.title or claim.id)}</span><small>{claim.id}</small></th>',
         f'<td class="paper"><span>{rich(claim.paper_says.number)}</span></td>',
         f'<td class="strip">{_strip(placed, words)}</td>',
-        *_ours(placed, families),
+        *_ours(placed, columns),
         f'<td class="verdict-cell">{badge(verdict)}</td>',
         f'<td class="chapters">{links or "to come"}</td>',
     ]
@@ -315,14 +333,14 @@ def _row(claim: Claim, board: Board, chapters: set[str], families: list[str], or
     )
 
 
-def _ours(placed: Sequence[tuple[Check, Shown, list[float]]], families: list[str]) -> Iterator[str]:
+def _ours(placed: Sequence[tuple[Check, Shown, list[float]]], columns: list[str]) -> Iterator[str]:
     """The weakest number for each family; one cell for all where no language model is needed."""
-    of = {name: [each for each in placed if family(each[1].record) == name] for name in ["", *families]}
-    if not any(of[name] for name in families):
-        yield f'<td class="ours" colspan="{len(families)}">{_weakest(of[""])}</td>'
+    of = {name: [each for each in placed if each[1].column == name] for name in ["", *columns]}
+    if not any(of[name] for name in columns):
+        yield f'<td class="ours" colspan="{len(columns)}">{_weakest(of[""])}</td>'
         return
-    of[families[0]] += of[""]
-    for name in families:
+    of[columns[0]] += of[""]
+    for name in columns:
         yield f'<td class="ours">{_weakest(of[name])}</td>'
 
 
@@ -351,6 +369,7 @@ def _details(claim: Claim, board: Board) -> str:
     for name, check in claim.checks.items():
         unit = f" ({rich(check.unit)})" if check.unit else ""
         parts.append(f"<h4>{rich(check.metric)}{unit}</h4><p>Asked: {_asked(check)}; {rich(check.why)}.</p>")
+        parts += [f"<p>Changed {rich(check.changed)}</p>"] if check.changed else []
         rows = [_record_row(shown) for shown in board.of(claim, name)]
         parts.append(table(rows) if rows else "<p>Not run.</p>")
         found = [control for control in board.controls(claim.id) if control.check == name]
@@ -373,21 +392,21 @@ def _record_row(shown: Shown) -> dict[str, Any]:
         "ours": f'<span class="whole">{number(record.value, record.ci)}</span>',
         "n": f"{record.n:,} {record.resampled or ''}",
         "verdict": badge(record.verdict),
-        "run": f'<span class="whole">{"●" if shown.long else "○"} ch. {int(shown.chapter[:2])}</span>',
+        "run": f'<span class="whole">{shown.mark} ch. {int(shown.run.chapter[:2])}</span>',
         "setting": f"<small>{html.escape(about)}</small>",
     }
 
 
 def _runs(board: Board) -> str:
+    kinds = {LONG: "long run", BUILD: "this build", OTHER: "another"}
     rows = [
         {
             "chapter": f"{int(run.chapter[:2])}",
-            "run": f"{mark}, profile {html.escape(run.profile)}",
+            "run": f"{mark} {kinds[mark]}, profile {html.escape(run.profile)}",
             "seconds": round(run.seconds),
             "machine": html.escape(machine(run.environment)),
         }
-        for mark, runs in (("● long run", board.long), ("○ this build", board.here))
-        for run, _ in runs
+        for mark, run, _ in board.runs
     ]
     body = table(rows) if rows else "<p>No chapter has run.</p>"
     return f"::::{{dropdown}} {len(rows)} runs\n```{{raw}} html\n{body}\n```\n::::\n"
@@ -397,10 +416,8 @@ def _runs(board: Board) -> str:
 
 
 def _flat(board: Board) -> Iterator[dict[str, Any]]:
-    runs = {(run.chapter, kind): run for kind in ("long", "here") for run, _ in getattr(board, kind)}
     for claim in board.book.claims:
-        for record, chapter, long in board.of(claim):
-            run = runs[chapter, "long" if long else "here"]
+        for record, run, mark in board.of(claim):
             low, high = record.ci or (None, None)
             yield {
                 **{"claim": claim.id, "title": claim.title, "paper": claim.source.paper, "part": claim.part},
@@ -408,17 +425,15 @@ def _flat(board: Board) -> Iterator[dict[str, Any]]:
                 **{"metric": record.metric, "value": record.value, "low": low, "high": high, "n": record.n},
                 **{"resampled": record.resampled, "unit": record.unit, "asked": record.expected},
                 **{"verdict": record.verdict, "scope": record.scope, "teacher": record.teacher, "note": record.note},
-                **{"chapter": chapter, "run": "long" if long else "build", "profile": run.profile},
-                **{"seconds": run.seconds, "commit": run.environment.get("commit")},
+                **{"chapter": run.chapter, "run": {LONG: "long", BUILD: "build", OTHER: "other"}[mark]},
+                **{"profile": run.profile, "seconds": run.seconds, "commit": run.environment.get("commit")},
             }
 
 
 def _csv(board: Board) -> str:
     rows, stream = list(_flat(board)), io.StringIO()
-    if rows:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerows([list(rows[0]), *(row.values() for row in rows)] if rows else [])
     return stream.getvalue()
 
 

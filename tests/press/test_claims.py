@@ -653,7 +653,7 @@ def padding(log, shares, spread):
         ((0.30, 0.30, 0.31), 0.01, "holds here"),
         ((0.295, 0.233, 0.365), 0.13, "partly"),  # all above zero, and no single share fits
         ((0.0, 0.0, 0.0), 0.01, "partly"),
-        ((-0.1, -0.1, 0.0), 0.10, "partly"),  # the last share straddles zero
+        ((-0.1, -0.1, 0.05), 0.15, "partly"),  # the last share straddles the line
         ((-0.1, -0.1, -0.1), 0.10, "fails here"),
     ],
 )
@@ -719,6 +719,11 @@ def test_the_page_shows_controls_beside_records_and_counts_those_that_pass(book,
     assert "the reverse: <b>0, n = 3</b>, <b>PASSES</b>" in card(page, "rule.count")
     assert "the reverse: not in this build" in card(page, "rule.above")
     assert "2 controls were recorded; 1 of them passed" in page
+    assert "By chance alone" not in page, "no record has a control yet"
+    log.record("rule.identity", 1e-7, n=3, scope="analogue")
+    log.record("rule.count", 0, n=3, scope="analogue")
+    log.save()
+    assert "By chance alone 1 of the 2 numbers so controlled would hold." in render()
 
 
 def test_stored_verdicts_are_judged_again(book, tmp_path, render):

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from helpers.press import scoreboard
 from helpers.press.pages import number, table
-from helpers.press.rules import Check, Rule
+from helpers.press.rules import Check, Rule, register
 from helpers.press.verdicts import Record
 
 
@@ -67,24 +67,48 @@ def test_a_table_sets_numbers_to_the_right_and_names_every_column():
     assert all(head.text for head in soup.select("th")) and soup.select_one("td b")
 
 
-def record(teacher):
-    fields = {"claim": "a.b", "metric": "m", "value": 0.0, "ci": None, "n": 1, "resampled": None, "unit": ""}
-    return Record(**fields, scope="analogue", teacher=teacher, expected="", verdict="partly", note="")
+def record(teacher, **changes):
+    fields = {"claim": "dead.lm", "metric": "m", "value": 0.0, "ci": None, "n": 1, "resampled": None, "unit": ""}
+    fields |= {"scope": "analogue", "teacher": teacher, "expected": "", "verdict": "partly", "note": ""}
+    return Record(**fields | changes)
 
 
 @pytest.mark.parametrize(
-    ("teacher", "family"),
+    ("teacher", "mark", "column"),
     [
-        ("gemma-3-270m", "Gemma 3"),
-        ("google/gemma-3-1b-it", "Gemma 3"),
-        ("HuggingFaceTB/SmolLM2-135M", "SmolLM2"),
-        ("someone/own-model", "own-model"),
-        ("book-moe", ""),
-        (None, ""),
+        ("gemma-3-270m", scoreboard.BUILD, "Gemma 3"),
+        ("smollm2-135m", scoreboard.OTHER, "SmolLM2"),
+        ("HuggingFaceTB/SmolLM2-135M", scoreboard.LONG, "SmolLM2"),
+        ("someone/own-model", scoreboard.OTHER, "own-model"),
+        ("google/gemma-3-1b-it", scoreboard.OTHER, "your run"),
+        (None, scoreboard.OTHER, "your run"),
+        ("book-moe", scoreboard.BUILD, ""),
+        (None, scoreboard.LONG, ""),
     ],
 )
-def test_each_family_of_models_has_its_column(teacher, family):
-    assert scoreboard.family(record(teacher)) == family
+def test_each_family_of_models_has_its_column(teacher, mark, column):
+    assert scoreboard.Shown(record(teacher), None, mark).column == column
+
+
+def test_another_model_and_a_readers_own_run_have_columns_and_decide_nothing(tmp_path):
+    capped = register()["dead.lm"].checks["capped"].metric
+    interval = {"metric": capped, "value": 0.5, "ci": (0.4, 0.6), "n": 5, "resampled": "seeds"}
+    runs = {"quick": "gemma-3-270m", "smollm2": "smollm2-135m", "quick+custom": "gemma-3-270m", "long": "gemma-3-270m"}
+    for profile, teacher in runs.items():
+        content = {"chapter": "09_dead_features_in_a_language_model", "profile": profile, "parameters": {}}
+        content |= {"environment": {}, "seconds": 1.0, "records": [record(teacher, **interval).model_dump()]}
+        (tmp_path / profile).mkdir()
+        (tmp_path / profile / "09.json").write_text(json.dumps(content))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "09.json").write_text('{"records": "stale"}')
+    others = [tmp_path / name for name in ("smollm2", "quick+custom", "long", "old")]
+    alone, board = (scoreboard.Board.read(tmp_path / "quick", reference=tmp_path, others=some) for some in ([], others))
+    assert board.columns == ["Gemma 3", "SmolLM2", "your run"] and board.verdicts == alone.verdicts
+    claim = board.book["dead.lm"]
+    assert [shown.run.profile for _, shown in board.drawn(claim)] == ["quick", "smollm2", "quick+custom"]
+    made = scoreboard.pages(results=tmp_path / "quick", reference=tmp_path)["scoreboard.md"]
+    row = BeautifulSoup(made.split('id="claim-dead-lm"')[1].split("</tr>")[0], "html.parser")
+    assert len(row.select(".ours")) == 3 and len(row.select(".dot")) == 2 and len(row.select("circle")) == 1
 
 
 @pytest.mark.parametrize(
