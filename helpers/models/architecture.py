@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.models.sources import ALLOWED
 from helpers.settings import allowed
 
-ATTENTION, MLP = re.compile("attn|attention"), re.compile("mlp|moe|expert|ffn|feed_forward")
+MLP = re.compile("mlp|moe|expert|ffn|feed_forward")
 TOWER = re.compile("vision|visual|image|audio|speech")
 BUFFER = re.compile(r"inv_freq|masked_bias|(?:attn|attention)\.bias$")
 """What old checkpoints store and models compute."""
+_WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+PREFIXES = {rf"^(?:(?:module|{_WRAPPERS})\.)+": "", rf"(?<=\.)(?:{_WRAPPERS})\.": ""}
+"""What torch.compile, DDP, FSDP and checkpointing put into the names of tensors."""
 
 
-def check_loaded(model: PreTrainedModel, info: dict, given: str) -> None:
-    """`ValueError` naming tensors that the checkpoint lacks, has in another shape, or has in a block without a place.
+class Sum(nn.Module):
+    """MLPs side by side in a block: what they return is added."""
+
+    def __init__(self, parts: Iterable[nn.Module]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        batch = hidden_states.view(-1, *hidden_states.shape[-2:])  # some take no rows without a batch
+        found = (part(batch) for part in self.parts)
+        return sum(each[0] if isinstance(each, tuple) else each for each in found).view(hidden_states.shape)
+
+
+def check_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, info: dict, given: str) -> None:
+    """`ValueError` naming tensors that the checkpoint lacks, has in another shape, or has in a block without a place;
+    tensors with entries that are not finite; a tokenizer with more words than the embedding.
 
     Args:
         info: what `from_pretrained(output_loading_info=True)` says.
@@ -37,12 +55,16 @@ def check_loaded(model: PreTrainedModel, info: dict, given: str) -> None:
     }.items():
         names = sorted(name for name in names if not TOWER.search(name))
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        cure = "the tensors of its class by their own names (a prefix _orig_mod. or module. must go)"
+        cure = "the tensors of its class by their own names"
         allowed(not names, f"{given}: the checkpoint {what} {', '.join(names[:4])}{more}", cure)
+    bad = [name for name, each in model.named_parameters() if not all(end.isfinite() for end in each.aminmax())]
+    allowed(not bad, f"{given}: {', '.join(bad[:4])} has entries that are infinite or not a number", "finite weights")
+    words, rows = tokenizer.vocab_size, len(model.get_input_embeddings().weight)
+    allowed(words <= rows, f"{given}: its tokenizer has {words:,} words", f"at most {rows:,}, as its embedding has")
 
 
 def find_blocks(model: nn.Module, given: str = "the model") -> nn.ModuleList:
-    """The list of transformer blocks: the `ModuleList` whose members all have attention and an MLP.
+    """The list of transformer blocks: the `ModuleList` whose members all have an MLP.
 
     Towers for images and sound are passed over; `ValueError` where none is left, or several.
     """
@@ -50,14 +72,14 @@ def find_blocks(model: nn.Module, given: str = "the model") -> nn.ModuleList:
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and not TOWER.search(path)
-        if all(children(block, ATTENTION) and children(block, MLP) for block in module)
+        if all(mlps_of(block) for block in module)
     }
-    allowed(bool(lists), f"{given} has no blocks with attention and an MLP", ALLOWED)
+    allowed(bool(lists), f"{given} has no blocks with an MLP", ALLOWED)
     allowed(len(lists) == 1, f"{given} has several lists of blocks: {', '.join(lists)}", "one")
     return next(iter(lists.values()))
 
 
-def children(block: nn.Module, pattern: re.Pattern) -> dict[str, nn.Module]:
-    """A block's modules of a kind, by name; a norm before one, and what has no weights, is none."""
-    named = ((n, m) for n, m in block.named_children() if pattern.search(n) and not n.endswith("norm"))
+def mlps_of(block: nn.Module) -> dict[str, nn.Module]:
+    """A block's MLPs by name; a norm before one, and what has no weights, is none."""
+    named = ((n, m) for n, m in block.named_children() if MLP.search(n) and not n.endswith("norm"))
     return {name: module for name, module in named if next(module.parameters(), None) is not None}
