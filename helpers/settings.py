@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:  # it takes a second, which the command line does without
@@ -34,15 +36,34 @@ def cache_dir(folder: str | Path | None = None) -> Path:
     `folder` wins over the environment variable `RANK1_CACHE`, which wins over the user's cache folder. Raises
     `ValueError` naming a place where no folder can be.
     """
-    chosen = folder or os.environ.get("RANK1_CACHE") or user_cache_path("rank1-book")
-    path = Path(chosen).expanduser().resolve()
+    named, chosen = ("cache_dir", folder) if folder else ("RANK1_CACHE", os.environ.get("RANK1_CACHE"))
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        chosen = chosen or user_cache_path("rank1-book")
+    except RuntimeError as error:
+        raise ValueError("RANK1_CACHE is not set, and there is no home folder; allowed: a full path") from error
+    return made(named, place(named, chosen))
+
+
+def place(parameter: str, value: str | Path) -> Path:
+    """The full path that a parameter names; `ValueError` where the user that `~` stands for has no home folder."""
+    try:
+        return Path(value).expanduser().resolve()
+    except (RuntimeError, OSError) as error:
+        why = "there is no home folder" if isinstance(error, RuntimeError) else error.strerror
+        raise ValueError(f"{parameter}={str(value)!r}: {why}; allowed: a full path") from error
+
+
+def made(parameter: str, folder: Path, to_write: bool = False) -> Path:
+    """`folder`, made where it is missing; `ValueError` where none can be, or `to_write` and nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if to_write:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"1")
     except OSError as error:
-        raise ValueError(
-            f"cache_dir={str(path)!r}: {error.strerror}; allowed: a folder, or where one can be"
-        ) from error
-    return path
+        what = "a folder of yours with room, or where one can be made"
+        raise ValueError(f"{parameter}={str(folder)!r}: {error.strerror}; allowed: {what}") from error
+    return folder
 
 
 def progress(*args, **options) -> tqdm:
@@ -57,9 +78,8 @@ def profile() -> str:
 
 def results_dir(folder: str | Path | None = None) -> Path:
     """Folder where a chapter writes its records: `folder`, or `_build/results/<profile>` of the repository."""
-    path = Path(folder).expanduser().resolve() if folder else ROOT / "_build" / "results" / profile()
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    path = place("results_dir", folder) if folder else ROOT / "_build" / "results" / profile()
+    return made("results_dir", path, to_write=True)
 
 
 def allowed(good: bool, given: str, what: str) -> None:
@@ -77,17 +97,22 @@ def one_of(name: str, value: Any, options: Iterable) -> None:
 # -- devices and randomness --------------------------------------------------------------------------------------------
 
 
+def check_device(name: str) -> None:
+    """`ValueError` unless it is the name of a device, here or elsewhere."""
+    good = re.fullmatch(r"auto|cpu|mps|cuda(:\d\d?)?", name) is not None
+    allowed(good, f"device={name!r} is not a device", "'auto', 'cpu', 'cuda', 'cuda:N', 'mps'")
+
+
 def device(name: str = "auto") -> torch.device:
     """`auto` is a GPU when there is one, else the CPU. An accelerator that is not there raises `ValueError`."""
     import torch
 
+    check_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r} is not a device; allowed: 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    chosen = torch.device(name)
+    cuda = torch.cuda.device_count() > (chosen.index or 0)
+    there = {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}
     if not there.get(chosen.type, False):
         here = ["auto", *(kind for kind, ok in there.items() if ok)]
         raise ValueError(f"device={name!r} is not on this machine; allowed here: {', '.join(here)}")
@@ -145,11 +170,12 @@ def write(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """`content` as JSON in the file `path`, whole or not at all; arrays and tensors become lists."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=as_json)
     write(path, (text + "\n").encode())
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """A path, or a scalar, an array or a tensor, as JSON has it: for `json.dumps(default=…)`."""
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):  # NumPy and torch scalars and arrays
@@ -172,10 +198,11 @@ def new_folder(target: Path) -> Iterator[Path]:
             os.replace(target, old / "old")
         os.replace(new, target)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ValueError(
-            f"{target} cannot be written: {error.strerror or error}; allowed: a folder with room"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "os error" not in str(error):
+            raise  # of a file that was read
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{target} cannot be written: {why}; allowed: a folder with room") from error
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)

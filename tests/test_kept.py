@@ -113,7 +113,9 @@ class Undecorated(remedies.Balance):
 
 
 @pytest.mark.parametrize(
-    "value", [object(), 1j, b"text", np.datetime64("2020-01-01"), iter([]), Undecorated(1), [{"a": object()}]], ids=str
+    "value",
+    [object(), 1j, b"text", np.datetime64("2020-01-01"), iter([]), Undecorated(1), [{"a": object()}]],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_cannot_be_told_apart_is_refused(value):
     with pytest.raises(TypeError, match="cannot be part of a key"):
@@ -332,7 +334,7 @@ def test_a_tensor_that_is_kept_shares_no_memory():
     assert found.tolist() == [0, 0, 0] and not found.requires_grad
 
 
-@pytest.mark.parametrize("value", [{1}, object(), b"x", 1j, [lambda: 1]], ids=str)
+@pytest.mark.parametrize("value", [{1}, object(), b"x", 1j, [lambda: 1]], ids=lambda value: type(value).__name__)
 def test_what_cannot_be_kept_is_refused(tmp_path, value):
     with pytest.raises(TypeError, match="cannot be kept"):
         keep("things", 1, lambda: value, cache_dir=tmp_path)

@@ -1,13 +1,16 @@
 """Tiny random teachers of every architecture the book names, saved as folders that `teachers.load` reads."""
 
 import json
+import shutil
 from pathlib import Path
 
+import nbformat
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from helpers import settings
 from helpers.models import activations, teachers
 
 WORDS = """a river runs under the old stone bridge and two men carry bread to market while rain falls on green hills
@@ -69,3 +72,54 @@ def harvests(cache: Path) -> dict[str, object]:
     for split, n in (("train", 600), ("validation", 90), ("test", 110)):
         folders[split] = str(activations.harvest(model, str(corpus), n_tokens=n, split=split, **options).folder)
     return {"model": model, "teacher": name, "corpus": str(corpus), "folders": folders, "cache": str(cache)}
+
+
+REPOSITORY = {
+    "_toc.yml": """format: jb-book
+root: index
+chapters:
+- file: notebooks/00_how_to_read
+- file: scoreboard
+- file: performance
+- file: glossary
+- file: bibliography
+""",
+    "book/index.md": "# A book\n\n```{include} status.md\n```\n",
+    "book/claims.yml": """papers: {p: {letter: A, title: t, cite: rank1moe2026, where: w}}
+parts: {I: First}
+claims:
+- id: own.claim
+  statement: It is so.
+  source: {paper: p, where: Theorem 1}
+  paper_says: {number: '1', setting: a setting}
+  part: I
+  chapter: 00_how_to_read
+  teachers: any
+  checks: {only: {metric: m, why: w, control: c, rule: {name: identity, tolerance: 1}}}
+""",
+    "book/glossary.md": "# Glossary\n",
+    "profiles/quick.yml": "common: {}\n",
+}
+"""What a repository of one chapter has of its own."""
+
+
+def repository(root: Path, *cells: str) -> None:
+    """A copy of this repository with one chapter, made of these cells, which records a claim and its control."""
+    for name in ("helpers", "book/theme", "third_party"):
+        shutil.copytree(settings.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "mathjax"))
+    for name in (
+        "_config.yml",
+        "requirements.txt",
+        *(f"book/{name}" for name in ("references.bib", "bibliography.md", "scoreboard.md")),
+    ):
+        shutil.copy(settings.ROOT / name, root / name)
+    for folder in ("notebooks", "profiles", "data", "results"):
+        (root / folder).mkdir(exist_ok=True)
+    for name, text in REPOSITORY.items():
+        (root / name).write_text(text, encoding="utf-8")
+    begin = "from helpers.press import claims\nlog = claims.Chapter.of('00_how_to_read', globals())"
+    end = "log.record('own.claim', 0, n=9, scope='analogue')\nlog.control('own.claim', 'only', 2, n=9)\nlog.save()"
+    first = nbformat.v4.new_code_cell("results_dir = None", metadata={"tags": ["parameters"]}, id="first")
+    made = [nbformat.v4.new_code_cell(text, id=f"cell{i}") for i, text in enumerate((begin, *cells, end))]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A chapter", id="title"), first, *made])
+    nbformat.write(notebook, root / "notebooks" / "00_how_to_read.ipynb")

@@ -80,7 +80,13 @@ def load_saelens(folder: str | Path) -> RankOneDictionary:
     for name in ("cfg.json", "sae_weights.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"folder={str(folder)!r} has no {name}; allowed: a folder written by SAELens")
-    config = json.loads((folder / "cfg.json").read_text())
+    try:
+        config = dict(json.loads((folder / "cfg.json").read_text()))
+        tensors = load_file(folder / "sae_weights.safetensors")
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise ValueError(
+            f"folder={str(folder)!r} is damaged ({error}); allowed: a folder written by SAELens"
+        ) from error
     allowed = {
         "architecture": ("topk",),
         "normalize_activations": ("none", None),
@@ -91,7 +97,6 @@ def load_saelens(folder: str | Path) -> RankOneDictionary:
             raise ValueError(
                 f"{name}={config.get(name)!r} in {folder / 'cfg.json'} is not read; allowed: {values[0]!r}"
             )
-    tensors = load_file(folder / "sae_weights.safetensors")
     w_enc, b_enc, w_dec = tensors["W_enc"].T.contiguous(), tensors["b_enc"], tensors["W_dec"]
     if config.get("rescale_acts_by_decoder_norm"):
         norms = w_dec.norm(dim=1)
@@ -136,6 +141,9 @@ def load_packed(path: str | Path) -> RankOneDictionary:
     if not {"k", "activation"} <= set(about) or not {"values", "rows", "b_enc", "b_dec"} <= set(tensors):
         raise ValueError(f"path={str(path)!r} holds {sorted(tensors)}; allowed: a file of save_packed")
     values, rows, degrees = tensors["values"], tensors["rows"], tensors.get("degrees")
+    whole = values.shape == rows.shape and (degrees is None or (degrees.min() >= 0 and degrees.sum() == len(values)))
+    if not whole or (degrees is not None and degrees.max() > len(tensors["b_dec"])):
+        raise ValueError(f"path={str(path)!r} is damaged: its values, rows and degrees do not fit each other")
     if degrees is not None:
         values, rows = _padded(values, rows, degrees, len(tensors["b_dec"]))
     atoms = Packed(values, rows, len(tensors["b_dec"]), tensors["b_enc"], degrees)

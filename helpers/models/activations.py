@@ -201,7 +201,7 @@ def harvest(
     A store grows: fewer tokens are the beginning of what is there, and one forward pass, which ends at the last site
     asked for, adds what is missing of all sites and layers. The first n rows are the same bits whatever was asked for
     before. Neither padding nor BOS is in them. A harvest that was killed goes on at its last finished block of text;
-    two processes that want the same one do not work twice.
+    two processes that want the same one do not work twice. Few tokens are cut shorter, as `corpora.texts` does.
 
     Raises `ValueError` before any work for a layer, site, split, dtype or corpus that is not there or a full
     disk, and for a store that is damaged, naming the file.
@@ -210,6 +210,7 @@ def harvest(
     one_of("store_dtype", store_dtype, STORE_DTYPES)
     allowed(batch_size >= 1, f"batch_size={batch_size} is no batch", "at least 1")
     allowed(n_tokens >= 1, f"n_tokens={n_tokens} is no text", "at least 1")
+    max_length = corpora.spread(teacher, corpus, split, n_tokens, max_length)
     what = _identity(teacher) | {"corpus": corpora.fingerprint(corpus), "split": split, "max_length": max_length}
     what |= {"batch_size": batch_size, "block": BLOCK, "store_dtype": store_dtype}
     makers = Teacher, type(teacher), harvest

@@ -38,6 +38,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BATCH_BYTES = 2**27
 """Experts are handled in batches of this size as float32 (16 experts of OLMoE-1B-7B), or one at a time."""
 Opener = Callable[[str], BinaryIO]
+LONGEST = 2**25
+"""Bytes of a header or an index: some 200,000 tensors."""
 READERS = 8  # ranges asked for at once: a request to the hub mostly waits
 
 
@@ -99,8 +101,19 @@ class Entry(NamedTuple):
 
     file: str
     start: int
+    end: int
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, file: str, first: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
+        """From its entry in a header; `ValueError` where the bytes do not hold the shape."""
+        start, end = data_offsets
+        good = len(shape) <= 8 and all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        size = math.prod(shape) * DTYPES[dtype].itemsize if good and dtype in DTYPES else end - start
+        if not good or not 0 <= end - start == size:
+            raise ValueError(f"{dtype} of shape={shape!s:.80} in bytes {start} to {end}; allowed: {size} bytes")
+        return cls(file, first + start, first + end, dtype, tuple(shape))
 
 
 class Slab(NamedTuple):
@@ -279,8 +292,10 @@ class Checkpoint:
         """What a file holds; None where it is not there."""
         try:
             with self.open(name) as file:
-                return json.loads(file.read())
-        except json.JSONDecodeError as error:
+                found = json.loads(file.read(LONGEST))
+            allowed(isinstance(found, dict) and isinstance(found.get("weight_map", {}), dict), "a list", "names")
+            return found
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} of {self.source} is damaged: {error}") from error
         except FileNotFoundError:
             return None
@@ -293,17 +308,17 @@ class Checkpoint:
             length = int.from_bytes(opened.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise ValueError(f"{file} of {self.source} is truncated or no safetensors file ({size:,} bytes)")
+            given = f"the header of {file} of {self.source} is {length:,} bytes long"
+            allowed(length <= LONGEST, given, f"at most {LONGEST:,}")
             try:
                 header = json.loads(opened.read(length))
-            except ValueError as error:
+                header.pop("__metadata__", None)
+                entries = {name: Entry.of(file, 8 + length, **tensor) for name, tensor in header.items()}
+            except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
                 raise ValueError(f"the header of {file} of {self.source} is damaged: {error}") from error
-        header.pop("__metadata__", None)
-        if size != (expected := 8 + length + max((each["data_offsets"][1] for each in header.values()), default=0)):
+        if size != (expected := max((each.end for each in entries.values()), default=8 + length)):
             raise ValueError(f"{file} of {self.source} is truncated or damaged: {size:,} bytes, not {expected:,}")
-        return {
-            name: Entry(file, 8 + length + tensor["data_offsets"][0], tensor["dtype"], tuple(tensor["shape"]))
-            for name, tensor in header.items()
-        }
+        return entries
 
     def entry(self, name: str) -> Entry:
         file = self.file_of[name]
@@ -319,8 +334,8 @@ class Checkpoint:
     def tensor(self, name: str | None) -> Tensor | None:
         if name is None:
             return None
-        file, start, dtype, shape = self.entry(name)
-        return _read(self.open, file, start, DTYPES[dtype], shape).float()
+        entry = self.entry(name)
+        return _read(self.open, entry.file, entry.start, DTYPES[entry.dtype], entry.shape).float()
 
     @cached_property
     def layers_with_experts(self) -> list[int]:

@@ -59,8 +59,9 @@ def load(corpus: str = "wikipedia-sample", split: str = "train") -> Dataset:
     fifteen and two at least; a column `split` is used instead where there is one. Rows of a table belong to one
     document where they share `article`, else `title`; a row without is its own. Its text is the column named after a
     colon (`my.csv:body`), else `text`, else the only one of words. In a `.txt` file blank lines separate
-    paragraphs, and every 20 make a document (a fiftieth of a short text); a file of fewer than five paragraphs is taken
-    line by line, each a document. `my.txt:paragraphs` and `my.txt:lines` decide. In a folder a `.txt` is a document.
+    paragraphs, and every 20 make a document (a fiftieth of a short text); a file of fewer than five paragraphs, or of
+    long lines with a stray blank one here and there, is taken line by line, each a document. `my.txt:paragraphs` and
+    `my.txt:lines` decide. In a folder a `.txt` is a document, and no two files share one.
 
     A hub set keeps its own splits. Its rows are its articles, except that in WikiText ` = Title = ` lines start one.
 
@@ -137,13 +138,14 @@ def _documents(corpus: str, path: Path, how: str, stamps: tuple[tuple[Path, int]
     numbers: dict[Any, int] = {}
     digests, columns, texts, waiting, size = [], {"article": [], "title": [], "split": []}, [], [], 0
     for file, _ in stamps:
-        for place, row in enumerate(files.rows(file, how, corpus, one=path.is_dir())):
-            key, title, text = row.get("article"), row.get("title"), row["text"]
+        named = str(file) if path.is_dir() else corpus
+        for place, row in enumerate(files.rows(file, how, named, one=path.is_dir())):
+            title, text = row.get("title"), row["text"]
             titled = title not in (None, "") and title == title
-            if key is None and "article" not in row and titled:
-                key = title
-            own = key in (None, "") or key != key  # NaN
-            article = numbers.setdefault((file, place) if own else repr(key), len(numbers))
+            of = "article" if "article" in row else "title"
+            own = row.get(of) in (None, "") or row[of] != row[of]  # NaN
+            key = place if own else (of, type(row[of]).__name__, str(row[of]))
+            article = numbers.setdefault((file, key), len(numbers))
             if article == len(digests):
                 digests.append(hashlib.sha256())
             else:
@@ -270,16 +272,22 @@ def texts(teacher: Teacher, corpus: str, *, n_tokens: int, split: str = "train",
     A piece of each document in turn, documents and their paragraphs in a random order that is always the same: no
     document fills a split before the others are used up, and fewer tokens are the beginning of more. The last piece is
     cut so that the count is exact; a corpus that is too short is used whole, with a warning. Where one piece would be
-    all of it, shorter ones of five documents are taken instead, so that there is something to resample.
+    all of it, pieces are as short as `spread` says.
     """
     allowed(n_tokens >= 1, f"n_tokens={n_tokens} is no text", "at least 1")
-    found = _first(cut(teacher, corpus, split, max_length), n_tokens)
-    if len({article for article, _ in found}) == 1:
-        share = -(-n_tokens // SEVERAL)
-        spread = _first(((a, ids[:share]) for a, ids in cut(teacher, corpus, split, max_length)), n_tokens)
-        found = spread if len({article for article, _ in spread}) > 1 else found
+    length = spread(teacher, corpus, split, n_tokens, max_length)
+    found = _first(cut(teacher, corpus, split, length), n_tokens)
     check_length(corpus, split, sum(len(ids) for _, ids in found), n_tokens)
     return Texts.of(teacher, found)
+
+
+def spread(teacher: Teacher, corpus: str, split: str, n_tokens: int, max_length: int) -> int:
+    """`max_length`, or, where one piece would be all of the text, a fifth of it, for something to resample."""
+    if n_tokens >= max_length:
+        return max_length
+    pieces = list(itertools.islice(cut(teacher, corpus, split, max_length), 2))
+    alone = len(pieces) == 2 and len(pieces[0][1]) >= n_tokens and pieces[0][0] != pieces[1][0]
+    return max(2, len(_bos(teacher)) - (-n_tokens // SEVERAL)) if alone else max_length
 
 
 def _first(pieces: Iterable[tuple[int, list[int]]], n_tokens: int) -> list[tuple[int, list[int]]]:

@@ -26,6 +26,26 @@ DOCUMENT = 20
 """Paragraphs of a `.txt` file that make a document: they stay together in one split. Fewer where the text is short."""
 SEVERAL = 5
 """Documents that a corpus needs, that held-out text has where there are enough, and that few tokens are spread over."""
+RARE, LONG = 20, 200
+"""Blank lines are strays where they are one in so many lines or fewer, and most lines have more characters than this:
+no one breaks lines there, and few sentences are as long, so that each line is a document."""
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # begins as UTF-16's does
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+class NoRows(Exception):
+    """Why a file can be read, but not as a table."""
+
+
+class Number(str):
+    """A number as its file writes it, so that no id is rounded."""
+
+    __repr__ = str.__str__
 
 
 def kind(path: Path) -> str:
@@ -35,8 +55,8 @@ def kind(path: Path) -> str:
 
 
 def inside(path: Path) -> list[Path]:
-    """The file, or those of a folder, that can be read."""
-    every = sorted(path.rglob("*")) if path.is_dir() else [path]
+    """The file, or those of a folder, that can be read; hidden ones cannot."""
+    every = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
     return [each for each in every if each.is_file() and kind(each) in KINDS]
 
 
@@ -54,14 +74,14 @@ def rows(path: Path, how: str, corpus: str, *, one: bool) -> Iterator[dict]:
             text = row.get(column)
             text = text.decode() if isinstance(text, bytes) else text
             given = f"corpus={corpus!r}: column {column!r} holds {text!r:.40} in row {number}"
-            allowed(text is None or isinstance(text, str), given, "strings")
+            allowed(text is None or type(text) is str, given, "strings")
             if text and text.strip():
                 yield {name: row[name] for name in known if name in row} | {"text": unicode(text)}
     except UnicodeDecodeError as error:
-        byte, at = _undecodable(path) or (error.object[error.start], error.start)
-        what = f"corpus={corpus!r} is not UTF-8: byte 0x{byte:02x} at offset {at}"
-        raise ValueError(f"{what}; allowed: UTF-8, or UTF-16 with its mark (convert with iconv)") from error
-    except (pa.ArrowException, csv.Error, json.JSONDecodeError, OSError) as error:
+        name, byte, at = _undecodable(path) or (error.encoding, error.object[error.start], error.start)
+        what = f"corpus={corpus!r} is not {name.upper()}: byte 0x{byte:02x} at offset {at}"
+        raise ValueError(f"{what}; allowed: UTF-8, UTF-16, UTF-32 (convert with iconv, as by -f LATIN1)") from error
+    except (pa.ArrowException, csv.Error, json.JSONDecodeError, NoRows, OSError, RecursionError) as error:
         raise ValueError(f"corpus={corpus!r} cannot be read as {ending}: {error}") from error
 
 
@@ -69,13 +89,11 @@ def _text_column(first: Iterable[dict], how: str, corpus: str) -> str:
     """The name of the column with the text: the one asked for, `text`, or the only one of words."""
     names: dict[str, bool] = {}
     for row in first:
-        names |= {name: names.get(name, False) or _is_words(row[name]) for name in row if name is not None}
+        names |= {name: names.get(name, False) or _is_words(row[name]) for name in row}
+        if (how or "text") in names:
+            return how or "text"
     given = f"corpus={corpus!r} has columns {list(names)}" if names else f"corpus={corpus!r} is empty"
-    if how:
-        allowed(how in names, f"{given}, not {how!r}", "one of them after the colon")
-        return how
-    if "text" in names:
-        return "text"
+    allowed(not how, f"{given}, not {how!r}", "one of them after the colon")
     words = [name for name, holds in names.items() if holds and name not in ("article", "title", "split", "id")]
     allowed(len(words) == 1, given, "'text', a single one of words, or a column named after a colon, as in my.csv:body")
     return words[0]
@@ -94,90 +112,159 @@ def _bytes(path: Path) -> pa.NativeFile:
     return pa.input_stream(path, compression=PACKED.get(path.suffix.lower()))
 
 
-def _undecodable(path: Path) -> tuple[int, int] | None:
-    """The first byte that is not UTF-8, and where it stands in the file."""
+def _undecodable(path: Path) -> tuple[str, int, int] | None:
+    """A file's encoding, the first byte that does not keep to it, and where that stands."""
     try:
-        _bytes(path).read().decode()
+        _bytes(path).read().decode(_encoding(path))
     except UnicodeDecodeError as error:
-        return (error.object[error.start], error.start) if kind(path) != ".parquet" else None
+        return (error.encoding, error.object[error.start], error.start) if kind(path) != ".parquet" else None
+
+
+def _encoding(path: Path) -> str:
+    """By the file's mark; without one UTF-16 and UTF-32 are known by where zeros stand."""
+    with _bytes(path) as file:
+        head = file.read(2**16)
+    for mark, name in MARKS.items():
+        if head.startswith(mark):
+            return name
+    zeros = [head[at::4].count(0) / max(1, len(head[at::4])) for at in range(4)]
+    even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
+    if zeros[3] == 1 and zeros[2] > 0.5:
+        return "utf-32-le"
+    if zeros[0] == 1 and zeros[1] > 0.5:
+        return "utf-32-be"
+    if min(even, odd) == 0 and max(even, odd) > 0.1:
+        return "utf-16-le" if odd else "utf-16-be"
+    return "utf-8"
 
 
 def _open(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    """A file's text, unpacked; UTF-16 is known by its mark."""
-    with _bytes(path) as file:
-        head = file.read(2)
-    encoding = "utf-16" if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    return io.TextIOWrapper(_bytes(path), encoding, newline=newline)
+    """A file's text, unpacked."""
+    return io.TextIOWrapper(_bytes(path), _encoding(path), newline=newline)
 
 
 def _plain(path: Path, how: str, corpus: str, one: bool) -> Iterator[dict]:
     """Paragraphs between blank lines, their own line breaks taken out, or lines."""
     allowed(how in ("", "paragraphs", "lines"), f"corpus={corpus!r}", "':paragraphs' or ':lines' after a .txt file")
+    lines = count = long = 0
+    blank = True
     with _open(path) as file:
-        blank = [not line.strip() for line in file]
-    lines = len(blank) - sum(blank)
-    count = sum(before and not now for before, now in itertools.pairwise([True, *blank]))
-    taken = how or ("lines" if not one and count < SEVERAL and count < lines else "paragraphs")
+        for length in map(len, map(str.strip, file)):
+            lines += length > 0
+            long += length > LONG
+            count += blank and length > 0
+            blank = length == 0
+    strays = count * RARE <= lines < 2 * long
+    taken = how or ("lines" if not one and count < lines and (count < SEVERAL or strays) else "paragraphs")
     size = min(DOCUMENT, max(1, count // (10 * SEVERAL))) if taken == "paragraphs" else 1
     if not how and not one:
         other = "lines" if taken == "paragraphs" else "paragraphs"
         between = f" between blank lines, {size} to a document" if taken == "paragraphs" else ", each a document"
         found = count if taken == "paragraphs" else lines
-        _say(
-            f"corpus={corpus!r}: {found:,} {taken[: -1 if found == 1 else None]}{between} (for {other} add ':{other}')"
-        )
+        say(f"corpus={corpus!r}: {found:,} {taken[: -1 if found == 1 else None]}{between} (for {other} add ':{other}')")
     with _open(path) as file:
         blocks = itertools.groupby(file, lambda line: bool(line.strip()))
         parts = (part for there, block in blocks if there for part in ([block] if taken == "paragraphs" else block))
         for number, part in enumerate(parts):
-            text = " ".join((part if isinstance(part, str) else "".join(part)).split())
-            yield {"article": str(path)} | {"text": text} if one else {"article": number // size, "text": text}
+            block = [part] if isinstance(part, str) else part
+            yield {"article": 0 if one else number // size, "text": " ".join(map(_single_spaced, block))}
+
+
+def _single_spaced(line: str) -> str:
+    """A line without further blanks; one of many words is not taken to pieces."""
+    return " ".join(line.split()) if len(line) < 2**20 else re.sub(r"\s{2,}|[^\S ]", " ", line.strip())
 
 
 @cache
-def _say(what: str) -> None:
+def say(what: str) -> None:
+    """To standard error, once."""
     print(what, file=sys.stderr)
 
 
 def _json(path: Path, _columns: Sequence[str] = ()) -> Iterator[dict]:
-    """Objects a line each, or in an array, or in the array that is an object's only member."""
+    """Objects a line each, or the rows of the one value that fills the file."""
+    decode = json.JSONDecoder(parse_int=Number, parse_float=Number).decode
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        _, first = next(lines, (1, "[]"))
+        try:
+            found, more = decode(first), next(lines, None)
+        except json.JSONDecodeError:
+            found, more = decode(first + file.read()), None
+        yield from map(_row, [found] if more else _table(found, path))
+        for number, line in itertools.chain([more] if more else (), lines):
             try:
-                found = json.loads(line)
-            except json.JSONDecodeError as error:
-                if number > 1:
-                    raise json.JSONDecodeError(f"line {number}: {error.msg}", line, error.pos) from error
-                found = json.loads(line + file.read())
-            only = next(iter(found.values())) if isinstance(found, dict) and len(found) == 1 else found
-            for row in only if isinstance(only, list) else [found]:
-                row = {"text": row} if isinstance(row, str) else row
-                if not isinstance(row, dict):
-                    raise json.JSONDecodeError(f"line {number} holds no object", line, 0)
-                yield row
+                yield _row(decode(line))
+            except (json.JSONDecodeError, NoRows) as error:
+                raise NoRows(f"line {number}: {error}") from error
 
 
-def _csv(path: Path, _columns: Sequence[str] = ()) -> Iterator[dict]:
+def _row(value: Any) -> dict:
+    value = {"text": value} if type(value) is str else value
+    if not isinstance(value, dict):
+        raise NoRows(f"{value!r:.40} stands where a row should, an object or a string")
+    return value
+
+
+def _table(value: Any, path: Path) -> list:
+    """Rows of a value that fills a file: a list of them, or an object of columns, of splits, or around one of these."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else [value]
+    inside = list(value.values())
+    words = [name for name, each in value.items() if isinstance(each, str) and (name == "text" or len(each) > LONG)]
+    if words or not inside:
+        return [value]
+    if all(isinstance(each, dict) and each and all(map(str.isdecimal, each)) for each in inside):  # as pandas writes it
+        value = {name: list(each.values()) for name, each in value.items()}
+    if all(isinstance(each, dict) for each in inside) and all(map(str.isdecimal, value)):
+        return inside
+    lists = {name: each for name, each in value.items() if isinstance(each, list)}
+    of_rows = [name for name, each in lists.items() if any(isinstance(row, dict) for row in each)]
+    if lists and set(lists) <= set(SPLITS):
+        return [_row(row) | {"split": name} for name, each in lists.items() for row in each]
+    within = of_rows or [name for name, each in value.items() if isinstance(each, dict) and not lists]
+    if len(within) > 1:
+        raise NoRows(f"rows stand in each of {within}: keep one")
+    if within:
+        say(f"{path}: its rows are those in {within[0]!r}")
+        return _table(value[within[0]], path)
+    if len(set(map(len, lists.values()))) > 1:
+        raise NoRows(f"the lists {list(lists)} are not of one length")
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)] if lists else [value]
+
+
+def _csv(path: Path, columns: Sequence[str] = ()) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)
     with _open(path, newline="") as file:
         header = file.readline()
+    delimiter = max(",;\t|", key=header.count)
     with _open(path, newline="") as file:
-        yield from csv.DictReader(file, delimiter=max(",;\t", key=header.count))
+        table = csv.DictReader(file, delimiter=delimiter if delimiter in header else "\x1f", strict=True)
+        twice = [name for name in columns if (table.fieldnames or []).count(name) > 1]
+        if twice:
+            raise NoRows(f"several columns are called {twice[0]!r}")
+        for row in table:
+            if any(row.pop(None, ())):
+                raise NoRows(f"line {table.line_num} has more fields than the header; quote what holds {delimiter!r}")
+            yield row
 
 
 def _parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[dict]:
+    """Rows of the columns asked for; without any a row of all names, then those that can hold text."""
     with _bytes(path) as file:
         table = pq.ParquetFile(path if PACKED.get(path.suffix.lower()) is None else io.BytesIO(file.read()))
-    wanted = [name for name in table.schema_arrow.names if name in columns] if columns else None
-    for batch in table.iter_batches(1024, columns=wanted):
+    schema = table.schema_arrow
+    if not columns:
+        yield dict.fromkeys(schema.names)
+        columns = [field.name for field in schema if re.search("^[^<]*(string|binary)|^dict", str(field.type))]
+    for batch in table.iter_batches(1024, columns=[name for name in schema.names if name in columns]):
         yield from batch.to_pylist()
 
 
 def splits(corpus: str, articles: Sequence[int], named: Sequence, digests: Sequence) -> list[str]:
     """The split of each row: the one it names; else documents in the order of their hashes, so many to test, …"""
     if any(named) or None in named:
+        named = [split if isinstance(split, str | None) else repr(split) for split in named]
         unknown = sorted(set(named) - set(SPLITS), key=str)
         allowed(not unknown, f"corpus={corpus!r}: column 'split' holds {unknown}", ", ".join(SPLITS))
         counts = {split: len({a for a, s in zip(articles, named, strict=True) if s == split}) for split in SPLITS}

@@ -41,7 +41,7 @@ from transformers.utils import ModelOutput
 from helpers import kept, settings
 from helpers.models import checkpoints, sources
 from helpers.models.checkpoints import Checkpoint
-from helpers.models.teachers import DTYPES, EMBEDDED, Teacher, TokenLosses, check_sites
+from helpers.models.teachers import DTYPES, EMBEDDED, SAFE, Teacher, TokenLosses, check_sites
 from helpers.settings import allowed, one_of
 
 TYPES = ("deepseek", "llama", "mixtral", "olmoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
@@ -253,17 +253,21 @@ class _States:
         self._file(n, batches).unlink()
 
     def read(self, n: int, batches: Sequence[Tensor]) -> Iterator[Float[Tensor, "batch seq d_model"]]:
-        """What enters block `n`, batch after batch."""
-        rows, first = np.memmap(self._file(n, batches), np.uint8, "r"), 0
-        for ids in batches:
-            last = first + ids.numel() * self.d_model * self.dtype.itemsize
-            yield torch.from_numpy(np.array(rows[first:last])).view(self.dtype).view(*ids.shape, self.d_model)
-            first = last
+        """What enters block `n`, batch after batch. Raises `ValueError` naming a file that is damaged."""
+        path = self._file(n, batches)
+        ends = np.cumsum([ids.numel() * self.d_model * self.dtype.itemsize for ids in batches])
+        *parts, check = np.split(np.fromfile(path, np.uint8), ends)
+        if kept.digest(*parts).encode() != check.tobytes():
+            raise ValueError(f"the kept file {path} is damaged: its checksum is wrong; delete it to make it anew")
+        for ids, part in zip(batches, parts, strict=True):
+            yield torch.from_numpy(part).view(self.dtype).view(*ids.shape, self.d_model)
 
     def write(self, n: int, batches: Sequence[Tensor], streams: Iterable[Float[Tensor, "_ _ d_model"]]) -> None:
+        parts = [hidden.cpu().contiguous().view(torch.uint8).numpy() for hidden in streams]
         with settings.written(self._file(n, batches)) as aside, aside.open("wb") as file:
-            for hidden in streams:
-                file.write(hidden.cpu().contiguous().view(torch.uint8).numpy().data)
+            for part in parts:
+                file.write(part.data)
+            file.write(kept.digest(*parts).encode())
 
     def _file(self, n: int, batches: Sequence[Tensor]) -> Path:
         return self.folder / f"{self._name(batches)}-before-{n}"
@@ -304,7 +308,7 @@ def load(
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     try:
         model = _on_meta(folder, checkpoint.config, **options)
-        tokens = (_deepseek_tokenizer if kind == "deepseek" else AutoTokenizer.from_pretrained)(folder)
+        tokens = _deepseek_tokenizer(folder) if kind == "deepseek" else AutoTokenizer.from_pretrained(folder, **SAFE)
     except Exception as error:  # transformers and tokenizers raise their own kinds
         why = f"{type(error).__name__}: {sources.reason(error)}"
         raise ValueError(f"teacher={teacher!r}, layerwise=True: {why}") from error
@@ -329,7 +333,7 @@ def _fetch(patterns: Iterable[str], hub: dict) -> Path:
 def _on_meta(folder: Path, config: dict, **options) -> PreTrainedModel:
     """The model with shapes and without weights."""
     deepseek = config["model_type"] == "deepseek"
-    built = _llama_of(config) if deepseek else AutoConfig.from_pretrained(folder)
+    built = _llama_of(config) if deepseek else AutoConfig.from_pretrained(folder, **SAFE)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(built, experts_implementation=LOOP, **options)
         if deepseek:

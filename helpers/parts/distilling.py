@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from helpers import kept, settings
 from helpers.dictionary import RankOneDictionary, dense_mlp, secret_moe
 from helpers.models.activations import ActivationStore, Moments
 from helpers.models.teachers import Teacher
+from helpers.parts.language_model import codes_on
 from helpers.settings import CacheDir, allowed, one_of
 from helpers.study import study
 from helpers.study.scores import Comparison, Sums, Totals, by_group, evaluate
@@ -81,9 +83,8 @@ def recoloured(moments: Moments, seed: int = 0) -> Change:
     roots = values.clamp(min=values[-1] * 1e-9).sqrt()
     basis = axes.double()
     move = ((basis * roots) @ basis.T @ rotation @ (basis / roots) @ basis.T).float()
-    return Change(
-        f"recoloured({seed})", lambda rows, generator: (rows - moments.mean.float()) @ move.T + moments.mean.float()
-    )
+    mean = moments.mean.float()
+    return Change(f"recoloured({seed})", lambda rows, generator: (rows - mean) @ move.T + mean)
 
 
 def without_top(moments: Moments, count: int) -> Change:
@@ -112,37 +113,58 @@ def _spectrum(moments: Moments) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d
 
 # -- the task ----------------------------------------------------------------------------------------------------------
 
-COSTS = {
-    "neurons": lambda student: student.active_neurons,
-    "multiply_adds": lambda student: student.multiply_adds,
-    "parameters": lambda student: student.n_parameters,
-}
-"""What two students may have equal when their errors are compared."""
+COSTS = {"neurons": "active_neurons", "multiply_adds": "multiply_adds", "parameters": "n_parameters"}
+"""What two students may have equal when their errors are compared, and where a student says it."""
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Rows in and out of the MLP; `group` is the article each row comes from, or took the place of."""
+class Pairs(NamedTuple):
+    """Rows in and out of the MLP; `article` is the one that each row comes from, or took the place of."""
 
     inputs: Float[Tensor, "n d_in"]
     outputs: Float[Tensor, "n d_out"]
-    group: Int[Tensor, " n"]
+    article: Int[np.ndarray, " n"]
 
 
-@dataclass(frozen=True)
 class Task:
-    """What students learn and are judged by: a problem for `study`.
+    """What students learn and are judged by, a problem for `study`: the MLP's inputs, changed, with what the MLP itself
+    returns for them, computed once, for every student.
 
-    Outputs are the MLP's divided by `scale`: FVU does not depend on it, but where training starts does.
+    The three splits (`train`, `validation` and `test`: `Pairs`) are changed with draws of their own. What the MLP
+    returns is kept in the cache folder (4·n·d bytes for each change); rows are held in memory (8·n·d bytes).
+
+    Args:
+        stores: `train`, `validation` and `test`, with the site `mlp_in` of this teacher and layer.
+        judged_on: another change for validation and test (`REAL` for students that trained with padding).
+        scaled: divide outputs by the standard deviation of the training ones (`scale`: the root of their mean variance
+            over dimensions), so that a student with PyTorch's usual start begins with outputs of their size. FVU does
+            not depend on it, but where training starts does.
     """
 
-    name: str
-    train: Pairs
-    validation: Pairs
-    test: Pairs
-    steps: int
-    batch_size: int
-    scale: float = 1.0
+    def __init__(
+        self,
+        teacher: Teacher,
+        layer: int,
+        stores: Mapping[str, ActivationStore],
+        change: Change = REAL,
+        *,
+        steps: int,
+        batch_size: int,
+        judged_on: Change | None = None,
+        scaled: bool = True,
+        cache_dir: CacheDir = None,
+    ):
+        missing = {"train", "validation", "test"} - set(stores)
+        allowed(not missing, f"stores has no {', '.join(sorted(missing))}", "train, validation and test")
+        self.name = change.name if scaled else f"{change.name}, unscaled"
+        self.steps, self.batch_size, self.scale = steps, batch_size, 1.0
+        for number, split in enumerate(("train", "validation", "test")):
+            how = change if split == "train" or judged_on is None else judged_on
+            inputs = how.apply(stores[split].tensor("mlp_in"), settings.generator(1000 + number))
+            make = partial(outputs_of, teacher.mlp(layer), inputs)
+            outputs = kept.keep("targets", [stores[split].key, inputs], make, cache_dir=cache_dir)
+            if split == "train" and scaled:
+                self.scale = float(outputs.var(0).mean()) ** 0.5
+            setattr(self, split, Pairs(inputs, outputs.div_(self.scale), np.array(stores[split].article)))
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -151,9 +173,7 @@ class Task:
     @cached_property
     def asked(self) -> list:
         """All that determines results: for keys."""
-        splits = (self.train, self.validation, self.test)
-        rows = kept.digest(*(part for each in splits for part in (each.inputs, each.outputs, each.group)))
-        return [rows, self.steps, self.batch_size]
+        return [kept.digest(*self.train, *self.validation, *self.test), self.steps, self.batch_size]
 
     def stream(self, seed: int, device: torch.device) -> Shuffled:
         """A seed is an order of the batches, the same for every kind of student."""
@@ -164,49 +184,10 @@ class Task:
         """FVU on validation rows, sums over the rows of each test article, and what the student costs."""
         validation, test = (evaluate(student, each.inputs, each.outputs) for each in (self.validation, self.test))
         parts = {"errors": test.squared_error, "norms": test.squared_norm}
-        sums = {column: by_group(values, self.test.group) for column, values in parts.items()}
-        about = {name: cost(student) for name, cost in COSTS.items()}
+        sums = {column: by_group(values, self.test.article) for column, values in parts.items()}
+        about = {name: getattr(student, cost) for name, cost in COSTS.items()}
         about |= {name: getattr(test, name) if student.k else None for name in ("dead", "largest_rate")}
         return Judged(sums, {"fvu": validation.fvu}, about)
-
-
-def task(
-    teacher: Teacher,
-    layer: int,
-    stores: Mapping[str, ActivationStore],
-    change: Change = REAL,
-    *,
-    steps: int,
-    batch_size: int,
-    judged_on: Change | None = None,
-    scaled: bool = True,
-    cache_dir: CacheDir = None,
-) -> Task:
-    """The MLP's inputs, changed, with what the MLP itself returns for them: computed once, for every student.
-
-    The three splits are changed with draws of their own. What the MLP returns is kept in the cache folder (4·n·d bytes
-    for each change); inputs and outputs are held in memory (8·n·d bytes).
-
-    Args:
-        stores: `train`, `validation` and `test`, with the site `mlp_in` of this teacher and layer.
-        judged_on: another change for validation and test (`REAL` for students that trained with padding).
-        scaled: divide outputs by the standard deviation of the training ones (one number, the root of their mean
-            variance over dimensions), so that a student with PyTorch's usual start begins with outputs of their size.
-    """
-    missing = {"train", "validation", "test"} - set(stores)
-    allowed(not missing, f"stores has no {', '.join(sorted(missing))}", "train, validation and test")
-    splits = {}
-    for number, split in enumerate(("train", "validation", "test")):
-        how = change if split == "train" or judged_on is None else judged_on
-        inputs = how.apply(stores[split].tensor("mlp_in"), settings.generator(1000 + number))
-        make = partial(outputs_of, teacher.mlp(layer), inputs)
-        outputs = kept.keep("targets", [stores[split].key, inputs], make, cache_dir=cache_dir)
-        if split == "train":
-            scale = float(outputs.var(0).mean()) ** 0.5 if scaled else 1.0
-        articles = torch.from_numpy(np.array(stores[split].article, np.int64))
-        splits[split] = Pairs(inputs, outputs.div_(scale), articles)
-    name = change.name if scaled else f"{change.name}, unscaled"
-    return Task(name, **splits, steps=steps, batch_size=batch_size, scale=scale)
 
 
 @torch.no_grad()
@@ -324,7 +305,7 @@ def distil(
 
     `recipe` goes to `training.fit`, `further` to `study.tune`, `options` to `study.run`.
     """
-    allowed(bool(lrs) and bool(seeds), f"lrs={list(lrs)}, seeds={list(seeds)}", "at least one of each")
+    allowed(bool(seeds), f"seeds={list(seeds)}", "at least one")
     arm = Arm(f"{given.name}: {spec.label}", spec, spec.balance, recipe=recipe or {})
     options |= {"workers": 1}  # in this process, which holds the rows
     tried = study.tune(given, [arm], lrs, seeds[0], further=further, together=len(lrs), **options)[arm.name]
@@ -390,55 +371,27 @@ def contrast(
 
     The interval is over seeds (those that all have) and articles, the same for both.
     """
-    sides = [(dense_alike(d, s, equal), s) for d, s in zip(dense, sparse, strict=True)]
     powers = []
-    for (alike, ours), sign in zip(sides, (1, -1), strict=False):
-        powers += [(each, sign * share) for each, share in alike] + [(ours, -sign)]
+    for others, ours, sign in zip(dense, sparse, (1, -1)[: len(sparse)], strict=True):
+        powers += [(each, sign * share) for each, share in dense_alike(others, ours, equal)] + [(ours, -sign)]
     students, exponents = zip(*powers, strict=True)
 
     def product(*cells: Totals) -> float:
         return math.prod(cell.fvu**power for cell, power in zip(cells, exponents, strict=True))
 
-    return errors_of(*students).compare(product)
-
-
-def settled(outcomes: Sequence[Outcome], share: float = 0.1) -> Comparison:
-    """Training loss in the middle of a run over that at its end, for runs of one length with several seeds.
-
-    Each is the mean over a window of `share` of the run, the middle one centred on half. The interval is over runs
-    and logged batches. Rows of a training batch are not held out: the loss is FVU on rows of which some are known.
-    """
-    total = len(outcomes[0].curve[1])
-    width = round(share * total)
-    given = f"share={share} of {total} logged steps is {width}"
-    allowed(width >= 2 and 0 < share <= 0.5, given, "at least 2, and at most half")
-    starts = {"middle": (total - width) // 2, "end": total - width}
-    cells = {
-        name: {each.seed: {"loss": np.array(each.curve[1][start : start + width])} for each in outcomes}
-        for name, start in starts.items()
-    }
-    found = Sums(cells).compare(lambda middle, end: middle.total("loss") / end.total("loss"), *cells)
-    return replace(found, n=width)
+    return errors_of(*students).compare(product, scale="log")
 
 
 # -- what an expert responds to ----------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def strongest(
-    model: RankOneDictionary, inputs: Float[Tensor, "n d_in"], count: int, *, batch_size: int = 4096
-) -> list[Int[np.ndarray, " rows"]]:
+def strongest(model: RankOneDictionary, inputs: Float[Tensor, "n d_in"], count: int) -> list[Int[np.ndarray, " rows"]]:
     """For each atom the rows of `inputs` on which its value is largest in size, the strongest first; at most `count`,
     fewer where it fires on fewer."""
     allowed(count >= 1, f"count={count}", "at least 1")
-    where, rows, atoms, sizes = next(model.parameters()), [], [], []
-    for start in range(0, len(inputs), batch_size):
-        codes = model.encode(inputs[start : start + batch_size].to(where.device, where.dtype))
-        row, place = codes.fires.nonzero(as_tuple=True)
-        rows.append((row + start).cpu())
-        atoms.append(codes.indices[row, place].cpu())
-        sizes.append(codes.values[row, place].abs().cpu())
-    row, atom, size = (torch.cat(parts).numpy() for parts in (rows, atoms, sizes))
+    codes = codes_on(model, inputs)
+    row, place = codes.fires.numpy().nonzero()
+    atom, size = (each.numpy()[row, place] for each in (codes.indices, codes.values.abs()))
     order = np.lexsort((-size, atom))
     starts = np.searchsorted(atom[order], np.arange(model.n_atoms + 1))
     return [row[order[a : min(b, a + count)]] for a, b in itertools.pairwise(starts)]

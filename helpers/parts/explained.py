@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from helpers.settings import allowed
-from helpers.study.scores import FEWEST, Comparison, Sums, t_interval
+from helpers.study.scores import FEWEST, Comparison, Sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,26 +75,21 @@ def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explaine
     """FVE of one over FVE of another, or over a number; of lists, one for each layer, the layers' geometric mean."""
     of = [of] if isinstance(of, Explained) else list(of)
     if isinstance(to, float):
-        return estimate(lambda shares: geometric(shares / to), *of, **options)
+        return estimate(lambda shares: geometric(shares / to), *of, scale="log", **options)
     to = [to] if isinstance(to, Explained) else list(to)
     allowed(len(of) == len(to), f"{len(to)} parts to divide {len(of)} by", "as many")
-    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, **options)
+    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, scale="log", **options)
 
 
 def over_layers(of: Sequence[Explained], to: float, **options) -> Comparison:
     """`ratio` of parts without chance, one for each layer, with an interval over layers × articles. Few layers make a
-    rough interval; with one layer it is over articles only.
-
-    Raises `ValueError` for parts of several draws.
-    """
+    rough interval; with one layer it is over articles only."""
     draws = [len(part.explained) for part in of]
     allowed(set(draws) == {1}, f"parts of {draws} draws", "one draw each")
     layers = {i: {"explained": part.explained[0], "total": part.total} for i, part in enumerate(of)}
-
-    def statistic(cell) -> float:
-        return geometric(cell["explained"] / cell["total"] / to)
-
-    return Sums({"": layers}).compare(statistic, fewest=FEWEST, **options)
+    table, options = Sums({"": layers}), {"fewest": FEWEST, "scale": "log"} | options
+    found = table.compare(lambda cell: geometric(cell["explained"] / cell["total"] / to), **options)
+    return replace(found, resampled="layer × article") if len(of) > 1 else found
 
 
 def geometric(numbers: np.ndarray) -> float:
@@ -124,36 +119,16 @@ def factors(
     }
 
 
-def pairing_growth(
-    after: Sequence[Mapping[Key, Explained]], before: Sequence[Mapping[Key, Explained]], site: str, **options
-) -> Comparison:
-    """The factor of pairing after training over that before it, with its interval over draws × articles.
-
-    `after` and `before` are ladders on the same articles and seeds, one for each layer.
-    """
-    parts = [f[Key(control, site, True)] for f in (*after, *before) for control in ("implicit", "shuffled")]
-
-    def statistic(shares: np.ndarray) -> float:
-        pairing = shares[::2] / shares[1::2]
-        return geometric(pairing[: len(after)]) / geometric(pairing[len(after) :])
-
-    return estimate(statistic, *parts, **options)
-
-
 def listed(found: Comparison) -> list[float | None]:
     """Value, low and high end as a results file has them; None where there is no interval."""
     return [found.value, *(found.ci or (None, None))]
 
 
-def mean_loss(losses: pd.DataFrame) -> list[float | None]:
-    """Mean cross-entropy in nats a token of `activations.losses`, with its interval over articles, as `listed`."""
-    sums = losses.groupby("article")[["nats", "tokens"]].sum().to_numpy()
-
-    def mean(some: np.ndarray) -> float:
-        return float(some[:, 0].sum() / some[:, 1].sum())
-
-    ends = (None, None) if len(sums) < FEWEST else t_interval(sums, mean)
-    return [mean(sums), *ends]
+def mean_loss(losses: pd.DataFrame, unit: str = "tokens") -> Comparison:
+    """Nats a token (or another column) of `activations.losses`, with its interval over articles."""
+    sums = losses.groupby("article")[["nats", unit]].sum()
+    table = Sums({"": {0: {name: column.to_numpy() for name, column in sums.items()}}})
+    return table.compare(lambda cell: cell.total("nats") / cell.total(unit), fewest=FEWEST)
 
 
 def ladder_rows(found: Mapping[Key, Explained], expected: float, **about) -> list[dict]:

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, Trace, secret_moe, topk_sae
 from helpers.models import activations
-from helpers.models.activations import ActivationStore, Texts
 from helpers.models.teachers import Splice, Teacher
+from helpers.parts.language_model import SPLITS, ablated, by_article
 from helpers.settings import allowed, one_of
 from helpers.study.scores import FEWEST, by_group, evaluate
 from helpers.study.study import Arm, Judged, Outcome, sums
+from helpers.training import Shuffled
 from helpers.training.remedies import Balance, Moment
 
-SPLITS = ("train", "validation", "test")
 SITE = {"reconstruct": "mlp_in", "predict": "mlp_out"}
 """Where a student's output stands: a reconstruction goes into the MLP, a prediction takes the MLP's place."""
 SIGNALS = {"local": 1.0, "fine-tuned": 0.5, "end to end": 0.0}
@@ -192,23 +192,17 @@ def own(problem: StandIn, seed: int) -> RankOneDictionary:
 # -- the layer, and students in it -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
 class FrozenLayer:
-    """One layer of a frozen model: by split the rows that enter and leave its MLP, the pieces of text they come from
-    (cut by `activations.texts(teacher, **texts[split])`), and the model's loss there.
+    """One layer of a frozen model, harvested: by split `stores` of the rows that enter and leave its MLP, the `pieces`
+    of text they come from (cut by `activations.texts(teacher, **texts[split])`), and the model's loss there.
 
-    Students see rows divided by one number for each site (the root of the training rows' mean variance).
+    Students see rows divided by one number for each site (the root of the training rows' mean variance). `sizes` are
+    the tokens of train, validation and test. Raises `ValueError` for a split without a size, for test text of fewer
+    than five articles, over which no interval can be given, and what `activations.harvest` raises.
     """
 
-    teacher: Teacher
-    number: int
-    texts: Mapping[str, Mapping[str, object]]
-    pieces: Mapping[str, Texts]
-    stores: Mapping[str, ActivationStore]
-
-    @classmethod
-    def harvested(
-        cls,
+    def __init__(
+        self,
         teacher: Teacher,
         corpus: str,
         *,
@@ -216,21 +210,15 @@ class FrozenLayer:
         sizes: Mapping[str, int],
         max_length: int = 128,
         cache_dir: str | Path | None = None,
-    ) -> FrozenLayer:
-        """Harvest one layer; `sizes` are the tokens of train, validation and test.
-
-        Raises `ValueError` for a split without a size, for test text of fewer than five articles, over which no
-        interval can be given, and what `activations.harvest` raises.
-        """
+    ):
         allowed(set(sizes) == set(SPLITS), f"sizes={dict(sizes)}", f"one for each of {', '.join(SPLITS)}")
-        how = {"corpus": corpus, "max_length": max_length}
-        texts = {split: how | {"split": split, "n_tokens": n} for split, n in sizes.items()}
-        pieces = {split: activations.texts(teacher, **each) for split, each in texts.items()}
-        articles = len(np.unique(pieces["test"].articles))
+        self.teacher, self.number, how = teacher, layer, {"corpus": corpus, "max_length": max_length}
+        self.texts = {split: how | {"split": split, "n_tokens": n} for split, n in sizes.items()}
+        self.pieces = {split: activations.texts(teacher, **each) for split, each in self.texts.items()}
+        articles = len(np.unique(self.pieces["test"].articles))
         allowed(articles >= FEWEST, f"{sizes['test']} test tokens hold {articles} articles", f"at least {FEWEST}")
         where = {"layer": layer, "sites": list(SITE.values()), "cache_dir": cache_dir}
-        stores = {split: activations.harvest(teacher, **where, **each) for split, each in texts.items()}
-        return cls(teacher, layer, texts, pieces, stores)
+        self.stores = {split: activations.harvest(teacher, **where, **each) for split, each in self.texts.items()}
 
     @property
     def asked(self) -> list:
@@ -249,18 +237,16 @@ class FrozenLayer:
         return self.stores[split].tensor(site) / self.scale[site]
 
     def nats(self, split: str, splice: Splice | None = None, model: Teacher | None = None) -> pd.DataFrame:
-        """The cross-entropy of this model, or another, by article: columns `nats` (sums) and `tokens`."""
-        found = activations.losses(model or self.teacher, self.pieces[split], splice)
-        return found.groupby("article")[["nats", "tokens"]].sum()
+        """`by_article` of this model, or another, on a split."""
+        return by_article(model or self.teacher, self.pieces[split], splice)
 
     @cached_property
     def unspliced(self) -> dict[str, Float[np.ndarray, " articles"]]:
         """What every splice is compared with, by test article: the loss `clean`, with the MLP's output at `zero` and
         at its training `mean`, and the `tokens` predicted."""
         clean, mean = self.nats("test"), self.stores["train"].moments("mlp_out").mean
-        zero, mean = Splice.zero(self.number, "mlp_out"), Splice.mean(self.number, "mlp_out", mean)
-        ablated = {name: self.nats("test", at).nats.to_numpy() for name, at in (("zero", zero), ("mean", mean))}
-        return {"clean": clean.nats.to_numpy(), "tokens": clean.tokens.to_numpy(float), **ablated}
+        columns = {"clean": clean.nats.to_numpy(), "tokens": clean.tokens.to_numpy(float)}
+        return columns | ablated(self.teacher, self.pieces["test"], self.number, "mlp_out", mean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,12 +265,6 @@ class StandIn:
 
     def __post_init__(self):
         one_of("objective", self.objective, SITE)
-        most = len(self.layer.pieces["train"].tokens)
-        allowed(1 <= self.batch_size <= most, f"batch_size={self.batch_size} pieces cannot be filled", f"1 to {most}")
-
-    @property
-    def asked(self) -> list:
-        return [self.layer.asked, self.objective, self.steps, self.batch_size]
 
     @property
     def site(self) -> str:
@@ -317,9 +297,9 @@ class StandIn:
         for split in SPLITS[1:]:
             seen[split] = evaluate(student, *(self.layer.rows(split, site) for site in ("mlp_in", self.site)))
             spliced[split] = self.layer.nats(split, splice)
-        article = torch.from_numpy(np.array(self.layer.stores["test"].article, np.int64))
-        errors, norms = (by_group(x, article) for x in (seen["test"].squared_error, seen["test"].squared_norm))
-        found = {"errors": errors, "norms": norms, "nats": spliced["test"].nats.to_numpy()} | self.layer.unspliced
+        rows = {"errors": seen["test"].squared_error, "norms": seen["test"].squared_norm}
+        found = {name: by_group(values, self.layer.stores["test"].article) for name, values in rows.items()}
+        found |= {"nats": spliced["test"].nats.to_numpy()} | self.layer.unspliced
         unseen = spliced["validation"]
         own = student if isinstance(student, RankOneDictionary) and student.k else None
         about = {
@@ -340,17 +320,16 @@ class PieceStream:
     """
 
     def __init__(self, problem: StandIn, seed: int):
-        self.layer, self.site, self.batch_size, self.seed = problem.layer, problem.site, problem.batch_size, seed
-        rows = self.layer.stores["train"].rows
+        self.layer, self.site, rows = problem.layer, problem.site, problem.layer.stores["train"].rows
         self.lengths = np.bincount(rows["text"], minlength=len(self.layer.pieces["train"].tokens))
         self.starts = np.cumsum(self.lengths) - self.lengths
-        self.fingerprint = f"pieces({self.layer.asked}, {self.site}, batch={self.batch_size}, seed={seed})"
+        about = {"batch_size": problem.batch_size, "seed": seed, "fingerprint": f"pieces of {self.layer.asked}"}
+        self.numbers = Shuffled(np.arange(len(self.lengths)), **about)
+        self.fingerprint = f"{self.numbers.fingerprint} at {self.site}"
 
     def pieces(self, step: int) -> list[int]:
         """Numbers of the pieces of this step's batch."""
-        epoch, at = divmod(step, len(self.lengths) // self.batch_size)
-        order = torch.randperm(len(self.lengths), generator=settings.generator(settings.mix(self.seed, epoch)))
-        return order[at * self.batch_size : (at + 1) * self.batch_size].tolist()
+        return self.numbers(step)[0].tolist()
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         rows = np.concatenate([np.arange(self.starts[i], self.starts[i] + self.lengths[i]) for i in self.pieces(step)])
@@ -413,8 +392,7 @@ def row(outcomes: Sequence[Outcome], tried: Mapping[float, Outcome]) -> dict[str
     """A student as a table and a results file have it; intervals are 95 %, over articles and seeds. `tried` are the
     outcomes at each learning rate, first seed."""
     first, table = outcomes[0], sums({"": outcomes})
-    of_all = {"fvu": lambda cell: cell.fvu, "added": lambda cell: cell.added}
-    fvu, added = (table.compare(statistic) for statistic in of_all.values())
+    fvu, added = table.fvu(""), table.compare(lambda cell: cell.added)
     rates = [np.asarray(each.about["rates"]) for each in outcomes]
     return {
         "cell": first.arm.name,

@@ -14,24 +14,21 @@ which nothing can stand. Below the unigrams is the uniform distribution, so no p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from scipy.special import rel_entr
 from transformers import PreTrainedTokenizerBase
 
 from helpers.models import activations, corpora
 from helpers.models.teachers import Teacher
+from helpers.parts.explained import mean_loss
 from helpers.parts.mixture import BOS
 from helpers.settings import allowed
-from helpers.study.scores import t_interval
-
-FEWEST = 5
-"""Documents below which an interval over documents would say little."""
-
 
 # -- n-grams -----------------------------------------------------------------------------------------------------------
 
@@ -168,18 +165,14 @@ def held_out_losses(
 
 def bits_per_byte(losses: pd.DataFrame, against: pd.DataFrame | None = None) -> tuple[float, float, float]:
     """Bits per byte of a table of `held_out_losses`, or how many more than in `against`, a table of the same text;
-    and the ends of a 95 % interval over documents, NaN for fewer than `FEWEST` of them.
+    and the ends of a 95 % interval over documents, NaN for fewer than five of them.
     """
     sums = losses.groupby("article")[["nats", "bytes"]].sum()
     if against is not None:
         sums["nats"] -= against.groupby("article").nats.sum()
 
-    def ratio(data: Float[np.ndarray, "documents 2"]) -> float:
-        return float(data[:, 0].sum() / data[:, 1].sum() / math.log(2))
-
-    data = sums.to_numpy()
-    enough = len(data) >= FEWEST
-    return ratio(data), *(t_interval(data, ratio) if enough else (math.nan, math.nan))
+    found = mean_loss(sums, "bytes")
+    return tuple(nats / math.log(2) for nats in (found.value, *(found.ci or (math.nan, math.nan))))
 
 
 def bits_table(tables: dict[str, pd.DataFrame], against: str) -> pd.DataFrame:
@@ -215,7 +208,8 @@ class Routing:
 
     def load(self) -> Float[np.ndarray, "layers experts"]:
         """Share of all choices that fall on each expert: 1/n_experts where the load is even."""
-        return np.stack([np.bincount(e.ravel(), minlength=self.n_experts) / e.size for e in self._by_layer()])
+        by_layer = self.experts.transpose(1, 0, 2)
+        return np.stack([np.bincount(e.ravel(), minlength=self.n_experts) / e.size for e in by_layer])
 
     def information(self, offset: int = 0, *, shuffles: int = 20, seed: int = 0) -> pd.DataFrame:
         """Mutual information in bits of the token `offset` places on (0: the routed one) and an expert drawn from its
@@ -229,8 +223,7 @@ class Routing:
         there = there[(there + offset >= 0) & (there + offset < len(self.pieces))]
         tokens = np.unique(self.tokens[there + offset], return_inverse=True)[1]
         random, rows = np.random.default_rng(seed), []
-        for layer, experts in enumerate(self._by_layer()):
-            chosen = experts[there]
+        for layer, chosen in enumerate(self.experts[there].transpose(1, 0, 2)):
             by_chance = [_information(random.permutation(tokens), chosen, self.n_experts) for _ in range(shuffles)]
             found = _information(tokens, chosen, self.n_experts)
             rows.append((layer, found, np.mean(by_chance), max(by_chance)))
@@ -253,17 +246,12 @@ class Routing:
             rows.append((expert, load[expert], words, share[best, expert]))
         return pd.DataFrame(rows, columns=["expert", "load", "tokens", "shares"])
 
-    def _by_layer(self) -> Iterator[Int[np.ndarray, "rows k"]]:
-        return iter(self.experts.transpose(1, 0, 2))
-
 
 def _information(tokens: Int[np.ndarray, " rows"], experts: Int[np.ndarray, "rows k"], n_experts: int) -> float:
     k = experts.shape[1]
     cells = np.repeat(tokens, k) * n_experts + experts.ravel()
     joint = np.bincount(cells, minlength=(tokens.max() + 1) * n_experts).reshape(-1, n_experts) / cells.size
-    apart = joint.sum(1, keepdims=True) * joint.sum(0)
-    full = joint > 0
-    return float((joint[full] * np.log2(joint[full] / apart[full])).sum())
+    return float(rel_entr(joint, joint.sum(1, keepdims=True) * joint.sum(0)).sum() / math.log(2))
 
 
 @torch.inference_mode()

@@ -30,6 +30,7 @@ from helpers.models import checkpoints, sources
 from helpers.models.activations import ActivationStore
 from helpers.models.checkpoints import MoELayer, Principal
 from helpers.parts.explained import Explained, Key
+from helpers.parts.worlds import random_atoms
 from helpers.settings import allowed, one_of
 from helpers.study.scores import by_group
 
@@ -37,8 +38,8 @@ SITES = ("mlp_in", "mlp_out")
 WHICH = ("fitting", "judging")
 CHUNK_BYTES = 64 * 2**20
 """Largest batch of Gram matrices of chosen atoms that a projection builds."""
-DETERMINISTIC = ("implicit", "second", "w_up", "w_gate", "all_directions", "pca", "fitted_directions", "omp")
-DRAWN = ("random", "random_directions", "random_router", "other_token", "shuffled")
+CONTROLS = ("implicit", "second", "w_up", "w_gate", "all_directions", "pca", "fitted_directions", "omp")
+CONTROLS += ("random", "random_directions", "random_router", "other_token", "shuffled")  # these are drawn
 
 
 # -- before long work --------------------------------------------------------------------------------------------------
@@ -50,14 +51,11 @@ def check(
     seeds: Sequence[int],
     ranks: Sequence[int] = (1,),
     lrs: Sequence[float] | None = None,
-    controls: Sequence[str] = (*DETERMINISTIC, *DRAWN),
+    controls: Sequence[str] = CONTROLS,
     needed: Sequence[str] = (),
 ) -> None:
-    """Looks at a chapter's parameters before anything is harvested.
-
-    Raises `ValueError` that names the parameter, its value and what is allowed: no layers, ranks without 1 or too large
-    for a layer, no seeds, no learning rates, controls that are unknown or lack a `needed` one, and layers that choose
-    by more than their scores.
+    """`ValueError` before anything is harvested: for no layers, ranks without 1 or too large for a layer, no seeds, no
+    learning rates, controls that are unknown or lack a `needed` one, and layers that choose by more than their scores.
     """
     allowed(bool(experts), "layers=[]", "at least one layer that has experts")
     for moe in experts:
@@ -69,14 +67,10 @@ def check(
     allowed(once, f"seeds={list(seeds)}", "at least one, each once; five or more for good intervals")
     given = lrs is None or (bool(lrs) and min(lrs) > 0)
     allowed(given, f"lrs={lrs}", "at least one learning rate, all above 0")
-    _known(controls)
+    for control in controls:
+        one_of("controls", control, CONTROLS)
     missing = [control for control in needed if control not in controls]
     allowed(not missing, f"controls={list(controls)} lacks {missing}", f"any that hold {', '.join(needed)}")
-
-
-def _known(controls: Sequence[str]) -> None:
-    every = (*DETERMINISTIC, *DRAWN)
-    allowed(set(controls) <= set(every), f"controls={sorted(set(controls) - set(every))}", ", ".join(every))
 
 
 def _by_scores_alone(moe: MoELayer) -> None:
@@ -110,18 +104,15 @@ def implicit_sae(
     n, rank, d = directions.shape
     fits = (n, d) == (moe.n_experts, moe.d_model)
     allowed(fits, f"directions are {n} × {d}", f"{moe.n_experts} × {moe.d_model}, experts × d_model")
-    router = Rows(moe.router.clone(), None if moe.bias is None else moe.bias.clone())
-    encoder = router
-    if rank > 1:
-        bias = None if moe.bias is None else moe.bias.repeat_interleave(rank)
-        encoder = Rows(moe.router.repeat_interleave(rank, 0), bias)
+
+    def rows(times: int) -> Rows:
+        bias = None if moe.bias is None else moe.bias.repeat_interleave(times)
+        return Rows(moe.router.repeat_interleave(times, 0), bias)
+
+    router = rows(1)
+    encoder = router if rank == 1 else rows(rank)
     options = {"k": moe.top_k, "activation": activation, "b_out": b_out, "expert_rank": rank}
     return RankOneDictionary(encoder, Rows(directions.flatten(0, 1).clone()), router=router, **options)
-
-
-def random_directions(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-    """Unit vectors, uniform on the sphere and independent: what PC1 is of a matrix of Gaussian noise."""
-    return F.normalize(torch.randn(n, d, generator=generator), dim=1)
 
 
 def random_router(moe: MoELayer, generator: torch.Generator) -> MoELayer:
@@ -231,10 +222,8 @@ class LayerRows:
 
     def judged(self, explained: Iterable[Float[Tensor, " rows"]], site: str, centred: bool) -> Explained:
         """Sums by article of what each draw explains of the judging rows."""
-        groups = torch.from_numpy(np.array(self.judging.article))
-        total = self.rows("judging", site, centred).double().square().sum(1)
-        sums = np.stack([by_group(each.cpu(), groups) for each in explained])
-        return Explained(sums, by_group(total.cpu(), groups))
+        total, article = self.rows("judging", site, centred).double().square().sum(1), self.judging.article
+        return Explained(np.stack([by_group(each, article) for each in explained]), by_group(total, article))
 
     @cached_property
     def load(self) -> Float[Tensor, " experts"]:
@@ -263,7 +252,7 @@ def ladder(
     bench: LayerRows,
     seeds: Sequence[int],
     *,
-    controls: Sequence[str] = (*DETERMINISTIC, *DRAWN),
+    controls: Sequence[str] = CONTROLS,
     ranks: Sequence[int] = (1,),
     centrings: Sequence[bool] = (True, False),
 ) -> dict[Key, Explained]:
@@ -284,10 +273,10 @@ def ladder(
     omp                 first directions, chosen one by one for each row by matching pursuit, which sees the row
                         (greedy, so not the best choice there is; centred only)
 
-    Those with chance in them are drawn once for each seed. Raises `ValueError` for an unknown control, ranks beyond
-    the bench's, and fewer than one seed.
+    Those with chance in them are drawn once for each seed.
     """
-    _known(controls)
+    for control in controls:
+        one_of("controls", control, CONTROLS)
     good = bool(ranks) and 1 <= min(ranks) <= max(ranks) <= bench.rank
     allowed(good, f"ranks={list(ranks)}", f"1 to {bench.rank}, the bench's rank")
     allowed(bool(seeds), "seeds is empty", "one for each random draw")
@@ -338,7 +327,7 @@ def _draw(bench: LayerRows, seed: int) -> tuple[Tensor, MoELayer, Tensor, Tensor
     a router, which expert's directions each router row is handed, which row's choice each row is given.
     """
     noise, like = settings.generator(seed), bench.directions
-    directions = random_directions(bench.moe.n_experts, bench.moe.d_model, noise).to(like)
+    directions = random_atoms(bench.moe.n_experts, bench.moe.d_model, noise).to(like)
     router = random_router(bench.moe, noise)
     moved = derangement(bench.moe.n_experts, noise).to(like.device)
     rows = torch.randperm(bench.judging.n, generator=noise).to(like.device)
@@ -351,14 +340,9 @@ def overlap(bench: LayerRows, seeds: Sequence[int]) -> list[float]:
 
     With even and independent choices it would be (k − 1)/(n − 1).
     """
-    chosen, shares = bench.choice().indices, []
-    member = torch.zeros(len(chosen), bench.moe.n_experts, dtype=torch.bool, device=chosen.device)
-    member.scatter_(1, chosen, True)
-    for seed in seeds:
-        _, _, moved, _ = _draw(bench, seed)
-        handed = moved[chosen]
-        shares.append(float(member.gather(1, handed).double().mean()))
-    return shares
+    chosen = bench.choice().indices
+    handed = (_draw(bench, seed)[2][chosen] for seed in seeds)
+    return [float((each[:, :, None] == chosen[:, None]).any(2).double().mean()) for each in handed]
 
 
 def _of_site(bench: LayerRows, site, centred, y, controls, ranks) -> Iterator[tuple[str, int, Tensor]]:
@@ -367,9 +351,11 @@ def _of_site(bench: LayerRows, site, centred, y, controls, ranks) -> Iterator[tu
     if "all_directions" in controls:
         yield "all_directions", 1, in_span(y, first)
     if "pca" in controls:
-        components = principal_components(bench, site, centred, k * max(ranks))
+        moments = bench.fitting.moments(site)
+        matrix = moments.cov if centred else moments.cov + torch.outer(moments.mean, moments.mean)
+        components = torch.linalg.eigh(matrix).eigenvectors.flip(1).to(bench.device, torch.float32)
         for rank in ranks:
-            yield "pca", rank, (y @ components[: k * rank].T).double().square().sum(1)
+            yield "pca", rank, (y @ components[:, : k * rank]).double().square().sum(1)
     if "fitted_directions" in controls and centred:
         fitted = fit_directions(bench.rows("fitting", site), first, bench.choice("fitting").indices)
         yield "fitted_directions", 1, projected(fitted, bench.choice().indices, y)[0]
@@ -391,13 +377,6 @@ def derangement(n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
         order = torch.randperm(n, generator=generator)
         if (order != torch.arange(n)).all():
             return order
-
-
-def principal_components(bench: LayerRows, site: str, centred: bool, n: int) -> Float[Tensor, "n d"]:
-    """Leading eigenvectors of the fitting rows' covariance, or second moment if not `centred`."""
-    moments = bench.fitting.moments(site)
-    matrix = moments.cov if centred else moments.cov + torch.outer(moments.mean, moments.mean)
-    return torch.linalg.eigh(matrix).eigenvectors.flip(1).T[:n].to(bench.device, torch.float32)
 
 
 def fit_directions(

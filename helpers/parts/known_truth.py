@@ -2,7 +2,8 @@
 
 `KnownTruth` is the `study.Problem` of chapters 7 and 8: a kind of world and the SAE that shall learn it. A `Candidate`
 is a remedy at one strength and learning rate. `contest` trains candidates, as many for every method, into a table with
-a line for each and each seed; what follows chooses among its lines and compares them.
+a line for each and each seed; what follows chooses among its lines and compares them. The Switch loss acts through one
+matrix, its gradient for the scores (`pull`); `Pinned` applies that and nothing else, to what it reaches or to a part.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,12 +23,12 @@ from torch.nn import functional as F
 
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, topk_sae
-from helpers.parts.worlds import World
+from helpers.parts.worlds import World, random_atoms
 from helpers.settings import allowed, one_of
-from helpers.study.scores import Comparison, evaluate, over_seeds, recovery
+from helpers.study.scores import Comparison, evaluate, over_seeds, recovery, relabelled
 from helpers.study.study import EQUAL, Arm, Judged, Outcome, choose, study
 from helpers.training import Fresh, remedies
-from helpers.training.remedies import Balance
+from helpers.training.remedies import Balance, Moment, load_shares
 
 # -- the problem -------------------------------------------------------------------------------------------------------
 
@@ -53,10 +54,6 @@ class KnownTruth:
             world.sample, batch_size=self.batch_size, fingerprint=str(world), seed=10 * seed + 5, device=device
         )
 
-    def mean(self, seed: int) -> Float[Tensor, " d"]:
-        """Of a sample as large as the validation one."""
-        return _drawn(self, seed)[1].mean(0)
-
     def judge(self, student: RankOneDictionary, seed: int) -> Judged:
         """Choices may look at FVU and dead share. `about` the test rows: shares of the features that are `dead` and
         `dense`, their `rates` [n_features], each truth's best cosine over the live ones (`cosines` [n_true]), and what
@@ -65,12 +62,11 @@ class KnownTruth:
         world, _, validation, test = _drawn(self, seed)
         before, after = evaluate(student, validation), evaluate(student, test)
         match = recovery(student.decoder.weight.detach()[after.rates > 0].cpu(), world.atoms)
-        sums = {"errors": after.squared_error, "norms": after.squared_norm}
         about = {name: getattr(after, name) for name in ("dead", "dense", "largest_rate")}
         about |= {name: getattr(match, name) for name in ("found", "matched", "mmcs", "mcc", "duplicates")}
         about |= {"rates": after.rates.numpy(), "cosines": match.of_truth.numpy()}
-        one_unit = {column: np.array([float(values.sum())]) for column, values in sums.items()}
-        return Judged(one_unit, {"fvu": before.fvu, "dead": before.dead}, about)
+        sums = {"errors": after.squared_error.sum(0, True).numpy(), "norms": after.squared_norm.sum(0, True).numpy()}
+        return Judged(sums, {"fvu": before.fvu, "dead": before.dead}, about)
 
 
 @lru_cache(maxsize=4)
@@ -97,7 +93,7 @@ class StartingSae:
 
     def __call__(self, problem: KnownTruth, seed: int) -> RankOneDictionary:
         random = settings.generator(10 * seed + 1)
-        b_dec = problem.mean(seed) if self.centred else None
+        b_dec = _drawn(problem, seed)[1].mean(0) if self.centred else None
         sae = topk_sae(problem.world.d, problem.n_features, problem.k, generator=random, b_dec=b_dec)
         with torch.no_grad():
             if self.start == "untied":
@@ -194,24 +190,16 @@ def contest(
 
 def as_table(found: Mapping[tuple, Sequence[Outcome]], *names: str) -> pd.DataFrame:
     """A study as a table with a line for each key and seed: the parts of the key under `names`, what was measured."""
-    return pd.DataFrame(
-        [
-            dict(zip(names, key, strict=True)) | {"seed": each.seed} | measured(each)
-            for key, outcomes in found.items()
-            for each in outcomes
-        ]
-    )
+    flat = [(dict(zip(names, key, strict=True)), each) for key, outcomes in found.items() for each in outcomes]
+    return pd.DataFrame([about | {"seed": each.seed} | measured(each) for about, each in flat])
 
 
 def as_points(frame: pd.DataFrame) -> list[dict]:
     """A table for a results file: one entry for all seeds of a line, what was measured as lists of five digits."""
     keys = [name for name in frame if name in ("situation", "axis", "value", "k", *CANDIDATE)]
-    lists = frame.groupby(keys, sort=False).agg(list).map(lambda values: [_short(value) for value in values])
-    return lists.reset_index().to_dict("records")
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    short = frame.map(lambda value: float(f"{value:.5g}") if isinstance(value, float) else value)
+    short[keys] = frame[keys]
+    return short.groupby(keys, sort=False).agg(list).reset_index().to_dict("records")
 
 
 def from_points(points: Sequence[Mapping]) -> pd.DataFrame:
@@ -315,16 +303,31 @@ def difference_of_means(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def paired(
-    first: pd.DataFrame, second: pd.DataFrame, column: str, statistic: Callable[..., float] = ratio_of_means
-) -> Comparison:
-    """A `statistic` of one column of two candidates' lines, with an interval over pairs of seeds."""
-    return over_seeds(*(each.sort_values("seed")[column] for each in (first, second)), statistic=statistic)
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    column: str,
+    statistic: Callable[..., float] = ratio_of_means,
+    *,
+    dealt: bool = False,
+) -> Comparison | list[Comparison]:
+    """A `statistic` of one column of two candidates' lines, with an interval over pairs of seeds: of a difference, or
+    of a positive ratio; with `dealt` a list of what it is where their labels are dealt afresh for each seed
+    (`scores.relabelled`)."""
+    columns = [each.sort_values("seed")[column] for each in (first, second)]
+    options = {"statistic": statistic, "scale": "plain" if statistic is difference_of_means else "log"}
+    found = [over_seeds(*some, **options) for some in (relabelled(*columns) if dealt else [columns])]
+    return found if dealt else found[0]
 
 
-def times_fewer(more: pd.DataFrame, fewer: pd.DataFrame, n_features: int) -> Comparison:
+def mean(lines: pd.DataFrame, column: str) -> Comparison:
+    """Mean over seeds of a share, such as of dead features, or of FVU; the interval stays in their range."""
+    return over_seeds(lines[column], scale="log" if column == "fvu" else "logit")
+
+
+def times_fewer(more: pd.DataFrame, fewer: pd.DataFrame, n_features: int, **options) -> Comparison | list[Comparison]:
     """Dead features of the first candidate over those of the second, summed over paired seeds, on test rows.
 
-    A count of zero is taken as one, on both sides: below, it makes the ratio a lower bound.
+    A count of zero is taken as one, on both sides: below, it makes the ratio a lower bound. `options` of `paired`.
     """
 
     in_all = n_features * len(more)  # means times this, so that what is left without a seed is no smaller
@@ -332,4 +335,90 @@ def times_fewer(more: pd.DataFrame, fewer: pd.DataFrame, n_features: int) -> Com
     def fold(first: np.ndarray, second: np.ndarray) -> float:
         return max(in_all * first.mean(), 1.0) / max(in_all * second.mean(), 1.0)
 
-    return paired(more, fewer, "dead", fold)
+    return paired(more, fewer, "dead", fold, **options)
+
+
+# -- the Switch gradient, in parts -------------------------------------------------------------------------------------
+
+
+def pull(
+    scores: Float[Tensor, "batch n"], load: Float[Tensor, " n"], alpha: float, temperature: float = 1.0
+) -> Float[Tensor, "batch n"]:
+    """∂L/∂z of the Switch loss L = α n Σ_j f_j P_j at scores z and loads f (which carry no gradient):
+
+    G_bj = (α n / (T τ)) · p_bj · (f_j − Σ_i f_i p_bi), with p_b the softmax of z_b/τ and T the size of the batch.
+    Each row sums to 0. A step of descent moves z_bj by −G_bj: negative entries lift, positive ones push down.
+    """
+    batch, n = scores.shape
+    p = (scores / temperature).softmax(-1)
+    return alpha * n / (batch * temperature) * p * (load - (p * load).sum(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Pinned(Balance):
+    """The Switch loss's gradient, restricted: as a loss it is Σ_bj G_bj z_bj with G from `pull` held fixed.
+
+    With the defaults every parameter gets the gradient that `remedies.Switch` gives it.
+
+    Args:
+        acts_on: where the gradient goes. "scores": to all that the scores depend on, which are the encoder's rows and
+            biases and b_dec, because the SAE reads x − b_dec. "encoder": rows and biases; "rows", "bias", "b_dec":
+            that one. These three add up to "scores". b_dec gets the reconstruction's gradient in any case.
+        half: "lift" keeps the entries that raise a score (G < 0), "push" those that lower one (G > 0).
+        load: whose load is balanced. "permuted": the batch's loads in a new random order at every step. "random": the
+            loads that a fixed random dictionary of the same n and k has on the same batch.
+        seed: of the permutations and of the random dictionary.
+    """
+
+    alpha: float = 0.1
+    temperature: float = 1.0
+    acts_on: str = "scores"
+    half: str = "both"
+    load: str = "own"
+    seed: int = 0
+    needs_scores: ClassVar[bool] = True
+
+    def __post_init__(self):
+        allowed(self.alpha > 0, f"alpha={self.alpha} cannot act", "above 0")
+        allowed(self.temperature > 0, f"temperature={self.temperature} cannot act", "above 0")
+        one_of("acts_on", self.acts_on, ("scores", "encoder", "rows", "bias", "b_dec"))
+        one_of("half", self.half, ("both", "lift", "push"))
+        one_of("load", self.load, ("own", "permuted", "random"))
+
+    def loss(self, now: Moment) -> Tensor:
+        force = pull(now.trace.scores.detach(), self.balanced(now), self.alpha, self.temperature)
+        if self.half != "both":
+            force = force.clamp(max=0) if self.half == "lift" else force.clamp(min=0)
+        encoder, b_dec = now.dictionary.encoder, now.dictionary.b_in
+        x = now.inputs if b_dec is None else now.inputs - b_dec.detach()
+        # each part is linear in one parameter, and the parts' gradients add up to that of the scores
+        match self.acts_on:
+            case "scores":
+                return (force * now.trace.scores).sum()
+            case "encoder":
+                return (force * encoder.scores(x)).sum()
+            case "rows":
+                return (force * (x @ encoder.weight.T)).sum()
+            case "bias":
+                return (force.sum(0) * encoder.bias).sum()
+        return -(force @ encoder.weight.detach()).sum(0) @ b_dec
+
+    def balanced(self, now: Moment) -> Float[Tensor, " n"]:
+        """The loads f that are put in the formula; they sum to 1."""
+        scores, indices = now.trace.scores, now.experts
+        n = scores.shape[1]
+        if self.load == "random":
+            rows = _random_rows(n, now.inputs.shape[1], self.seed).to(now.inputs)
+            b_in = now.dictionary.b_in
+            centred = now.inputs if b_in is None else now.inputs - b_in.detach()
+            indices = (centred @ rows.T).topk(indices.shape[1], dim=1).indices
+        share = load_shares(indices, n, scores.dtype)
+        if self.load == "permuted":
+            order = torch.randperm(n, generator=settings.generator(settings.mix(self.seed, now.step)))
+            share = share[order.to(share.device)]
+        return share
+
+
+@lru_cache(maxsize=16)
+def _random_rows(n: int, d: int, seed: int) -> Float[Tensor, "n d"]:
+    return random_atoms(n, d, settings.generator(seed))

@@ -1,4 +1,5 @@
-"""SAEs on a language model's activations: what they learn from, what counts, what remedies make of the busiest.
+"""SAEs on a language model's activations: what they learn from, what counts, what remedies make of the busiest, and
+what the model loses with their reconstructions in the place of its rows.
 
 `SiteRows` is the `study.Problem` of chapters 9 and 15: harvested rows of one site, which students learn to give back
 and which judge them article by article.
@@ -6,20 +7,24 @@ and which judge them article by article.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from helpers import settings
-from helpers.dictionary import RankOneDictionary, topk_sae
+from helpers.dictionary import RankOneDictionary, SparseCodes, topk_sae
+from helpers.dictionary.pursuit import least_squares, omp
+from helpers.models import activations, teachers
 from helpers.models.activations import ActivationStore
+from helpers.models.corpora import Texts
+from helpers.models.teachers import Splice, Teacher
 from helpers.settings import allowed
 from helpers.study.scores import Sums, by_group, evaluate
 from helpers.study.study import Judged, Outcome, choose
@@ -83,9 +88,8 @@ class SiteRows:
 
     def stream(self, seed: int, device: torch.device) -> Stream:
         store = self.store("train")
-        identity = f"{store.key}/{self.site}"
-        rows = Shuffled(store[self.site], batch_size=self.batch_size, seed=seed, device=device, fingerprint=identity)
-        return Divided(rows, self.scale)
+        about = {"batch_size": self.batch_size, "seed": seed, "device": device, "divided_by": self.scale}
+        return Shuffled(store[self.site], fingerprint=f"{store.key}/{self.site}", **about)
 
     def judge(self, student: RankOneDictionary, seed: int) -> Judged:
         """Sums by article of the test rows: `errors` ‖x − x̂‖², `norms` ‖x − x̄‖², `relative` ‖x − x̂‖/‖x‖, `rows`, and
@@ -93,7 +97,7 @@ class SiteRows:
         """
         validation, test = self.rows("validation"), self.rows("test")
         before, after = evaluate(student, validation), evaluate(student, test)
-        article = torch.from_numpy(self.store("test").article.astype(np.int64))
+        article = self.store("test").article
         counts = firings(student, test, article)
         by_row = {"errors": after.squared_error, "norms": after.squared_norm, "rows": torch.ones(len(test))}
         by_row["relative"] = after.squared_error.sqrt() / test.double().norm(dim=1)
@@ -104,18 +108,6 @@ class SiteRows:
         about = {name: getattr(after, name) for name in ("dead", "dense", "largest_rate", "chosen_but_zero")}
         about |= {"n_dense": int((after.rates > DENSE).sum()), "curve": rate_curve(after.rates.numpy())}
         return Judged(sums, chosen_by, about)
-
-
-class Divided:
-    """The batches of a stream of rows that reconstruct themselves, divided by one number."""
-
-    def __init__(self, stream: Stream, by: float):
-        self.stream, self.by = stream, by
-        self.fingerprint = f"{stream.fingerprint}/{by!r}"
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        rows = self.stream(step)[0] / self.by
-        return rows, rows
 
 
 @dataclass(frozen=True)
@@ -132,19 +124,22 @@ class Sae:
 
 
 @torch.no_grad()
+def codes_on(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], *, batch_size: int = 4096) -> SparseCodes:
+    """The codes of all rows, found batch by batch on the model's device, held on the CPU."""
+    where = next(sae.parameters())
+    parts = [sae.encode(part.to(where.device, where.dtype)) for part in rows.split(batch_size)]
+    return SparseCodes(torch.cat([p.indices.cpu() for p in parts]), torch.cat([p.values.cpu() for p in parts]))
+
+
 def firings(
-    sae: RankOneDictionary, rows: Float[Tensor, "rows d"], groups: Int[Tensor, " rows"], *, batch_size: int = 4096
+    sae: RankOneDictionary, rows: Float[Tensor, "rows d"], groups: Int[np.ndarray, " rows"]
 ) -> Int[np.ndarray, "groups n"]:
     """On how many rows of each group each latent fires (has a code that is not zero); groups in rising order."""
-    where = next(sae.parameters())
-    names, index = torch.unique(groups, return_inverse=True)
-    counts = torch.zeros(len(names) * sae.n_atoms, dtype=torch.int32)
-    for part, group in zip(rows.split(batch_size), index.split(batch_size), strict=True):
-        codes = sae.encode(part.to(where.device, where.dtype))
-        cells = group[:, None] * sae.n_atoms + codes.indices.cpu()
-        cells = cells[codes.fires.cpu()]
-        counts.index_add_(0, cells, torch.ones(len(cells), dtype=torch.int32))
-    return counts.view(len(names), -1).numpy()
+    names, index = np.unique(groups, return_inverse=True)
+    codes = codes_on(sae, rows)
+    cells = torch.from_numpy(index)[:, None] * sae.n_atoms + codes.indices
+    counts = torch.bincount(cells[codes.fires], minlength=len(names) * sae.n_atoms)
+    return counts.view(len(names), -1).int().numpy()
 
 
 def rate_curve(rates: Float[np.ndarray, " n"]) -> list[list[float]]:
@@ -194,7 +189,7 @@ def reported_method(
 ) -> dict[str, object]:
     """A method at a site as a results file has it: what was chosen with all its seeds, all candidates that were
     `tried` with the first, and of them the one that caps the most."""
-    rate, fvu = table.compare(lambda cell: cell.largest_rate, key), table.fvu(key)
+    rate, fvu = table.compare(lambda cell: cell.largest_rate, key, scale="logit"), table.fvu(key)
     by_seed = {f"{name}_by_seed": [_measures(each)[name] for each in runs] for name in MEASURES}
     capped = tried[choose(dict(enumerate(tried)), "largest_rate")]
     return (
@@ -243,36 +238,106 @@ def mean_shares(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], rates: Fl
     """Who carries the mean μ of the rows: shares of ‖μ‖² along μ in b_dec (`bias`), in `dense` latents and in the
     `others`; `rates` are the latents' firing rates. They add to 1 but for the error of the reconstruction's mean.
     """
-    mean = rows.double().mean(0)
+    mean, codes = rows.double().mean(0), codes_on(sae, rows)
     along = sae.decoder.weight.detach().cpu().double() @ mean / mean.square().sum()
-    parts, dense = mean_codes(sae, rows) * along, rates > DENSE
+    total = torch.zeros(sae.n_atoms, dtype=torch.float64)
+    total.index_add_(0, codes.indices.flatten(), codes.values.flatten().double())
+    parts, dense = total / len(rows) * along, rates > DENSE
     bias = float(sae.b_out.detach().cpu().double() @ mean / mean.square().sum())
     return {"bias": bias, "dense": float(parts[dense].sum()), "others": float(parts[~dense].sum())}
 
 
-@torch.no_grad()
-def mean_codes(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], *, batch_size: int = 4096) -> Float[Tensor, " n"]:
-    """Each latent's code averaged over all rows, 0 where it does not fire; float64."""
-    where, total = next(sae.parameters()), torch.zeros(sae.n_atoms, dtype=torch.float64)
-    for part in rows.split(batch_size):
-        codes = sae.encode(part.to(where.device, where.dtype))
-        total.index_add_(0, codes.indices.flatten().cpu(), codes.values.flatten().double().cpu())
-    return total / len(rows)
+# -- what the model loses with reconstructions in the place of its rows ------------------------------------------------
+
+WAYS = ("encoder", "solved", "pursuit")
+"""How codes are found: the encoder's; its atoms with least-squares coefficients; matching pursuit's atoms."""
+
+BATCH = 8
+"""Pieces of text in a forward pass."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Held-out text, and the place in the model where its rows are replaced. Names only: it travels to a worker."""
+
+    teacher: str
+    corpus: str
+    layer: int
+    site: str
+    n_tokens: int
+    split: str = "test"
+    device: str = "cpu"
+    cache_dir: str | None = field(default=None, compare=False)
+
+    @property
+    @cache  # noqa: B019 (passages are names: few, and for as long as the process)
+    def scene(self) -> Scene:
+        """The model and its rows on this text: made once in a process."""
+        return Scene(self, teachers.load(self.teacher, device=self.device, cache_dir=self.cache_dir))
+
+
+def by_article(teacher: Teacher, pieces: Texts, splice: Splice | None = None) -> pd.DataFrame:
+    """A model's cross-entropy on pieces of text, by article: columns `nats` (sums) and `tokens`."""
+    found = activations.losses(teacher, pieces, splice, batch_size=BATCH)
+    return found.groupby("article")[["nats", "tokens"]].sum()
+
+
+def ablated(
+    teacher: Teacher, pieces: Texts, layer: int, site: str, mean: Float[Tensor, " d_model"]
+) -> dict[str, Float[np.ndarray, " articles"]]:
+    """Nats by article with `zero` in the place of a site's rows, and with their `mean` (in the model's own units)."""
+    splices = {"zero": Splice.zero(layer, site), "mean": Splice.mean(layer, site, mean)}
+    return {name: by_article(teacher, pieces, each).nats.to_numpy() for name, each in splices.items()}
+
+
+class Scene:
+    """A model on a passage: its rows at the site, in the order in which it meets them, and its loss with others there.
+
+    `rows` [rows, d_model] in the model's own units, `articles` [rows]; `clean` [articles] is its loss in nats.
+    """
+
+    def __init__(self, passage: Passage, teacher: Teacher):
+        self.passage, self.teacher = passage, teacher
+        self._pieces = activations.texts(teacher, passage.corpus, n_tokens=passage.n_tokens, split=passage.split)
+        parts: list[Tensor] = []
+
+        def look(rows: Tensor) -> Tensor:
+            parts.append(rows.float().cpu())
+            return rows
+
+        self.clean = self._nats(look)
+        self.rows, self._sizes = torch.cat(parts), [len(part) for part in parts]
+        pieces = self._pieces
+        order = [i for batch in pieces.batches(BATCH) for i in batch]
+        self.articles = np.concatenate([np.full(len(pieces.tokens[i]) - pieces.bos, pieces.articles[i]) for i in order])
+
+    def nats(self, rows: Float[Tensor, "rows d_model"]) -> Float[np.ndarray, " articles"]:
+        """The model's loss by article, with these in the place of `rows`."""
+        shape, own = tuple(rows.shape), tuple(self.rows.shape)
+        allowed(shape == own, f"rows has shape {shape}", f"{own}, as the passage's")
+        parts = iter(rows.split(self._sizes))
+        return self._nats(lambda given: next(parts).to(given))
+
+    def yardstick(self, mean: Float[Tensor, " d_model"]) -> dict[str, Float[np.ndarray, " articles"]]:
+        """Columns for `scores.Sums`: the loss `clean`, and those of `ablated`."""
+        return {"clean": self.clean} | ablated(self.teacher, self._pieces, self.passage.layer, self.passage.site, mean)
+
+    def _nats(self, function: Callable[[Tensor], Tensor]) -> np.ndarray:
+        splice = Splice(self.passage.layer, self.passage.site, function)
+        return by_article(self.teacher, self._pieces, splice).nats.to_numpy()
 
 
 @torch.no_grad()
-def codes_of(
-    sae: RankOneDictionary, rows: Float[Tensor, "rows d"], latents: Sequence[int], *, batch_size: int = 4096
-) -> Float[Tensor, "rows chosen"]:
-    """The codes of a few latents on every row, 0 where they do not fire."""
+def reconstructions(
+    sae: RankOneDictionary, rows: Float[Tensor, "rows d_model"], way: str = "encoder", *, batch_size: int = 4096
+) -> Float[Tensor, "rows d_model"]:
+    """b_dec + Σ values · d_j with codes found in a way of `WAYS`; matching pursuit chooses by SIGNED correlation, as
+    paper B does, and solves for coefficients of either sign."""
     where, parts = next(sae.parameters()), []
     for part in rows.split(batch_size):
-        codes = sae.encode(part.to(where.device, where.dtype))
-        parts.append(torch.stack([(codes.values * (codes.indices == j)).sum(1) for j in latents], dim=1).float().cpu())
-    return torch.cat(parts)
-
-
-def cosines(sae: RankOneDictionary, direction: Float[Tensor, " d"]) -> Float[np.ndarray, " n"]:
-    """Cosine of each latent's decoder row with a direction."""
-    rows = sae.decoder.weight.detach().cpu().float()
-    return (F.normalize(rows, dim=1) @ F.normalize(direction.float(), dim=0)).numpy()
+        x = part.to(where.device, where.dtype)
+        codes = omp(x - sae.b_out, sae.decoder, sae.k, select="signed") if way == "pursuit" else sae.encode(x)
+        if way == "solved":
+            codes = replace(codes, values=least_squares(x - sae.b_out, sae.decoder, codes.indices))
+        parts.append(sae.decode(codes).cpu())
+    return torch.cat(parts).to(rows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -56,10 +54,11 @@ def lens_hits(bench: LayerRows, logits: Float[Tensor, "experts vocabulary"], top
     rows only; intervals over experts × articles.
     """
     allowed(1 <= top < logits.shape[1], f"top={top} words", f"1 to {logits.shape[1] - 1}")
-    table = _hits(bench, logits, top)
-    parts: dict[str, Callable[[Totals], float]] = {"own": _own, "base": _base, "shuffled": _shuffled}
-    parts["lift"] = lambda cell: _own(cell) - _base(cell) - _shuffled(cell)
-    return {name: table.compare(part, fewest=FEWEST) for name, part in parts.items()}
+    table, scales = _hits(bench, logits, top), {"own": "logit", "base": "logit", "shuffled": "plain", "lift": "plain"}
+    return {
+        name: table.compare(lambda cell, name=name: _shares(cell)[name], fewest=FEWEST, scale=scale)
+        for name, scale in scales.items()  # the plain ones may be negative
+    }
 
 
 def _hits(bench: LayerRows, logits: Tensor, top: int) -> Sums:
@@ -82,18 +81,12 @@ def _hits(bench: LayerRows, logits: Tensor, top: int) -> Sums:
     return Sums({"": experts}, {"rows": of_article.sum(1), "every": every})
 
 
-def _own(cell: Totals) -> float:
-    return cell.total("own") / max(cell.total("chosen"), 1.0)
-
-
-def _base(cell: Totals) -> float:
-    return float((cell["chosen"] * cell["anywhere"] / cell["rows"]).sum()) / max(cell.total("chosen"), 1.0)
-
-
-def _shuffled(cell: Totals) -> float:
+def _shares(cell: Totals) -> dict[str, float]:
+    chosen = max(cell.total("chosen"), 1.0)
     by_chance = cell["every"][0] / cell["rows"][0]  # of every direction, whichever experts were drawn
-    pairs = cell["pairs"].sum(0) @ by_chance
-    return float(cell.total("strangers") - pairs) / max(cell.total("chosen"), 1.0)
+    own, base = cell.total("own") / chosen, float((cell["chosen"] * cell["anywhere"] / cell["rows"]).sum()) / chosen
+    shuffled = float(cell.total("strangers") - cell["pairs"].sum(0) @ by_chance) / chosen
+    return {"own": own, "base": base, "shuffled": shuffled, "lift": own - base - shuffled}
 
 
 def contexts(

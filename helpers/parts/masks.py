@@ -38,10 +38,8 @@ def left_regular(n_features: int, d_model: int, degree: int, generator: torch.Ge
     """Each atom gets `degree` distinct rows, uniform without replacement, and every row is used.
 
     Rows that no atom drew are filled afterwards: entries are visited in random order, and one whose row has another
-    user is moved to an empty row. So every atom keeps its degree, and the rule favours no atom and no row.
-
-    Raises `ValueError`, as the other masks do, where `degree` is not in 1..d_model, or n_features·degree entries
-    cannot cover d_model rows.
+    user is moved to an empty row. So every atom keeps its degree, and the rule favours no atom and no row. All masks
+    raise `ValueError` where `degree` is not in 1..d_model, or n_features·degree entries cannot cover d_model rows.
     """
     _check_mask(n_features, d_model, degree)
     rows = _subsets(n_features, d_model, degree, generator)
@@ -120,21 +118,6 @@ def _fill_empty(rows: Tensor, m: int, generator: torch.Generator) -> Tensor:
             uses[owners[entry]] -= 1
             owners[entry] = empty.pop()
     return torch.tensor(owners, device=rows.device).view_as(rows)
-
-
-# -- values on a mask --------------------------------------------------------------------------------------------------
-
-
-def flat_values(n_features: int, degree: int, generator: torch.Generator) -> Float[Tensor, "n degree"]:
-    """±1/√d with random signs, in float64: the flattest unit columns, β = 1."""
-    signs = 2.0 * torch.randint(2, (n_features, degree), generator=generator, device=generator.device) - 1
-    return signs.double() / degree**0.5
-
-
-def gaussian_values(n_features: int, degree: int, generator: torch.Generator) -> Float[Tensor, "n degree"]:
-    """Independent normal values, scaled to unit columns, in float64."""
-    noise = {"generator": generator, "device": generator.device, "dtype": torch.float64}
-    return F.normalize(torch.randn(n_features, degree, **noise), dim=1)
 
 
 # -- expansion ---------------------------------------------------------------------------------------------------------
@@ -221,9 +204,9 @@ def _check_size(size: int, n: int) -> None:
 
 
 def expansion_bounds(
-    rows: Int[Tensor, "n degree"], d_model: int, size: int, generator: torch.Generator, *, starts: int = 8
+    rows: Int[Tensor, "n degree"], d_model: int, size: int, generator: torch.Generator, *, starts=8, visited=0
 ) -> Expansion:
-    """Bounds on ε_1 … ε_size where sets are too many to visit.
+    """Bounds on ε_1 … ε_size where sets are too many to visit; exact for as many sizes as have `visited` sets at most.
 
     Above: the rows of a set that meet c of its members satisfy 1[c ≥ 1] ≥ c(2κ + 1 − c)/(κ(κ + 1)) for every whole
     κ ≥ 1 (Dawson & Sankoff 1967; κ = 1 is Bonferroni). Summed, |Γ(S)| ≥ (2/(κ+1))·(d·t − P/κ), where P, the overlaps
@@ -245,20 +228,11 @@ def expansion_bounds(
     found, high = _shortfall(reached, degree), _shortfall(at_least, degree)
     worst = tuple(chosen if found[i] >= floor[i] else None for i, chosen in enumerate(sets))
     low = torch.maximum(found, floor)
+    if small := int((np.cumsum([float(math.comb(n, s)) for s in range(1, size + 1)]) <= visited).sum()):
+        exact = expansion(rows, d_model, small, most=visited)
+        low, high = (torch.cat([exact.low, bound[small:]]) for bound in (low, high))
+        worst = exact.worst + worst[small:]
     return Expansion(low, torch.maximum(low, high), worst)
-
-
-def measured_expansion(
-    rows: Int[Tensor, "n degree"], d_model: int, size: int, generator: torch.Generator, *, most: int = 1_000_000
-) -> Expansion:
-    """ε_1 … ε_size: exact for as many sizes as `most` sets of atoms allow, bounds for the others."""
-    bounds = expansion_bounds(rows, d_model, size, generator)
-    sets = np.cumsum([math.comb(len(rows), t) for t in range(1, size + 1)], dtype=float)
-    if not (visited := int((sets <= most).sum())):
-        return bounds
-    exact = expansion(rows, d_model, visited, most=most)
-    low, high = (torch.cat([exact.low, b[visited:]]) for b in (bounds.low, bounds.high))
-    return Expansion(low, torch.maximum(low, high), exact.worst + bounds.worst[visited:])
 
 
 def expansion_floor(n_features: int, d_model: int, degree: int, size: int) -> float:
@@ -386,7 +360,20 @@ def smallest_gain(atoms: Float[Tensor, "size m"]) -> tuple[float, Float[Tensor, 
     return best, at
 
 
-# -- signals with known codes ------------------------------------------------------------------------------------------
+# -- values on a mask, and signals with known codes --------------------------------------------------------------------
+
+
+def flat_values(n_features: int, degree: int, generator: torch.Generator) -> Float[Tensor, "n degree"]:
+    """±1/√d with random signs, in float64: the flattest unit columns, β = 1."""
+    signs = 2.0 * torch.randint(2, (n_features, degree), generator=generator, device=generator.device) - 1
+    return signs.double() / degree**0.5
+
+
+def gaussian_values(n_features: int, degree: int, generator: torch.Generator) -> Float[Tensor, "n degree"]:
+    """Independent normal values, scaled to unit columns, in float64."""
+    noise = {"generator": generator, "device": generator.device, "dtype": torch.float64}
+    return F.normalize(torch.randn(n_features, degree, **noise), dim=1)
+
 
 VALUES = ("normal", "signs", "wide")
 """Coefficients of `sparse_codes`: standard normal; ±1; random signs with sizes log-uniform over 0.01 … 100."""

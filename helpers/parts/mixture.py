@@ -13,7 +13,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -59,24 +59,19 @@ def tokenizer(corpus: str = "book-texts", vocabulary: int = 4096, *, cache_dir=N
     allowed(vocabulary >= 257, f"vocabulary={vocabulary} cannot hold 256 bytes and BOS", "at least 257")
 
     def fill(new: Path) -> None:
-        PreTrainedTokenizerFast(
-            tokenizer_object=_train_bpe(corpora.load(corpus, "train")["text"][:], vocabulary),
-            **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS),
-        ).save_pretrained(new)
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        about = {"special_tokens": [BOS], "initial_alphabet": alphabet, "show_progress": False}
+        texts = corpora.load(corpus, "train")["text"][:]
+        bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, **about))
+        bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+        special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS)
+        PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(new)
 
     asked = ["tokenizer", corpora.fingerprint(corpus), vocabulary]
     return PreTrainedTokenizerFast.from_pretrained(keep_folder("mixture", asked, fill, cache_dir=cache_dir))
-
-
-def _train_bpe(texts: Sequence[str], vocabulary: int) -> Tokenizer:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    about = {"special_tokens": [BOS], "initial_alphabet": alphabet, "show_progress": False}
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, **about))
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    return bpe
 
 
 def paragraphs(tokenizer: PreTrainedTokenizerBase, corpus: str, split: str = "train") -> list[Int[np.ndarray, " _"]]:
@@ -229,23 +224,6 @@ class PretrainingRecipe:
         return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-@dataclass
-class Pretrained:
-    """A trained model, its curve (one entry a log: step, loss in nats a token, …), and where its checkpoints lie."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    checkpoints: dict[int, Path] = field(default_factory=dict)
-    """By step, in the layout of the hub; the last is the final model."""
-    curve: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @cached_property
-    def teacher(self) -> Teacher:
-        """The final model as a teacher."""
-        return teachers.load(str(self.checkpoints[max(self.checkpoints)]), device=str(self.model.device))
-
-
 def pretrain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -255,7 +233,7 @@ def pretrain(
     device: str = "auto",
     cache_dir: str | Path | None = None,
     label: str = "training",
-) -> Pretrained:
+) -> Pretraining:
     """Train `model` from its present weights on the corpus's training split.
 
     The loss is next-token cross-entropy, and for a mixture of experts the balancing loss times the configuration's
@@ -267,18 +245,17 @@ def pretrain(
     where = settings.device(device)
     start = [model.config.to_dict(), digest(*model.state_dict().values()), where.type]
     asked = [start, recipe, corpora.fingerprint(corpus), tokenizer.backend_tokenizer.to_str()]
-    kept = Kept("mixture", asked, _PretrainingRun, cache_dir=cache_dir)
-    run = _PretrainingRun(Pretrained(model.to(where), tokenizer), recipe, kept)
-    with kept.lock():
+    run = Pretraining(model.to(where), tokenizer, recipe, Kept("mixture", asked, Pretraining, cache_dir=cache_dir))
+    with run.kept.lock():
         run.take_up()
         if run.step < recipe.steps:
             run.advance(corpus, label)
-    return run.trained
+    return run
 
 
 def pretrain_both(
     size: Size, recipes: Mapping[str, PretrainingRecipe], corpus: str, *, workers: int | None = None, **options
-) -> dict[str, Pretrained]:
+) -> dict[str, Pretraining]:
     """`pretrain` for `"mixture"` and `"dense"`, side by side on a CPU, a thread each; `options` go to `pretrain`."""
     unknown = sorted(set(recipes) - {"mixture", "dense"})
     allowed(not unknown, f"recipes={unknown}", "'mixture', 'dense'")
@@ -299,22 +276,37 @@ def _pretrain_kind(kind: str, size: Size, recipe: PretrainingRecipe, corpus: str
     return pretrain(model, bpe, corpus, recipe, cache_dir=cache_dir, label=kind, **options)
 
 
-class _PretrainingRun:
-    """The state of a training, and how it goes on."""
+class Pretraining:
+    """A training, how it goes on, and what it leaves: `model`, `checkpoints` (folders by step in the layout of the hub;
+    the last is the final model), `curve` (one entry a log: step, loss in nats a token, …) and `seconds`.
+    """
 
-    def __init__(self, trained: Pretrained, recipe: PretrainingRecipe, kept: Kept):
-        self.trained, self.recipe, self.kept, self.step = trained, recipe, kept, 0
-        self.model, self.optimiser = trained.model, _optimiser(trained.model, recipe)
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: PretrainingRecipe, kept: Kept
+    ):
+        self.model, self.tokenizer, self.recipe, self.kept = model, tokenizer, recipe, kept
+        self.step, self.seconds = 0, 0.0
+        self.checkpoints: dict[int, Path] = {}
+        self.curve: list[dict[str, float]] = []
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        how = {"lr": recipe.lr, "betas": recipe.betas, "eps": 1e-8, "fused": model.device.type in ("cpu", "cuda")}
+        self.optimiser = torch.optim.AdamW(groups, **how)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The final model as a teacher."""
+        return teachers.load(str(self.checkpoints[max(self.checkpoints)]), device=str(self.model.device))
 
     def advance(self, corpus: str, label: str) -> None:
         """Train to the end, from the step that it has come to."""
-        recipe, trained = self.recipe, self.trained
-        texts = paragraphs(trained.tokenizer, corpus)
+        recipe, texts = self.recipe, paragraphs(self.tokenizer, corpus)
         stream = TokenBatches(texts, batch_size=recipe.batch_size, length=recipe.length, seed=recipe.seed)
-        reader = Teacher("in training", "", self.model, trained.tokenizer)
+        reader = Teacher("in training", "", self.model, self.tokenizer)
         held_back = activations.texts(reader, corpus, n_tokens=recipe.n_validation, split="validation")
-        before, started = trained.seconds, time.perf_counter()
-        saved = started
+        before = self.seconds
+        saved = started = time.perf_counter()
         bar = settings.progress(total=recipe.steps, initial=self.step, desc=label, unit="step")
         with bar, _dropout(self.model, recipe.dropout):
             while True:
@@ -324,8 +316,8 @@ class _PretrainingRun:
                 if due:
                     asked = [self.kept.asked, self.step]
                     place = keep_folder("mixture", asked, self.write_checkpoint, cache_dir=self.kept.folder.parent)
-                    trained.checkpoints[self.step] = place
-                trained.seconds = before + time.perf_counter() - started
+                    self.checkpoints[self.step] = place
+                self.seconds = before + time.perf_counter() - started
                 if self.step == recipe.steps or time.perf_counter() - saved > CHECKPOINT_SECONDS:
                     self.save()
                     saved = time.perf_counter()
@@ -368,22 +360,21 @@ class _PretrainingRun:
 
     def note(self, **numbers: float) -> None:
         """Add to the curve's entry of this step; a step that is run again after a kill is noted once."""
-        curve = self.trained.curve
-        if not curve or curve[-1]["step"] != self.step:
-            curve.append({"step": self.step})
-        curve[-1].update(numbers)
+        if not self.curve or self.curve[-1]["step"] != self.step:
+            self.curve.append({"step": self.step})
+        self.curve[-1].update(numbers)
 
     def write_checkpoint(self, new: Path) -> None:
         """In the layout of the hub, per-expert names included: save_pretrained splits what it fused."""
         self.model.save_pretrained(new)
-        self.trained.tokenizer.save_pretrained(new)
+        self.tokenizer.save_pretrained(new)
 
     def save(self) -> None:
         """Keep the state, without an optimiser's where nothing is left to do."""
-        trained, done = self.trained, self.step == self.recipe.steps
-        state = {"step": self.step, "model": self.model.state_dict(), "curve": trained.curve}
-        state |= {"seconds": trained.seconds, "optimiser": None if done else self.optimiser.state_dict()}
-        self.kept.write(state | {"checkpoints": {step: path.name for step, path in trained.checkpoints.items()}})
+        optimiser = None if self.step == self.recipe.steps else self.optimiser.state_dict()
+        state = {"step": self.step, "model": self.model.state_dict(), "curve": self.curve, "seconds": self.seconds}
+        checkpoints = {step: path.name for step, path in self.checkpoints.items()}
+        self.kept.write(state | {"optimiser": optimiser, "checkpoints": checkpoints})
 
     def take_up(self) -> None:
         """Go on from the state that is kept, if any; from the start where a checkpoint of it was deleted."""
@@ -397,16 +388,7 @@ class _PretrainingRun:
         self.model.load_state_dict(state["model"])
         if state["optimiser"]:
             self.optimiser.load_state_dict(state["optimiser"])
-        trained, self.step = self.trained, state["step"]
-        trained.checkpoints, trained.curve, trained.seconds = folders, state["curve"], state["seconds"]
-
-
-def _optimiser(model: PreTrainedModel, recipe: PretrainingRecipe) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    how = {"lr": recipe.lr, "betas": recipe.betas, "eps": 1e-8, "fused": model.device.type in ("cpu", "cuda")}
-    return torch.optim.AdamW(groups, **how)
+        self.step, self.curve, self.seconds, self.checkpoints = state["step"], state["curve"], state["seconds"], folders
 
 
 @contextlib.contextmanager
@@ -430,7 +412,7 @@ def _dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
 # -- shipping ----------------------------------------------------------------------------------------------------------
 
 
-def ship(mixture: Pretrained, twin: Pretrained, content: dict, folder: str | Path | None = None) -> Path:
+def ship(mixture: Pretraining, twin: Pretraining, content: dict, folder: str | Path | None = None) -> Path:
     """Write the shipped model: final weights of both in bfloat16, the mixture's checkpoints in 8 bits, the record.
 
     `content` goes into training.json beside the number of steps. A folder is replaced when the new one is complete.

@@ -13,8 +13,9 @@ from helpers import settings
 from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, weighted_sum
 from helpers.models.checkpoints import MoELayer
 from helpers.parts.explained import Explained
-from helpers.parts.inside import SITES, WHICH, LayerRows, derangement, projected, random_directions, random_router
+from helpers.parts.inside import SITES, WHICH, LayerRows, derangement, projected, random_router
 from helpers.parts.language_model import Sae, SiteRows
+from helpers.parts.worlds import random_atoms
 from helpers.settings import one_of
 from helpers.study import study
 from helpers.study.scores import by_group
@@ -28,10 +29,7 @@ FITTED = ("none", "one", "each")
 
 
 def weighed(bench: LayerRows, which: str, rule: str, moe: MoELayer | None = None) -> SparseCodes:
-    """Codes by a fixed rule: "score", the router's logit e_j·x (+ bias); "gate", the weight the layer gives the expert.
-
-    Raises `ValueError` for another rule.
-    """
+    """Codes by a fixed rule: "score", the router's logit e_j·x (+ bias); "gate", the weight the layer gives it."""
     one_of("rule", rule, RULES)
     layer = moe or bench.moe
     choice = bench.choice(which, layer)
@@ -60,28 +58,24 @@ def scaled(
     return atoms * torch.linalg.lstsq(a, b[:, None]).solution.to(atoms)
 
 
-def by_rule(
-    bench: LayerRows, seeds: Sequence[int], *, rules: Sequence[str] = RULES, fitted: Sequence[str] = FITTED
-) -> dict[tuple[str, str, str, str], Explained]:
-    """What fixed coefficients explain (centred), by control, site, rule and what was fitted to the fitting rows.
-
-    Controls: implicit, shuffled, random. Explained is ‖y‖² − ‖y − ŷ‖², which may be negative.
-    """
+def by_rule(bench: LayerRows, seeds: Sequence[int]) -> dict[tuple[str, str, str, str], Explained]:
+    """What fixed coefficients explain (centred), by control (implicit, shuffled, random), site, rule and what was
+    fitted to the fitting rows. Explained is ‖y‖² − ‖y − ŷ‖², which may be negative."""
     first, found = bench.directions[:, 0], {}
     n, d = first.shape
     variants: list[tuple[str, Tensor, MoELayer]] = [("implicit", first, bench.moe)]
     for seed in seeds:
         noise = settings.generator(seed)
-        variants.append(("random", random_directions(n, d, noise).to(first), random_router(bench.moe, noise)))
+        variants.append(("random", random_atoms(n, d, noise).to(first), random_router(bench.moe, noise)))
         variants.append(("shuffled", first[derangement(n, noise).to(first.device)], bench.moe))
     coded = []
-    for rule in rules:
+    for rule in RULES:
         for control, atoms, moe in variants:
             coded.append((control, rule, atoms, *(weighed(bench, which, rule, moe) for which in WHICH)))
     for site in SITES:
         fitting, judging = (bench.rows(which, site) for which in WHICH)
         for control, rule, atoms, codes, unseen in coded:
-            for how in fitted:
+            for how in FITTED:
                 left = judging - weighted_sum(unseen.values, unseen.indices, scaled(atoms, codes, fitting, how))
                 explained = judging.double().square().sum(1) - left.double().square().sum(1)
                 found.setdefault((control, site, rule, how), []).append(explained)
@@ -113,8 +107,7 @@ class TrainedSAE(SiteRows):
         found = projected(sae.decoder.weight, sae.encode(rows).indices, rest)[0]
         left = {"choice": rest.double().square().sum(1) - found, "own": (rows - sae(rows)).double().square().sum(1)}
         sums = {"total": total} | {name: total - each for name, each in left.items()}
-        article = torch.from_numpy(np.array(self.store(split).article))
-        return {name: by_group(each.cpu(), article) for name, each in sums.items()}
+        return {name: by_group(each, self.store(split).article) for name, each in sums.items()}
 
 
 def best_sae(
@@ -123,10 +116,8 @@ def best_sae(
     """The best learning rate of a TopK SAE of the implicit one's `shape` (n = experts, k = top_k), whose b_dec starts
     at the mean, and what the SAE explains: `sae` and `sae_own` of the ladder. `options` of `study.study`.
     """
-    options = {"together": len(lrs), "workers": 0} | options
     arm = Arm(f"SAE, {problem.site}", Sae(*shape, centred=True))
-    tried = study.tune(problem, {"": arm}, sorted(lrs), seed, **options)[""]
-    best = study.choose(tried)
-    sums = tried[best].sums
+    tried = study.tune(problem, {"": arm}, sorted(lrs), seed, **{"together": len(lrs), "workers": 0} | options)[""]
+    sums = tried[best := study.choose(tried)].sums
     parts = {"sae": sums["choice"], "sae_own": sums["own"]}
     return best, {name: Explained(part[None], sums["total"]) for name, part in parts.items()}

@@ -27,7 +27,9 @@ from helpers.settings import one_of
 RELEASED = settings.ROOT / "data" / "secret_moe_released.csv"
 QUANTITIES = ("input", "output", "gaussian")
 GRID, COARSE = np.linspace(0, 0.95, 191), np.linspace(0, 0.95, 20)
-AROUND = 0.06  # a Gaussian curve costs forward passes: a resample's is measured only this far beside the estimate
+AROUND = (
+    0.06  # a Gaussian curve costs forward passes: that without an article is measured only this far beside the estimate
+)
 
 
 def released(teacher: str, layer: int) -> dict[str, tuple[float, float, float]] | None:
@@ -156,25 +158,20 @@ def implied_shares(mixture: Mixture, wanted: Mapping[str, float]) -> dict[str, f
     return dict(zip(wanted, best, strict=True))
 
 
-def resampled_shares(
-    mixture: Mixture,
-    inputs: ByArticle,
-    outputs: ByArticle,
-    wanted: Mapping[str, float],
-    n_resamples: int,
-    seed: int = 0,
+def shares_without_each(
+    mixture: Mixture, inputs: ByArticle, outputs: ByArticle, wanted: Mapping[str, float]
 ) -> pd.DataFrame:
-    """Implied shares, a column for each quantity, of resamples of the articles (a row each).
+    """Implied shares, a column for each quantity, with one article left out (a row each).
 
-    Each row's shares come from one draw of articles; of several solutions the one nearest to the estimate is followed.
+    Of several solutions the one nearest to the estimate is followed.
     """
     estimate = implied_shares(mixture, wanted)
     beside = {q: np.unique(np.clip([s - AROUND, s, s + AROUND], 0, 0.95)) for q, s in estimate.items()}
     grids = {q: beside[q] if q == "gaussian" else GRID for q in wanted}
-    random, rows = np.random.default_rng(seed), []
-    for _ in range(n_resamples):
-        times = torch.from_numpy(np.bincount(random.integers(len(inputs), size=len(inputs)), minlength=len(inputs)))
-        drawn = replace(mixture, inputs=inputs.moments(times), outputs=outputs.moments(times))
-        found = {q: solutions(grids[q], drawn.curve(q, grids[q]), value) for q, value in wanted.items()}
+    rows = []
+    for article in range(len(inputs)):
+        times = (torch.arange(len(inputs)) != article).long()
+        rest = replace(mixture, inputs=inputs.moments(times), outputs=outputs.moments(times))
+        found = {q: solutions(grids[q], rest.curve(q, grids[q]), value) for q, value in wanted.items()}
         rows.append({q: min(s, key=lambda share, q=q: abs(share - estimate[q])) for q, s in found.items()})
     return pd.DataFrame(rows)

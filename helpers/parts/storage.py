@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +25,8 @@ from torch.nn import functional as F
 from helpers import settings
 from helpers.dictionary import Packed, RankOneDictionary, Rows, expander_sae, save_packed, topk_sae
 from helpers.parts.distilling import Spec
-from helpers.parts.language_model import SiteRows
+from helpers.parts.language_model import WAYS, Passage, SiteRows, codes_on, reconstructions
 from helpers.parts.masks import clustered, informed, left_regular
-from helpers.parts.splicing import WAYS, Passage, reconstructions
 from helpers.settings import allowed, one_of
 from helpers.study.scores import Sums, by_group
 from helpers.study.study import Arm, Judged, Outcome
@@ -39,24 +38,14 @@ SAMPLES = 8192
 """Training rows that an informed mask and an adaptive degree look at."""
 WIDEST = 4
 """An adaptive atom gets at most this many times the mean degree."""
-FEWEST_ARTICLES = 5
-"""A loss on fewer articles than these gets no interval that a verdict could rest on."""
-
 NATS = {"encoder": "nats", "pursuit": "pursuit_nats"}
 """Ways whose reconstructions are put into the model, and the columns of its loss; others are judged by error alone."""
 
 
 # -- the dictionaries --------------------------------------------------------------------------------------------------
 
-MASKS: dict[str, Callable[[Shape, SiteRows, torch.Generator], Tensor]] = {
-    "expander": lambda own, problem, random: left_regular(own.n_features, problem.d_model, own.degree, random),
-    "clustered": lambda own, problem, random: clustered(own.n_features, problem.d_model, own.degree, random),
-    "released": lambda own, problem, random: clustered(
-        own.n_features, problem.d_model, own.degree, random, every_row=False
-    ),
-    "informed": lambda own, problem, random: informed(samples(problem, random), own.n_features, own.degree, random),
-}
-"""Masks by name: uniform; blocks that reach all rows; blocks as released, which do not; rows large together in data."""
+MASKS = ("expander", "clustered", "released", "informed")
+"""Uniform; blocks that reach all rows; blocks as released, which do not; rows large together in data."""
 
 PHASES = {"pruned": 0.5, "adaptive": 0.25}
 """Shapes that are made from another dictionary, and the share of the steps that trains that one first."""
@@ -83,14 +72,11 @@ class Shape:
     def __post_init__(self):
         one_of("shape", self.shape, SHAPES)
         dense = self.shape in ("dense", "untied")
-        allowed(
-            (self.degree is None) == dense,
-            f"degree={self.degree} with shape={self.shape!r}",
-            "a number unless it is dense",
-        )
+        given = f"degree={self.degree} with shape={self.shape!r}"
+        allowed((self.degree is None) == dense, given, "a number unless it is dense")
 
     def __call__(self, problem: SiteRows, seed: int, begun: RankOneDictionary | None = None) -> RankOneDictionary:
-        """`begun`: what a shape of two phases is made from, trained (see `first`)."""
+        """`begun`: what a shape of two phases is made from, trained (see `arm`)."""
         random = settings.generator(seed)
         options = {"generator": random, "b_dec": problem.mean, "activation": "identity"}
         if self.shape == "pruned":
@@ -98,15 +84,17 @@ class Shape:
         if self.shape == "adaptive":
             return adapted(begun, samples(problem, random), random)
         if self.shape in MASKS:
-            return expander_sae(MASKS[self.shape](self, problem, random), problem.d_model, self.k, **options)
+            return expander_sae(self._mask(problem, random), problem.d_model, self.k, **options)
         sae = topk_sae(problem.d_model, self.n_features, self.k, tied=self.shape == "dense", **options)
         return sae if self.shape in ("dense", "untied") else self._with_encoder(sae, random)
 
-    @property
-    def first(self) -> Shape:
-        """What a dictionary of two phases is made from."""
-        shape, degree = ("dense", None) if self.shape == "pruned" else ("expander", self.degree)
-        return replace(self, shape=shape, degree=degree)
+    def _mask(self, problem: SiteRows, random: torch.Generator) -> Int[Tensor, "n degree"]:
+        sizes = self.n_features, problem.d_model, self.degree, random
+        if self.shape == "expander":
+            return left_regular(*sizes)
+        if self.shape == "informed":
+            return informed(samples(problem, random), self.n_features, self.degree, random)
+        return clustered(*sizes, every_row=self.shape == "clustered")
 
     def _with_encoder(self, sae: RankOneDictionary, random: torch.Generator) -> RankOneDictionary:
         """The untied SAE with a smaller encoder that starts as near to the decoder as it can."""
@@ -152,9 +140,7 @@ def adapted(begun: RankOneDictionary, samples: Float[Tensor, "rows m"], random: 
 
     An atom that shrinks keeps its largest numbers, one that grows gets random places with zeros.
     """
-    atoms, counts = begun.decoder, torch.zeros(begun.n_atoms, dtype=torch.long)
-    for part in samples.split(1024):
-        counts += begun.encode(part).firing_counts(begun.n_atoms)
+    atoms, counts = begun.decoder, codes_on(begun, samples).firing_counts(begun.n_atoms)
     n, degree = atoms.weight.shape
     widest = min(WIDEST * degree, atoms.width)
     degrees = allotted(counts.double().sqrt(), n * degree, widest)
@@ -167,13 +153,10 @@ def adapted(begun: RankOneDictionary, samples: Float[Tensor, "rows m"], random: 
 
 
 def allotted(weight: Float[Tensor, " n"], total: int, most: int) -> Int[Tensor, " n"]:
-    """`total` units shared out ∝ `weight`, from 1 to `most` each: whole numbers that add up exactly.
-
-    Raises `ValueError` where no such shares exist.
-    """
+    """`total` units shared out ∝ `weight`, from 1 to `most` each: whole numbers that add up exactly."""
     n = len(weight)
-    if not n <= total <= n * most:
-        raise ValueError(f"total={total} cannot be shared by {n} atoms of 1 to most={most}; allowed: {n} to {n * most}")
+    given = f"total={total} cannot be shared by {n} atoms of 1 to most={most}"
+    allowed(n <= total <= n * most, given, f"{n} to {n * most}")
     weight = weight.double() / weight.double().mean().clamp_min(1e-30) + 1e-9
     low, high = 0.0, total / float(weight.min())
     for _ in range(100):  # the sum of the clamped shares rises with the factor: bisect
@@ -189,10 +172,8 @@ def allotted(weight: Float[Tensor, " n"], total: int, most: int) -> Int[Tensor, 
 @torch.no_grad()
 def _packed_as(like: RankOneDictionary, values: Tensor, rows: Tensor, degrees: Tensor | None = None):
     """An expander SAE with these numbers and the biases of `like`."""
-    sae = expander_sae(
-        rows, like.d_in, like.k, generator=settings.generator(0), b_dec=like.b_out.detach(),
-        activation=like.activation, degrees=degrees,
-    )  # fmt: skip
+    options = {"b_dec": like.b_out.detach(), "activation": like.activation, "degrees": degrees}
+    sae = expander_sae(rows, like.d_in, like.k, generator=settings.generator(0), **options)
     sae.encoder.weight.copy_(values if degrees is None else values.masked_fill(sae.encoder._unused(), 0.0))
     sae.encoder.bias.copy_(like.encoder.bias)
     sae.encoder.normalise_()
@@ -212,21 +193,23 @@ def recipe(build: Shape, steps: int, times: int = 5) -> Balance:
 def arm(build: Shape, remedy: Balance, lr: float, steps: int) -> Arm:
     """How a shape is trained: at once, or in two phases of `steps` together, the second over batches of its own."""
     name = build.shape if build.degree is None else f"{build.shape} {build.degree}"
-    begin = round(PHASES.get(build.shape, 0) * steps)
-    if not begin:
-        return Arm(name, build, remedy, lr, {"clip": CLIP})
-    first = Arm(f"before {name}", build.first, remedy, lr, {"clip": CLIP, "steps": begin})
-    return Arm(name, build, remedy, lr, {"clip": CLIP, "steps": steps - begin}, batches=1, first=first)
+    one = Arm(name, build, remedy, lr, {"clip": CLIP})
+    if build.shape not in PHASES:
+        return one
+    begin = round(PHASES[build.shape] * steps)
+    begun = {"shape": "dense", "degree": None} if build.shape == "pruned" else {"shape": "expander"}
+    first = replace(one, name=f"before {name}", build=replace(build, **begun), recipe=one.recipe | {"steps": begin})
+    return replace(one, recipe=one.recipe | {"steps": steps - begin}, batches=1, first=first)
 
 
-# -- what is measured --------------------------------------------------------------------------------------------------
+# -- what is measured, and stored --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Spliced(SiteRows):
     """Rows of a site, and a passage on which the model's loss is measured with a student's reconstructions in it.
 
-    `ways` are those of `splicing.WAYS` in which codes are found there.
+    `ways` are those of `language_model.WAYS` in which codes are found there.
     """
 
     passage: Passage | None = None
@@ -274,9 +257,6 @@ def binned(spectrum: Float[np.ndarray, " d_model"]) -> list[list[float]]:
     return [[math.sqrt(a * (b - 1)), float(spectrum[a - 1 : b - 1].mean())] for a, b in pairwise(edges)]
 
 
-# -- what is stored ----------------------------------------------------------------------------------------------------
-
-
 def stored_values(rows: Rows | Packed) -> int:
     """Numbers in atoms, biases not counted."""
     return rows.n_values if isinstance(rows, Packed) else rows.weight.numel()
@@ -285,21 +265,15 @@ def stored_values(rows: Rows | Packed) -> int:
 def bytes_of(sae: RankOneDictionary) -> dict[str, int]:
     """Bytes, by doing it: of the saved `file`, of parameters and buffers in `memory`, and in `training`, where each
     parameter has a gradient and Adam's two moments too."""
-    parameters = list(sae.parameters())
-    buffers = {id(b): b for b in sae.buffers()}.values()
-    numbers = sum(p.numel() * p.element_size() for p in parameters)
-    extra = sum(b.numel() * b.element_size() for b in buffers)
+    numbers, extra = (sum(t.numel() * t.element_size() for t in some) for some in (sae.parameters(), sae.buffers()))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "saved")
         if isinstance(sae.decoder, Packed):
             save_packed(sae, path)
         else:
-            tensors = {name: p.detach().cpu().contiguous() for name, p in sae.named_parameters()}
-            save_file(tensors | {f"buffer{i}": b.cpu().contiguous() for i, b in enumerate(buffers)}, path)
+            named = dict(sae.named_parameters()) | {f"buffer{i}": b for i, b in enumerate(sae.buffers())}
+            save_file({name: t.detach().cpu().contiguous() for name, t in named.items()}, path)
         return {"file": path.stat().st_size, "memory": numbers + extra, "training": 4 * numbers + extra}
-
-
-# -- numbers made of them ----------------------------------------------------------------------------------------------
 
 
 def reported_cell(cell: tuple[str, int | None], runs: Sequence[Outcome], table: Sums, steps: int) -> dict[str, object]:
@@ -332,7 +306,6 @@ def reported_cell(cell: tuple[str, int | None], runs: Sequence[Outcome], table: 
 # -- what a page shows of them -----------------------------------------------------------------------------------------
 
 NAMES = {
-    "expander": "expander",
     "dense": "dense, tied",
     "untied": "dense, untied",
     "equal": "dense, as many values",
@@ -354,14 +327,11 @@ def named(point: Mapping[str, object]) -> str:
 def table(points: Sequence[Mapping[str, object]], columns: Sequence[str]) -> pd.DataFrame:
     """Cells in rows: of a value with its interval the value, of a value by seed the mean over seeds."""
 
-    def number(name: str, value):
-        if not isinstance(value, list):
-            return value
-        return float(np.mean(value)) if name.endswith("_by_seed") else value[0]
-
-    rows = [{name.removesuffix("_by_seed"): number(name, p[name]) for name in columns} for p in points]
     index = pd.Index([NAMES.get(p["cell"], p["cell"]) for p in points], name="cell")
-    return pd.DataFrame(rows, index=index).round(3)
+    shown = pd.DataFrame([{name: p[name] for name in columns} for p in points], index=index)
+    for name in shown.select_dtypes(object):
+        shown[name] = shown[name].map(np.mean) if name.endswith("_by_seed") else shown[name].str[0]
+    return shown.rename(columns=lambda name: name.removesuffix("_by_seed")).round(3)
 
 
 # -- packed experts ----------------------------------------------------------------------------------------------------
@@ -379,19 +349,16 @@ class PackedSpec(Spec):
 
     def build(self, d_in: int, d_out: int, generator: torch.Generator) -> RankOneDictionary:
         """As `secret_moe`, with PyTorch's usual start for neurons that read `degree` numbers."""
-        dense = super().build(d_in, d_out, generator)
-        encoder = _sparse(dense.encoder.weight, self.degree, (d_in / self.degree) ** 0.5, dense.encoder.bias, generator)
-        decoder = _sparse(dense.decoder.weight, self.degree, (d_out / self.degree) ** 0.5, None, generator)
-        return RankOneDictionary(
-            encoder, decoder, k=dense.k, router=dense.router, gate="softmax", activation="gelu", b_out=dense.b_out,
-            shared=dense.shared, selection_bias=dense.selection_bias is not None,
-        )  # fmt: skip
+        student = super().build(d_in, d_out, generator)
+        student.encoder = self._sparse(student.encoder, generator)
+        student.decoder = self._sparse(student.decoder, generator)
+        return student
 
-
-def _sparse(weight: Tensor, degree: int, scale: float, bias: Tensor | None, random: torch.Generator) -> Packed:
-    """Random places of dense rows, packed, times `scale`."""
-    rows = left_regular(len(weight), weight.shape[1], degree, random)
-    return Packed(scale * weight.detach().gather(1, rows), rows, weight.shape[1], bias)
+    def _sparse(self, dense: Rows, random: torch.Generator) -> Packed:
+        """Random places of dense rows, packed, as much larger as they are fewer."""
+        (n, width), bias = dense.weight.shape, None if dense.bias is None else dense.bias.detach()
+        rows = left_regular(n, width, self.degree, random)
+        return Packed((width / self.degree) ** 0.5 * dense.weight.detach().gather(1, rows), rows, width, bias)
 
 
 def packed_experts(spec: Spec, degree: int, d_in: int, d_out: int) -> PackedSpec:

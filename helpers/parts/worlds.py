@@ -54,8 +54,6 @@ class SparseSource(CodedRows):
         coefficients: a name in `COEFFICIENTS`.
         energy: E; with unit atoms it is the mean squared length of the sparse part.
         noise: standard deviation per dimension of Gaussian noise.
-
-    Raises `ValueError` for k, coefficients, energy or noise outside what is allowed.
     """
 
     atoms: Float[Tensor, "n d"]
@@ -150,8 +148,6 @@ class World(CodedRows):
         mean: length of the constant that is added to every sample, where a feature's mean contribution has length 1.
         seed: of the features' unit directions `atoms` [n_true, d], of `groups` [n_true], of `parents` [n_true] (−1
             where there is none; a parent has none itself) and of `constant` [d].
-
-    Raises `ValueError` for any of them outside what is allowed.
     """
 
     n_true: int
@@ -211,8 +207,3 @@ class World(CodedRows):
     def rows(self, codes: Float[Tensor, "n n_true"], generator: torch.Generator) -> Float[Tensor, "n d"]:
         """The samples with these codes, constant and noise added."""
         return self.with_noise(self.constant.to(codes.device) + codes @ self.atoms.to(codes.device), generator)
-
-    @property
-    def expected(self) -> Float[Tensor, " d"]:
-        """E[x] = constant + Σ_j r_j a_j, exact, since magnitudes have mean 1."""
-        return self.constant + self.rates.to(self.atoms.dtype) @ self.atoms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -20,9 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from helpers import settings
-from helpers.press import chapters, claims, execution, pages
+from helpers.press import claims, execution, pages, scoreboard
 from helpers.press.chapters import Job
 
+FOR_TOOLS = re.compile(r"[ \t]*# (?:fmt: (?:skip|off|on)|noqa).*$", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LOADED = {
     "script": "src",
@@ -37,22 +39,35 @@ FONT_AHEAD = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
 REMOTE = re.compile(r"^(https?:)?//")
 REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
 
+JUPYTER_BOOK = """
+import os, threading, time
+def end_with_parent(parent=os.getppid()):  # a killed build leaves no one behind who writes in its folder
+    while os.getppid() == parent:
+        time.sleep(0.1)
+    os._exit(1)
+threading.Thread(target=end_with_parent, daemon=True).start()
+from jupyter_book.cli.main import main
+main()
+"""
 
-def make(profile: str, console: Console, root: Path = settings.ROOT) -> int:
+
+def make(jobs: list[Job], profile: str, console: Console, root: Path = settings.ROOT) -> int:
     """Execute what is not valid any more, then build `_build/html`; 0 when every chapter and page is there.
 
     A chapter that fails does not keep the others from running, but no book is built then.
     """
     started = time.perf_counter()
-    jobs = chapters.plan((), profile, root=root)
     failures = execution.run(jobs, console)
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
         return 1
-    stage(jobs, profile, root)
     console.print("building the pages (about half a minute)", markup=False)
     records = root / "_build" / "results" / profile
-    faults = build(root) + list(claims.passing_controls(records)) + list(claims.passing_controls(claims.REFERENCE))
+    try:
+        stage(jobs, profile, root)
+        faults = build(root) + list(claims.passing_controls(records)) + list(claims.passing_controls(claims.REFERENCE))
+    except ValueError as error:
+        faults = [str(error)]
     for fault in faults:
         console.print(f"[bold red]fault[/] {escape(fault)}")
     if not faults:
@@ -71,16 +86,14 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(root / name, folder / name)
     for job in jobs:
-        nbformat.write(
-            _without_widgets(nbformat.read(job.executed, as_version=4)), folder / "notebooks" / job.executed.name
-        )
-    made = {
-        "scoreboard": pages.scoreboard_markdown(profile),
-        "performance": pages.performance_markdown(),
-        "status": pages.status_markdown(profile),
-    }
+        try:
+            notebook = _as_page(nbformat.read(job.executed, as_version=4))
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"{job.executed} is damaged; delete it, and its chapter runs again") from error
+        nbformat.write(notebook, folder / "notebooks" / job.executed.name)
+    made = scoreboard.pages(profile) | {"performance.md": pages.performance_markdown()}
     for name, text in made.items():
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def build(root: Path) -> list[str]:
@@ -90,8 +103,7 @@ def build(root: Path) -> list[str]:
     """
     folder, log = root / "_build" / "stage", root / "_build" / "book.log"
     strict = ["-W", "-n", "--keep-going"]
-    jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-    command = [*jupyter_book, "build", str(folder), "--path-output", str(folder), *strict]
+    command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(folder), "--path-output", str(folder), *strict]
     with log.open("w", encoding="utf-8") as stream:
         status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
     if status:
@@ -100,8 +112,10 @@ def build(root: Path) -> list[str]:
         return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
     _open_from_disk(folder / "_build" / "html")
     html = root / "_build" / "html"
-    shutil.rmtree(html, ignore_errors=True)
-    os.replace(folder / "_build" / "html", html)
+    for left in html.parent.glob(".html.*"):  # of a killed build
+        shutil.rmtree(left, ignore_errors=True)
+    with settings.new_folder(html) as new:
+        os.replace(folder / "_build" / "html", new)
     return list(faults(html, root / "_toc.yml"))
 
 
@@ -145,10 +159,18 @@ def _remote(soup: BeautifulSoup) -> Iterator[str]:
         yield from REMOTE_CSS.findall(style.get_text())
 
 
-def _without_widgets(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A page has no kernel: it takes the HTML of a slider, and needs no widget runtime."""
+def _as_page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A page has no kernel: it takes the HTML of a slider, and needs no widget runtime and no comment for a tool."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(WIDGET, None)
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "code":
+            cell.source = FOR_TOOLS.sub("", cell.source)
+            cell.metadata["tags"] = [*tags, "hide-input"] if "injected-parameters" in tags else tags
+        if "parameters" in tags:
+            names = [node.targets[0].id for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
+            shown = f"Parameters ({len(names)}): {', '.join(names[:4])} … change them here, or with -p"
+            cell.metadata.setdefault("mystnb", {})["code_prompt_show"] = shown
     return notebook

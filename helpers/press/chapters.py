@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,23 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from helpers import settings
 from helpers.press import claims, rules
 from helpers.settings import allowed, one_of
 
 INPUTS = ("teacher", "corpus", "checkpoint")
 """Parameters that may name a file or folder of the reader's."""
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, as everywhere but in YAML 1.1."""
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+FOLDERS = ("cache_dir", "results_dir")
+"""Parameters that name a folder to write to, where they are not null."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Job:
     def results(self) -> Path:
         """The records the chapter writes."""
         folder = self.parameters.get("results_dir") or self.root / "_build" / "results" / self.profile
-        return Path(folder).expanduser() / f"{self.chapter.slug}.json"
+        return settings.place("results_dir", folder) / f"{self.chapter.slug}.json"
 
     @property
     def stamp(self) -> Path:
@@ -89,8 +82,7 @@ def find(root: Path = settings.ROOT) -> list[Chapter]:
     paths = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     found = []
     for path in paths:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        cells = [cell | {"source": "".join(cell["source"])} for cell in cells]
+        cells = claims.cells(path)
         prose = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
         heading = re.search(r"^# (.+)$", prose, re.M)
         title = heading[1].strip() if heading else path.stem
@@ -114,20 +106,19 @@ def choose(names: Sequence[str], chapters: Sequence[Chapter]) -> list[Chapter]:
 
 def parse_value(name: str, text: str) -> Any:
     """A value given on the command line, read as YAML (`[0, 1]`, `1e-3`, `null`); `None` is null too."""
-    try:
-        return None if text == "None" else yaml.load(text, Loader=_Yaml)
-    except yaml.YAMLError as error:
-        raise ValueError(f"-p: {name}={text!r} is not YAML ({error}); allowed: such as 3, [0, 1] or null") from error
+    shown = f"-p: {name}={text[:60]!r}"
+    return None if text == "None" else rules.read_yaml(text, shown, "allowed: such as 3, [0, 1] or null")
 
 
 def fitted(where: str, name: str, value: Any, default: Any) -> Any:
     """`value` for a parameter whose default is `default`, as its type: `1e4` is taken for a whole number, and kept so.
 
     A list's elements have the type of one of the default's elements, a mapping's values that of its value under the
-    same name, or of any. None as a default takes everything. Raises `ValueError` saying what is allowed.
+    same name, or of any. None as a default takes everything, but a folder is a text. Raises `ValueError` saying what is
+    allowed.
     """
     try:
-        return _as(value, default)
+        return _as(value, "" if name in FOLDERS and value is not None else default)
     except TypeError as error:
         raise ValueError(f"{where}: {name}={value!r}; allowed: {error}, such as {default!r} (the default)") from None
 
@@ -179,13 +170,9 @@ def read_profile(name: str, chapters: Sequence[Chapter], root: Path = settings.R
     Raises `ValueError` for a file that is no YAML mapping, and for a profile, chapter or parameter that is not there.
     """
     path = root / "profiles" / f"{name}.yml"
-    if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yml")))
-        raise ValueError(f"profile={name!r} does not exist; allowed: {there}")
-    try:
-        entries = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is not YAML: {error}") from error
+    there = sorted(p.stem for p in path.parent.glob("*.yml"))
+    allowed(name in there, f"profile={name!r} does not exist", ", ".join(there))
+    entries = rules.read_yaml(path, path.name, "allowed: names with their values") or {}
     by_slug = {c.slug: c for c in chapters}
     for entry, values in entries.items() if isinstance(entries, dict) else [("the file", entries)]:
         allowed(isinstance(values, dict | None), f"{path.name}: {entry} is {values!r}", "names with their values")
@@ -223,7 +210,36 @@ def plan(
         own = {k: v for k, v in overrides.items() if k in chapter.defaults}
         own = {k: fitted("-p", k, v, chapter.defaults[k]) for k, v in own.items()}
         jobs.append(Job(chapter, folder, entries[chapter.slug] | own, root))
+        _check_given(jobs[-1].given)
     return jobs
+
+
+def make_ready(jobs: Sequence[Job]) -> None:
+    """Read the register and make the folders that are written to; `ValueError` naming what cannot be used."""
+    allowed(bool(jobs), "no chapter is in notebooks/", "a copy of the repository")
+    rules.register(jobs[0].root / "book" / "claims.yml")
+    for job in jobs:
+        if "cache_dir" in job.parameters:
+            settings.cache_dir(job.parameters["cache_dir"] or None)
+        settings.made("results_dir", job.results.parent, to_write=True)
+        settings.made("_build", job.executed.parent, to_write=True)
+
+
+def _check_given(values: Mapping[str, Any]) -> None:
+    """A device must be the name of one; an input that is given as a path must be there, and be the reader's to read."""
+    if "device" in values:
+        settings.check_device(values["device"])
+    for name in INPUTS:
+        if isinstance(value := values.get(name), str):
+            before = value.rpartition(":")[0]  # what follows a colon may say how a file is read
+            path = settings.place(name, before if before and os.path.exists(os.path.expanduser(before)) else value)
+            try:
+                path.stat()
+                why = None if os.access(path, os.R_OK) else "you may not read it"
+            except OSError as error:
+                other = error.errno in (errno.ENOENT, errno.ENOTDIR) and not value.startswith(("/", "./", "../", "~"))
+                why = None if other else error.strerror  # a name that is no path is one of the hub, or of the book
+            allowed(why is None, f"{name}={value!r}: {why}", "a file or folder that you can read, or a name")
 
 
 def _check_names(values: Mapping[str, Any], chapters: Sequence[Chapter], where: str, everywhere: bool = True) -> None:
@@ -278,8 +294,8 @@ def stale(job: Job) -> list[str]:
     """Why `job` must run: what changed since its executed copy was made, or is missing. Empty when it is valid."""
     try:
         stamp = json.loads(job.stamp.read_text(encoding="utf-8"))
-        then, records = dict(stamp["made_from"]), stamp["results"]
-    except (OSError, ValueError, KeyError):
+        then, records, copy, _ = dict(stamp["made_from"]), stamp["results"], stamp["copy"], stamp["executed"]
+    except (OSError, ValueError, KeyError, TypeError):
         return ["not run yet"]
     if not job.executed.is_file():
         return ["executed copy missing"]
@@ -292,6 +308,7 @@ def stale(job: Job) -> list[str]:
         if then.get(part) != now.get(part)
     ]
     # A chapter run by hand in Jupyter writes to the same place: its records are not this copy's.
+    changed += [] if copy == digest_files(job.executed) else ["executed copy changed since"]
     return changed + ([] if records == digest_files(job.results) else ["results rewritten since"])
 
 
@@ -315,7 +332,9 @@ def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _files_named(parameters: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     """Size and time of the files that an input such as `corpus` or `teacher` names: editing one is a change too."""
-    named = [Path(v).expanduser() for k, v in parameters.items() if k in INPUTS and isinstance(v, str) and v]
+    values = [v for k, v in parameters.items() if k in INPUTS and isinstance(v, str)]
+    names = {name for v in values for name in (v, v.rpartition(":")[0]) if name}  # as in my.txt:lines
+    named = [Path(name).expanduser() for name in names]
     return _states(file for path in named for file in [path, *path.rglob("*")] if file.is_file())
 
 

@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from helpers import settings
 from helpers.press.rules import BETWEEN, Bound, Claim, Identity, IntervalAbove, Register, register, validated
-from helpers.press.verdicts import LONGEST_NOTE, Control, Record, Resampled, Scope, judge
+from helpers.press.verdicts import LONGEST_NOTE, Control, Counted, Record, Resampled, Scope, judge
 from helpers.settings import allowed, one_of
 
 __all__ = ["Chapter", "IntervalAbove", "Record", "Results", "reference", "register"]
@@ -90,7 +90,7 @@ class Chapter:
         value: Any,
         *,
         scope: Scope,
-        n: int | None = None,
+        n: Counted | None = None,
         ci: Sequence[float] | None = None,
         resampled: Resampled | None = None,
         unit: str | None = None,
@@ -103,10 +103,11 @@ class Chapter:
 
         `value` is a number, or a comparison that has `value`, `ci`, `n` and `resampled`; what is given beside it wins.
         `variant` names the check (it may be left out where a claim has one); `metric` is added to the register's
-        wording to tell several records of one check apart ("k = 8"). `n` counts what the number rests on, and with
-        an interval `ci` what was resampled. `teacher` is the chapter's unless given: None for random or synthetic
-        inputs. Raises `ValueError` for what cannot be judged, such as an unknown claim, an interval that does not
-        hold the value, or `scope="paper setting"` with a teacher that is not the paper's.
+        wording to tell several records of one check apart ("k = 8"). `n` counts what the number rests on: with
+        an interval `ci` the units that were `resampled`, of each kind where two were. `teacher` is the chapter's
+        unless given: None for random or synthetic inputs. Raises `ValueError` for what cannot be judged, such as an
+        unknown claim, an interval that does not hold the value, or `scope="paper setting"` with a teacher that is not
+        the paper's.
         """
         entry, teacher = register()[claim], self.teacher if teacher is ... else teacher
         check = _variant(entry, variant)
@@ -119,8 +120,8 @@ class Chapter:
             metric=asked.metric + (BETWEEN + metric if metric else ""),
             unit=asked.unit if unit is None else unit,
             expected=str(asked.rule),
-            verdict=judge(asked.rule, value, ci, scope, int(n), resampled, _seeds(self.parameters)),
-            **{"claim": claim, "value": value, "ci": ci, "n": int(n), "resampled": resampled},
+            verdict=judge(asked.rule, value, ci, scope, n, resampled),
+            **{"claim": claim, "value": value, "ci": ci, "n": n, "resampled": resampled},
             **{"scope": scope, "teacher": teacher, "note": note},
         )
         if result not in self.records:  # a cell that is run again says the same thing twice
@@ -134,21 +135,27 @@ class Chapter:
         value: Any,
         *,
         ci: Sequence[float] | None = None,
-        n: int | None = None,
+        n: Counted | None = None,
         resampled: Resampled | None = None,
     ) -> Control:
         """Keeps what a check's quantity is where the claim is false by construction, judged by the same rule.
 
-        The code is that of the record; the arguments are those of `record`. Raises `ValueError` also where the
-        register does not say what the check's control is.
+        The code is that of the record; the arguments are those of `record`, and `value` may be a list of comparisons
+        of data that were relabelled at random. Raises `ValueError` also where the register does not say what the
+        check's control is.
         """
         entry = register()[claim]
         check = _variant(entry, variant)
         allowed(bool(entry.checks[check].control), f"{claim}/{check} has no `control`", "a check that says what it is")
-        value, ci, n, resampled = _measured(value, ci, n, resampled)
-        _can_be_judged(entry, check, value, ci, n)
-        rejected = entry.checks[check].rejects(value, ci)
-        result = Control(claim=claim, check=check, value=value, ci=ci, n=int(n), resampled=resampled, rejected=rejected)
+        several = isinstance(value, list)
+        given = value if several else [value]
+        found = sorted((_measured(each, ci, n, resampled) for each in given), key=lambda each: each[0])
+        for each in found:
+            _can_be_judged(entry, check, *each[:3])
+        value, ci, n, resampled = found[len(found) // 2]
+        draws = [(each, *interval) for each, interval, *_ in found] if several else []
+        about = {"claim": claim, "check": check, "value": value, "ci": ci, "n": n, "resampled": resampled}
+        result = Control(**about, draws=draws, rejected=True).judged(entry.checks[check])
         if result not in self.controls:
             self.controls.append(result)
         return result
@@ -187,24 +194,38 @@ class Chapter:
         return "".join(record._repr_html_() for record in self.records) or "<em>This chapter tests no claim.</em>"
 
 
+def cells(notebook: Path) -> list[dict[str, Any]]:
+    """The cells of a notebook, each with its source as one text; `ValueError` naming a file that is not one."""
+    try:
+        found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        whole = {"cell_type": "", "metadata": {}}
+        return [whole | cell | {"source": "".join(cell["source"])} for cell in found]
+    except FileNotFoundError as error:
+        raise ValueError(f"{notebook.name} is not in {notebook.parent.name}; allowed: a chapter of the book") from error
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{notebook.name} cannot be read ({why}); allowed: a notebook of format 4") from error
+
+
 def parameters(notebook: Path) -> dict[str, Any]:
     """Names and defaults in the parameters cell of a notebook; `ValueError` where there is no such notebook or cell.
 
     Only constants are allowed there, since papermill does not recompute derived values.
     """
-    try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except OSError as error:
-        raise ValueError(f"{notebook.name} is not in {notebook.parent.name}; allowed: a chapter of the book") from error
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    code = [cell for cell in cells(notebook) if cell["cell_type"] == "code"]
     tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     allowed(len(tagged) == 1, f"{notebook.name}: {len(tagged)} code cells are tagged 'parameters'", "exactly one")
-    source, found = "".join(tagged[0]["source"]), {}
-    for node in ast.parse(source).body:
+    source, found = tagged[0]["source"], {}
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        where = f"{notebook.name}: line {error.lineno} of the parameters cell: {error.msg}"
+        raise ValueError(f"{where}; allowed: constants") from None
+    for node in body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         try:
             found[target.id] = ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, TypeError):
             line = ast.get_source_segment(source, node)
             raise ValueError(f"{notebook.name}: the parameters cell holds constants only, not {line!r}") from None
     return found
@@ -224,18 +245,20 @@ def _check_scope(claim: Claim, scope: Scope, teacher: str | None) -> None:
         allowed(teacher in claim.teachers, f"scope='paper setting' for {claim.id} with teacher={teacher!r}", theirs)
 
 
-def _measured(value: Any, ci: Any, n: Any, resampled: Any) -> tuple[float, tuple[float, float] | None, int, Any]:
+def _measured(value: Any, ci: Any, n: Any, resampled: Any) -> tuple[float, tuple[float, float] | None, Counted, Any]:
     """Value, interval, n and what was resampled: as given, else as the comparison `value` has them."""
     if hasattr(value, "value") and hasattr(value, "ci"):
         comparison, value = value, value.value
         if ci is None and comparison.ci is not None:
             ci, resampled = comparison.ci, resampled or comparison.resampled
         n = comparison.n if n is None else n
-    value = _finite("value", value)
+    value, n = _finite("value", value), _counted(n)
     if ci is None:
         allowed(resampled is None, f"resampled={resampled!r} without an interval", "give ci=(low, high)")
         return value, None, n, None
     one_of("resampled", resampled, get_args(Resampled))
+    both = " × " in resampled
+    allowed(isinstance(n, tuple) == both, f"n={n} of resampled={resampled!r}", "a pair" if both else "one number")
     allowed(len(ci) == 2, f"ci={ci!r} is not a pair", "(low, high)")
     low, high = _finite("ci low", ci[0]), _finite("ci high", ci[1])
     slack = 1e-9 * max(abs(low), abs(high))  # percentiles of equal numbers differ from their mean by rounding
@@ -244,14 +267,21 @@ def _measured(value: Any, ci: Any, n: Any, resampled: Any) -> tuple[float, tuple
     return value, (low, high), n, resampled
 
 
+def _counted(n: Any) -> Counted:
+    numbers = tuple(n) if isinstance(n, Sequence) else (n,)
+    whole = all(each is not None and int(each) == each and each >= 1 for each in numbers)
+    allowed(whole, f"n={n}", "a positive whole number, or one of each kind of unit")
+    return tuple(map(int, numbers)) if isinstance(n, Sequence) else int(n)
+
+
 def _finite(what: str, value: float) -> float:
     allowed(math.isfinite(number := float(value)), f"{what}={number}", "a finite number")
     return number
 
 
-def _can_be_judged(claim: Claim, check: str, value: float, ci: tuple[float, float] | None, n: int | None) -> None:
+def _can_be_judged(claim: Claim, check: str, value: float, ci: tuple[float, float] | None, n: Counted) -> None:
     rule, where = claim.checks[check].rule, f"{claim.id}/{check}"
-    allowed(n is not None and int(n) == n and n >= 1, f"n={n}", "a positive whole number")
+    _counted(n)
     if rule.needs_interval and ci is None:
         raise ValueError(f"{where}: the rule {rule.name} needs ci=(low, high) and resampled=…")
     if isinstance(rule, Bound) and rule.value == "violations" and (value < 0 or value != int(value) or value > n):
@@ -351,7 +381,8 @@ def load_results(folder: Path, book: Register | None = None) -> list[tuple[Resul
             results = validated(Results, content, path.name)
             seeds = _seeds(results.parameters)
             results.controls = [_control_again(control, book, path.name) for control in results.controls]
-            found.append((results, [_judged_again(row, book, path.name, seeds) for row in results.records]))
+            judged = [row for row in results.records if not _retired(row, book)]
+            found.append((results, [_judged_again(row, book, path.name, seeds) for row in judged]))
     return found
 
 
@@ -368,13 +399,18 @@ def _control_again(control: Control, book: Register, name: str) -> Control:
     asked = next((claim.checks.get(control.check) for claim in book.claims if claim.id == control.claim), None)
     there = f"{name} is stale: control of {control.claim}/{control.check}"
     allowed(asked is not None, there, "a check of the register: run its chapter again or delete it")
-    return control.model_copy(update={"rejected": asked.rejects(control.value, control.ci)})
+    return control.judged(asked)
 
 
 def _seeds(parameters: Mapping[str, Any]) -> int | None:
     """How many seeds a chapter ran with; None where it has no list of them."""
     seeds = parameters.get("seeds")
     return len(seeds) if hasattr(seeds, "__len__") else None
+
+
+def _retired(row: Record, book: Register) -> bool:
+    old = next((claim.retired for claim in book.claims if claim.id == row.claim), {})
+    return any(row.metric.split(BETWEEN)[0] == metric or row.metric.endswith(metric) for metric in old)
 
 
 def _judged_again(row: Record, book: Register, name: str, seeds: int | None) -> Record:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import logging
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from typing import Any
 
 import papermill
 from filelock import FileLock, Timeout
 from ipykernel.kernelspec import make_ipkernel_cmd
+from IPython.core.inputtransformer2 import TransformerManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
@@ -32,8 +39,14 @@ LOG_EVERY = 20.0
 """Seconds between lines of progress where there is no terminal to draw a bar on."""
 
 
+START = 300
+"""Seconds that a kernel may take to start, on a machine that is busy."""
+
+
 class ChapterFailed(RuntimeError):
-    """A chapter stopped with an error, or ended without its records."""
+    """A chapter stopped with an error, or ended without its records; `asked_wrongly` where it refused a parameter."""
+
+    asked_wrongly = False
 
 
 def run(jobs: Sequence[Job], console: Console, force: bool = False) -> list[ChapterFailed]:
@@ -42,7 +55,7 @@ def run(jobs: Sequence[Job], console: Console, force: bool = False) -> list[Chap
     Returns the failures, each already shown. Raises `ValueError` when another run is busy in the same folder.
     """
     failures = []
-    with _alone(jobs):
+    with _alone(settings.made("_build", jobs[0].executed.parent, to_write=True)):
         for i, job in enumerate(jobs):
             name = f"chapter {job.chapter.number}"
             why = ["forced"] if force else stale(job)
@@ -63,48 +76,92 @@ def run(jobs: Sequence[Job], console: Console, force: bool = False) -> list[Chap
 
 def execute(job: Job, console: Console) -> float:
     """Execute one chapter into its copy, atomically, and return the seconds it took; raises `ChapterFailed`."""
-    made_from, started = fingerprint(job), time.perf_counter()
+    started = time.perf_counter()
     partial = job.executed.with_suffix(".partial.ipynb")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    for old in (job.stamp, job.results):
-        old.unlink(missing_ok=True)
-    _papermill(job, partial, console)
-    if not job.results.is_file():
-        raise ChapterFailed(f"{job.chapter.slug}: it ended, but wrote no records to {job.results}; copy: {partial}")
-    os.replace(partial, job.executed)
-    seconds = time.perf_counter() - started
-    stamp = {
-        "made_from": entries(job) | made_from,  # what it recorded is known only now
-        "parameters": job.parameters,
-        "executed": datetime.now().isoformat(sep=" ", timespec="minutes"),
-        "seconds": round(seconds, 1),
-        "results": digest_files(job.results),
-    }
-    settings.write_json(job.stamp, stamp)
+    try:
+        made_from = fingerprint(job)
+        _check_syntax(job)
+        for old in (job.stamp, job.results):
+            old.unlink(missing_ok=True)
+        _papermill(job, partial, console)
+        if not job.results.is_file():
+            raise ChapterFailed(f"{job.chapter.slug}: it ended, but wrote no records to {job.results}; copy: {partial}")
+        os.replace(partial, job.executed)
+        seconds = time.perf_counter() - started
+        stamp = {
+            "made_from": entries(job) | made_from,  # what it recorded is known only now
+            "parameters": job.parameters,
+            "executed": datetime.now().isoformat(sep=" ", timespec="minutes"),
+            "seconds": round(seconds, 1),
+            "results": digest_files(job.results),
+            "copy": digest_files(job.executed),
+        }
+        settings.write_json(job.stamp, stamp)
+    except OSError as error:
+        where = f"{error.filename or partial.parent}: {error.strerror or error}"
+        raise ChapterFailed(f"{job.chapter.slug}: {where}; allowed: folders of yours with room") from error
+    except ValueError as error:
+        raise ChapterFailed(f"{job.chapter.slug}: {error}") from error
     return seconds
 
 
+def _check_syntax(job: Job) -> None:
+    """Cells that are no Python fail before a kernel starts; what IPython adds to the language is translated."""
+    for number, cell in enumerate(job.chapter.cells, 1):
+        if cell["cell_type"] == "code":
+            code = TransformerManager().transform_cell(cell["source"])
+            try:
+                compile(code, "cell", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+            except SyntaxError as error:
+                where = f"{job.chapter.slug}: cell {number} of the notebook, line {error.lineno}"
+                raise ChapterFailed(f"{where}, which is\n    {(error.text or '').strip()}\n  {error.msg}") from None
+
+
 def _papermill(job: Job, partial: Path, console: Console) -> None:
+    """Run a chapter in a thread: there the notebook client takes no signals, so that they arrive here."""
     where = f"{job.chapter.slug}: {{}}\n  partial notebook: {partial}"
-    manager = AsyncKernelManager(kernel_spec_manager=_ThisInterpreter(job.profile))
+    logging.getLogger("traitlets").setLevel(logging.CRITICAL)  # what it says of a dead kernel is said below
+    with TemporaryDirectory(prefix="rank1-kernel-") as folder, _progress(job, console) as on_cell_start:
+        manager = AsyncKernelManager(
+            kernel_spec_manager=_ThisInterpreter(job.profile, folder), connection_file=f"{folder}/kernel.json"
+        )
+        ended = ThreadPoolExecutor(1).submit(_work, job, partial, manager, on_cell_start)
+        try:
+            ended.result()
+        except PapermillExecutionError as error:
+            cell = f"In [{error.exec_count}] (cell {error.cell_index + 1} of the notebook), which begins"
+            first = error.source.strip().splitlines()[0]
+            failed = ChapterFailed(where.format(f"{cell}\n    {first}\n  {error.ename}: {error.evalue}"))
+            refused = any(re.search(rf"\b{name}=", error.evalue) for name in job.given)
+            failed.asked_wrongly = error.ename == "ValueError" and refused
+            raise failed from None
+        except (CellExecutionError, DeadKernelError) as error:
+            raise ChapterFailed(where.format(f"the kernel stopped ({error}); was memory enough?")) from None
+        except RuntimeError as error:
+            raise ChapterFailed(where.format(f"the kernel did not start: {error}")) from None
+        except KeyboardInterrupt:
+            while not ended.done():  # the kernel may just be starting
+                if manager.has_kernel and manager.provisioner.pgid:
+                    with suppress(ProcessLookupError):
+                        os.killpg(manager.provisioner.pgid, signal.SIGKILL)
+                wait([ended], timeout=0.2)
+            console.print(where.format("stopped"), markup=False)
+            raise
+
+
+def _work(job: Job, partial: Path, manager: AsyncKernelManager, on_cell_start: Callable[..., None]) -> None:
     try:
-        with _progress(job, console) as on_cell_start:
-            papermill.execute_notebook(
-                job.chapter.path,
-                partial,
-                parameters=job.given,
-                progress_bar=False,
-                kernel_name="python3",
-                language="python",
-                km=manager,
-                on_cell_start=on_cell_start,
-            )
-    except PapermillExecutionError as error:
-        cell = f"In [{error.exec_count}] (cell {error.cell_index + 1} of the notebook), which begins"
-        first = error.source.strip().splitlines()[0]
-        raise ChapterFailed(where.format(f"{cell}\n    {first}\n  {error.ename}: {error.evalue}")) from None
-    except (CellExecutionError, DeadKernelError) as error:
-        raise ChapterFailed(where.format(f"the kernel stopped ({error}); was memory enough?")) from None
+        papermill.execute_notebook(
+            job.chapter.path,
+            partial,
+            parameters=job.given,
+            progress_bar=False,
+            kernel_name="python3",
+            language="python",
+            km=manager,
+            start_timeout=START,
+            on_cell_start=on_cell_start,
+        )
     finally:  # a manager that was handed in is not the notebook client's to stop, and a kernel may hold gigabytes
         if manager.has_kernel:
             run_sync(manager.shutdown_kernel)(now=True)
@@ -113,9 +170,13 @@ def _papermill(job: Job, partial: Path, console: Console) -> None:
 class _ThisInterpreter(KernelSpecManager):
     """The kernel is the running Python, whatever kernels the user has registered under the same name."""
 
-    def __init__(self, profile: str):
+    def __init__(self, profile: str, folder: str):
+        """`folder` is where a kernel may write, also for a user who has no home."""
         super().__init__()
         self.variables = {"RANK1_PROFILE": profile, "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        self.variables |= {"JUPYTER_RUNTIME_DIR": folder}
+        if os.path.expanduser("~") == "~":
+            self.variables |= {"HOME": folder}
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         quiet = ["--log-level=ERROR"]  # else each kernel warns that loopback is not encrypted
@@ -151,12 +212,8 @@ def _progress(job: Job, console: Console) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def _alone(jobs: Sequence[Job]) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
     """Two runs at once would write over each other's copies."""
-    if not jobs:
-        raise ValueError("there is no chapter in notebooks/")
-    folder = jobs[0].executed.parent
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -125,24 +126,23 @@ class Check(Strict):
     """One measured quantity and the rule that judges it; `why` says where the rule's threshold comes from.
 
     `control` says what is measured where the claim is false by construction, which the rule must reject; `no_control`
-    why nothing is.
+    why nothing is. `changed` says when the rule was another, and why it is not any more. `paper` holds the paper's own
+    numbers for this quantity, where it prints some.
     """
 
     metric: str
+    paper: list[float] = []
     rule: Rule
     why: str
     unit: str = ""
     control: str = ""
     no_control: str = ""
+    changed: str = ""
 
     @model_validator(mode="after")
     def _can_be_seen_to_fail(self) -> Check:
         allowed(bool(self.control) != bool(self.no_control), "neither or both of control, no_control", "one of them")
         return self
-
-    def rejects(self, value: float, ci: tuple[float, float] | None) -> bool:
-        """Whether the rule does not hold for a control's number."""
-        return self.rule.outcome(value, *(ci or (value, value))) != "holds"
 
 
 class Paper(Strict):
@@ -167,9 +167,12 @@ class PaperSays(Strict):
 
 class Claim(Strict):
     """A claim. `teachers` are the hub ids of the paper's own setting, or `any` where no teacher is involved
-    (a theorem, synthetic data); an empty list says that the paper's setting is not public."""
+    (a theorem, synthetic data); an empty list says that the paper's setting is not public. `retired`: metrics, or
+    ends of metrics, that the claim was judged by before, and why it is not any more; kept records of them are passed
+    over."""
 
     id: str = Field(pattern=r"^[a-z0-9]+(\.[a-z0-9]+)+$")
+    title: str = Field("", max_length=60)
     statement: str
     source: Source
     paper_says: PaperSays
@@ -177,6 +180,7 @@ class Claim(Strict):
     chapter: str
     teachers: list[str] | Literal["any"]
     checks: dict[str, Check] = Field(min_length=1)
+    retired: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _metrics_differ(self) -> Claim:
@@ -213,28 +217,39 @@ class Register(Strict):
         return by_id[claim_id]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys without a word; a register must not lose a check that way."""
+class _Yaml(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, and a key may be given once: YAML 1.1 keeps the last of two without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        if len(set(keys)) < len(keys):
+        if any(key in keys[:i] for i, key in enumerate(keys)):
             raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
 
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def read_yaml(source: Path | str, name: str, cure: str) -> Any:
+    """The content of a file or text called `name`; `ValueError` where it is not there or no YAML, with what to do."""
+    try:
+        return yaml.load(source if isinstance(source, str) else source.read_bytes(), Loader=_Yaml)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}; {cure}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not YAML: {error}; {cure}") from error
+
+
 def register(path: Path = REGISTER) -> Register:
     """Reads and checks the register; raises `ValueError` that says which claim and field is wrong."""
-    return _read_register(Path(path), Path(path).stat().st_mtime_ns)
+    return _read_register(Path(path), Path(path).stat().st_mtime_ns if Path(path).is_file() else 0)
 
 
 @cache
 def _read_register(path: Path, changed: int) -> Register:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not valid YAML: {error}") from error
-    return validated(Register, content, path.name)
+    return validated(Register, read_yaml(path, path.name, "restore it from the repository"), path.name)
 
 
 def validated(model: type[BaseModel], content: Any, name: str) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from helpers.press.rules import Claim, Register, Rule, Strict, register
+from helpers.press.rules import Check, Claim, Register, Rule, Strict, register
 
 Verdict = Literal["reproduced", "holds here", "partly", "fails here", "not reproduced", "too few", "not tested"]
 Scope = Literal["paper setting", "analogue"]
-Resampled = Literal["seeds", "articles", "seed × article", "random draws", "layers", "samples"]
+Resampled = Literal[
+    "seeds", "articles", "seed × article", "random draws", "layers", "layer × article", "samples", "sizes"
+]
 LONGEST_NOTE = 300
 """Characters of a record's note: it is a line on the page of claims."""
 COLOURS: dict[Verdict, str] = {
@@ -24,11 +27,13 @@ COLOURS: dict[Verdict, str] = {
     "too few": "#999999",
     "not tested": "#999999",
 }
-FEWEST: dict[Resampled, int] = {
-    **{"seeds": 3, "random draws": 3, "layers": 3, "articles": 5, "samples": 5},
-    "seed × article": 15,
+FEWEST: dict[Resampled, int | tuple[int, int]] = {
+    **{"seeds": 3, "random draws": 3, "layers": 3, "sizes": 3, "articles": 5, "samples": 5},
+    **{"seed × article": (3, 5), "layer × article": (3, 5)},
 }
-"""The fewest units whose interval is judged. Of pairs, three seeds with five articles each are the fewest."""
+"""The fewest units whose interval is judged, of each kind where two vary; of a slope, the fewest sizes it lies over."""
+Counted = int | tuple[int, int]
+"""How many units: one number, or one of each kind where two vary."""
 
 
 class Record(Strict):
@@ -38,7 +43,7 @@ class Record(Strict):
     metric: str
     value: float
     ci: tuple[float, float] | None
-    n: int
+    n: Counted
     resampled: Resampled | None
     unit: str
     scope: Scope
@@ -55,7 +60,7 @@ class Record(Strict):
         interval = f" [{_number(self.ci[0])}, {_number(self.ci[1])}]" if self.ci else ""
         unit = f" {self.unit}" if self.unit else ""
         over = f" ({self.resampled})" if self.resampled else ""
-        return f"{_number(self.value)}{interval}{unit}, n = {self.n:,}{over}"
+        return f"{_number(self.value)}{interval}{unit}, n = {counted(self.n)}{over}"
 
     def _repr_html_(self) -> str:
         note = f"<br><small>{html.escape(self.note)}</small>" if self.note else ""
@@ -67,21 +72,44 @@ class Record(Strict):
         )
 
 
+OFTEN = 0.1
+"""A control of several draws is rejected where at most this share of them passes: at 95 % a fortieth does by chance."""
+
+
 class Control(Strict):
-    """What a check's quantity is where its claim is false by construction, and whether the rule rejects that."""
+    """What a check's quantity is where its claim is false by construction, and whether the rule rejects that.
+
+    `draws`: value, low and high of each of several, such as relabelled data; the middle one is the control's own
+    number, and `passed` the share that passes the rule.
+    """
 
     claim: str
     check: str
     value: float
     ci: tuple[float, float] | None
-    n: int
+    n: Counted
     resampled: Resampled | None
+    draws: list[tuple[float, float, float]] = []
+    passed: float = 0.0
     rejected: bool
 
     def measured(self) -> str:
-        """`0.43 [0.42, 0.44], n = 252`"""
+        """`0.43 [0.42, 0.44], n = 252, 1 of 40 draws passes`"""
         interval = f" [{_number(self.ci[0])}, {_number(self.ci[1])}]" if self.ci else ""
-        return f"{_number(self.value)}{interval}, n = {self.n:,}"
+        count = round(self.passed * len(self.draws))
+        passing = f", {count} of {len(self.draws)} draws pass" if self.draws else ""
+        return f"{_number(self.value)}{interval}, n = {counted(self.n)}{passing}"
+
+    def judged(self, check: Check) -> Control:
+        """The same control by the rule as it stands."""
+        draws = self.draws or [(self.value, *(self.ci or (self.value, self.value)))]
+        passed = sum(check.rule.outcome(*each) == "holds" for each in draws) / len(draws)
+        return self.model_copy(update={"passed": passed, "rejected": passed <= OFTEN})
+
+
+def counted(n: Counted) -> str:
+    """`4,096`, or `3 × 11` where two kinds of units vary."""
+    return " × ".join(f"{each:,}" for each in (n if isinstance(n, tuple) else (n,)))
 
 
 def _number(value: float) -> str:
@@ -94,16 +122,19 @@ def _number(value: float) -> str:
 # -- the verdict of one number -----------------------------------------------------------------------------------------
 
 
-def too_few(n: int, resampled: Resampled | None, seeds: int | None = None) -> bool:
+def too_few(n: Counted, resampled: Resampled | None, seeds: int | None = None) -> bool:
     """Whether an interval over `n` units rests on too few of them.
 
-    For "seed × article" `n` counts pairs, so how many seeds there were is asked of the chapter's parameters: fewer
-    than three `seeds` are too few, however many articles each has seen. `n` counts rows in some older records of
-    articles and layers; those are never too few.
+    Older records count pairs of seeds and articles, and rows: of those `seeds`, a chapter's number of them, decides.
     """
-    if resampled == "seed × article" and seeds is not None and seeds < FEWEST["seeds"]:
-        return True
-    return resampled is not None and n < FEWEST[resampled]
+    if resampled is None:
+        return False
+    fewest = FEWEST[resampled]
+    if isinstance(fewest, int):
+        return n < fewest
+    if isinstance(n, tuple):
+        return any(own < least for own, least in zip(n, fewest, strict=True))
+    return n < math.prod(fewest) or (seeds is not None and seeds < fewest[0])
 
 
 def judge(
@@ -111,7 +142,7 @@ def judge(
     value: float,
     ci: tuple[float, float] | None,
     scope: Scope,
-    n: int,
+    n: Counted,
     resampled: Resampled | None,
     seeds: int | None = None,
 ) -> Verdict:
@@ -184,3 +215,20 @@ def overall(
             kept += long or own
         found[claim.id] = combined(claim, kept)
     return found
+
+
+class Chance(NamedTuple):
+    """How many of the `judged` records would hold by chance: for each, the share of its check's controls that pass."""
+
+    expected: float
+    judged: int
+
+
+def by_chance(records: Iterable[Record], controls: Iterable[Control], book: Register | None = None) -> Chance:
+    """What chance alone would let hold among the records whose check has a recorded control."""
+    book, passing = book or register(), {}
+    for control in controls:
+        passing.setdefault((control.claim, control.check), []).append(control.passed)
+    of = [passing.get((record.claim, book[record.claim].check_of(record.metric))) for record in records]
+    shares = [sum(each) / len(each) for each in of if each]
+    return Chance(sum(shares), len(shares))

@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, RootModel
 from rich.console import Console
 
 from helpers.press import chapters, claims
 from helpers.press.claims import Results
-from helpers.press.rules import Strict, validated
+from helpers.press.rules import Strict, read_yaml, validated
 
 CHEAP = 20.0
 """Seconds that a cell may take to be run without being asked for."""
@@ -81,11 +80,8 @@ def difference(again: Any, kept: Any, tolerance: float, where: str = "") -> str:
 
 def read(folder: Path = claims.REFERENCE) -> dict[str, list[Cell]]:
     """The stated cells by chapter; raises `ValueError` for a file of another form."""
-    path = folder / "verify.yml"
-    try:
-        return validated(Cells, yaml.safe_load(path.read_text(encoding="utf-8")) or {}, path.name).root
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; restore it from the repository") from error
+    content = read_yaml(folder / "verify.yml", "verify.yml", "restore it from the repository")
+    return validated(Cells, content or {}, "verify.yml").root
 
 
 def run_again(

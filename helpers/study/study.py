@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from helpers import settings
-from helpers.kept import Kept
+from helpers.kept import Kept, digest
 from helpers.settings import CacheDir, allowed
 from helpers.study.scores import Sums, quotient
 from helpers.study.sweep import sweep
@@ -95,22 +95,20 @@ def fits(
 ) -> list[Fit]:
     """The arms trained with this seed, side by side over one stream; finished ones are loaded."""
     where, found = torch.device(device), {}
-    options = {"device": device, "cache_dir": cache_dir}
-    begun = {str(i): trained(problem, arm.first, seed, **options) for i, arm in enumerate(arms) if arm.first}
-    for batches in dict.fromkeys(arm.batches for arm in arms):
-        some = {str(i): arm for i, arm in enumerate(arms) if arm.batches == batches}
-        stream = problem.stream(settings.mix(seed, batches) if batches else seed, where)
-        for recipe in _distinct([arm.recipe for arm in some.values()]):
-            named = {i: arm for i, arm in some.items() if arm.recipe == recipe}
-            students = {i: _start(problem, arm, seed, begun.get(i)).to(where) for i, arm in named.items()}
-            # matrix products in bfloat16 where there are units for them, float32 parameters and sums everywhere
-            options = {"steps": problem.steps, "autocast": torch.bfloat16 if where.type == "cuda" else None} | recipe
-            options = {"log_every": max(1, options["steps"] // 50)} | options
-            label = f"seed {seed}: {', '.join(arm.name for arm in named.values())[:60]}"
-            found |= fit(
-                students, stream, lr={i: arm.lr for i, arm in named.items()}, label=label, cache_dir=cache_dir,
-                balance={i: arm.remedy for i, arm in named.items()}, **options,
-            )  # fmt: skip
+    how = {"device": device, "cache_dir": cache_dir}
+    begun = {str(i): trained(problem, arm.first, seed, **how) for i, arm in enumerate(arms) if arm.first}
+    for one in arms:  # with those that see the same batches by the same recipe, if it was not with others before
+        alike = {str(i): arm for i, arm in enumerate(arms) if (arm.batches, arm.recipe) == (one.batches, one.recipe)}
+        if found.keys() & alike.keys():
+            continue
+        stream = problem.stream(settings.mix(seed, one.batches) if one.batches else seed, where)
+        students = {i: _start(problem, arm, seed, begun.get(i)).to(where) for i, arm in alike.items()}
+        # matrix products in bfloat16 where there are units for them, float32 parameters and sums everywhere
+        options = {"steps": problem.steps, "autocast": torch.bfloat16 if where.type == "cuda" else None} | one.recipe
+        options = {"log_every": max(1, options["steps"] // 50), "cache_dir": cache_dir} | options
+        options["label"] = f"seed {seed}: {', '.join(arm.name for arm in alike.values())[:60]}"
+        lr, balance = ({i: getattr(arm, name) for i, arm in alike.items()} for name in ("lr", "remedy"))
+        found |= fit(students, stream, lr=lr, balance=balance, **options)
     for i, each in begun.items():
         found[i].seconds += each.seconds
     return [found[str(i)] for i in range(len(arms))]
@@ -126,10 +124,6 @@ def _start(problem: Problem, arm: Arm, seed: int, begun: Fit | None) -> nn.Modul
 def trained(problem: Problem, arm: Arm, seed: int, **options) -> Fit:
     """One arm trained with this seed; `options` of `fits`."""
     return fits(problem, [arm], seed, **options)[0]
-
-
-def _distinct(values: Sequence) -> list:
-    return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 def run(
@@ -162,7 +156,9 @@ def run(
             places[i].write(found[i])
     for file, place, each in zip(files, places, found, strict=True):
         if file is not None and not file.is_file():
-            settings.write_json(file, {"asked": json.loads(place.what), "outcome": each})
+            outcome = json.loads(json.dumps(each, default=settings.as_json))
+            about = {"asked": json.loads(place.what), "check": _check(outcome)}
+            settings.write_json(file, about | {"outcome": outcome})
     return [Outcome(**each, arm=arm, seed=seed) for each, arm in zip(found, arms, strict=True)]
 
 
@@ -171,11 +167,17 @@ def _cell_file(folder: Path, arm: Arm, place: Kept, seed: int) -> Path:
     return folder / f"{name}-{place.asked[:12]}.json"
 
 
+def _check(outcome: dict) -> str:
+    return digest(json.dumps(outcome, sort_keys=True))
+
+
 def _from_file(file: Path | None) -> dict | None:
     if file is None or not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["outcome"]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = content["outcome"]
+        allowed(content["check"] == _check(found), "its checksum is wrong", "what was written")
         return found | {"sums": {column: np.array(values) for column, values in found["sums"].items()}}
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); restore it from the repository, or delete it") from error

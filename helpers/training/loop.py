@@ -43,38 +43,37 @@ class Shuffled:
     Args:
         inputs: [rows, d] tensor or memory-mapped array; only the rows of a batch are read.
         targets: as `inputs`, same length; None reconstructs the inputs.
-        fingerprint: what identifies the data (a store's key); hashed from the content if None.
+        fingerprint: what identifies the data (a store's key); hashed from the content if not given.
+        divided_by: a number by which all rows are divided.
     """
 
     def __init__(
-        self, inputs, targets=None, *, batch_size: int, seed: int = 0, device="cpu", fingerprint: str | None = None
+        self, inputs, targets=None, *, batch_size: int, seed=0, device="cpu", fingerprint="", divided_by: float = 1.0
     ):
         n = len(inputs)
         if targets is not None:
             allowed(len(targets) == n, f"targets has {len(targets)} rows", f"{n}, as many as inputs")
         allowed(1 <= batch_size <= n, f"batch_size={batch_size} cannot be filled", f"1 to {n}, the rows there are")
-        self.inputs, self.targets, self.batch_size, self.seed = inputs, targets, batch_size, seed
-        self.device, self._identity = torch.device(device), fingerprint
+        self.arrays, self.batch_size, self.seed = [inputs] if targets is None else [inputs, targets], batch_size, seed
+        self.device, self._identity, self.divided_by = torch.device(device), fingerprint, divided_by
+        self.n, self.steps_per_epoch = n, n // batch_size
         self._epoch: tuple[int, Tensor] | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.inputs) // self.batch_size
 
     @cached_property
     def fingerprint(self) -> str:
-        arrays = [self.inputs] if self.targets is None else [self.inputs, self.targets]
-        identity = self._identity or kept.digest(*(np.ascontiguousarray(np.asarray(a)) for a in arrays))
-        return f"shuffled({identity}, n={len(self.inputs)}, batch={self.batch_size}, seed={self.seed})"
+        identity = f"{self._identity or kept.digest(*self.arrays)}, divided by {self.divided_by!r}"
+        return f"shuffled({identity}, n={self.n}, batch={self.batch_size}, seed={self.seed})"
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             random = settings.generator(settings.mix(self.seed, epoch))
-            self._epoch = epoch, torch.randperm(len(self.inputs), generator=random)
+            self._epoch = epoch, torch.randperm(self.n, generator=random)
         rows = self._epoch[1][position * self.batch_size : (position + 1) * self.batch_size].numpy()
-        inputs = as_tensor(self.inputs, rows).to(self.device)
-        return inputs, inputs if self.targets is None else as_tensor(self.targets, rows).to(self.device)
+        batch = [as_tensor(each, rows).to(self.device) for each in self.arrays]
+        if self.divided_by != 1:
+            batch = [each / self.divided_by for each in batch]
+        return batch[0], batch[-1]
 
 
 class Fresh:
@@ -197,8 +196,8 @@ def _check(students: Mapping[str, RankOneDictionary], recipes: Mapping[str, Reci
     for name, student in students.items():
         given, balance = f"student {name!r} maps {student.d_in} to {student.d_out} numbers", recipes[name].balance
         allowed((student.d_in, student.d_out) == (d_in, d_out), given, f"{d_in} to {d_out}, as the stream's batches")
-        if balance.needs_bias and student.selection_bias is None:
-            raise ValueError(f"student {name!r} has selection_bias=False; allowed with {balance}: True")
+        given = f"student {name!r} has selection_bias=False with {balance}"
+        allowed(not balance.needs_bias or student.selection_bias is not None, given, "True")
 
 
 class Run:
@@ -216,13 +215,14 @@ class Run:
         self.students, self.stream, self.recipes = students, stream, recipes
         self.autocast, self.log_every = autocast, log_every
         self.steps, self.stores = dict.fromkeys(students, 0), {}
-        self.optimisers = {name: _adam(student, recipes[name]) for name, student in students.items()}
         self.fits = {name: Fit(student) for name, student in students.items()}
         self.ks = {name: student.k for name, student in students.items()}
-        self.silent = {
-            name: torch.zeros(student.n_atoms, dtype=torch.long, device=next(student.parameters()).device)
-            for name, student in students.items()
-        }
+        self.optimisers, self.silent = {}, {}
+        for name, student in students.items():
+            recipe, where = recipes[name], next(student.parameters()).device
+            how = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+            self.optimisers[name] = torch.optim.Adam(student.parameters(), fused=where.type in ("cpu", "cuda"), **how)
+            self.silent[name] = torch.zeros(student.n_atoms, dtype=torch.long, device=where)
 
     def kept(self, name: str, cache_dir: str | Path | None) -> Kept:
         """Where a student lies in the cache: under everything that determines it, the code included."""
@@ -230,7 +230,8 @@ class Run:
         start = [student.knobs, kept.digest(*student.state_dict().values()), where]
         what = [start, self.recipes[name], self.stream.fingerprint, self.autocast, self.log_every]
         kinds = {type(module) for module in student.modules()}
-        return Kept("fits", what, Run, *kinds, *_makers(self.stream), cache_dir=cache_dir)
+        drawn = [self.stream.draw] if hasattr(self.stream, "draw") else []
+        return Kept("fits", what, Run, *kinds, type(self.stream), *drawn, cache_dir=cache_dir)
 
     def take_up(self, cache_dir: str | Path | None, locks: contextlib.ExitStack) -> None:
         """Load what is stored, and lock what is left to do. Equal students are one file, and have one lock."""
@@ -275,7 +276,11 @@ class Run:
 
     @cached_property
     def variance(self) -> float:
-        return _variance(self.stream)
+        """Total variance of the targets, from the first batches: the constant that makes the loss scale-free."""
+        targets = torch.cat([self.stream(step)[1] for step in range(4)]).double()
+        variance = float((targets - targets.mean(0)).square().sum(1).mean())
+        allowed(variance > 0, f"the stream's targets have variance {variance}", "targets that vary and are finite")
+        return variance
 
     def _update(self, name: str, inputs: Tensor, targets: Tensor, step: int) -> None:
         student, recipe, optimiser = self.students[name], self.recipes[name], self.optimisers[name]
@@ -326,27 +331,6 @@ class Run:
                 self.optimisers[name].load_state_dict(state["optimiser"])
             self.silent[name].copy_(state["silent"])
             self.fits[name] = Fit(self.students[name], *state["fit"], from_cache=state["optimiser"] is None)
-
-
-def _adam(student: RankOneDictionary, recipe: Recipe) -> torch.optim.Adam:
-    options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
-    fused = next(student.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.Adam(student.parameters(), fused=fused, **options)
-
-
-def _makers(stream: Stream) -> list:
-    """The class of a stream, and what it draws from: classes and functions whose code decides its batches."""
-    inner = getattr(stream, "stream", None)
-    drawn = [stream.draw] if hasattr(stream, "draw") else []
-    return [type(stream), *drawn, *(_makers(inner) if inner is not None else [])]
-
-
-def _variance(stream: Stream, batches: int = 4) -> float:
-    """Total variance of the targets, from the stream's first batches: the constant that makes the loss scale-free."""
-    targets = torch.cat([stream(step)[1] for step in range(batches)]).double()
-    variance = float((targets - targets.mean(0)).square().sum(1).mean())
-    allowed(variance > 0, f"the stream's targets have variance {variance}", "targets that vary and are finite")
-    return variance
 
 
 def as_tensor(array, rows) -> Tensor:

@@ -115,49 +115,36 @@ class Together(Balance):
     def needs_bias(self) -> bool:  # type: ignore[override]
         return any(part.needs_bias for part in self.parts)
 
+    def acting(self, done: float) -> tuple[Balance, ...]:
+        """The parts that act when the share `done` of the steps is over."""
+        return self.parts
+
     def k_at(self, k: int, done: float) -> int:
-        return max(part.k_at(k, done) for part in self.parts)
+        return max((part.k_at(k, done) for part in self.acting(done)), default=k)
 
     def loss(self, now: Moment) -> Tensor | float:
-        return sum(part.loss(now) for part in self.parts)
+        return sum(part.loss(now) for part in self.acting(now.step / now.steps))
 
     def after_step(self, now: Moment) -> None:
-        for part in self.parts:
+        for part in self.acting(now.step / now.steps):
             part.after_step(now)
 
 
-@dataclass(frozen=True)
-class During(Balance):
+@dataclass(frozen=True, init=False)
+class During(Together):
     """A remedy that acts only from the share `start` of the steps on and before `stop`, 0 ≤ start < stop ≤ 1."""
 
-    what: Balance
-    start: float = 0.0
-    stop: float = 1.0
+    start: float
+    stop: float
 
-    def __post_init__(self):
-        good = 0 <= self.start < self.stop <= 1
-        allowed(good, f"start={self.start}, stop={self.stop}", "0 ≤ start < stop ≤ 1")
+    def __init__(self, what: Balance, start: float = 0.0, stop: float = 1.0):
+        allowed(0 <= start < stop <= 1, f"start={start}, stop={stop}", "0 ≤ start < stop ≤ 1")
+        super().__init__(what)
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "stop", stop)
 
-    @property
-    def needs_scores(self) -> bool:  # type: ignore[override]
-        return self.what.needs_scores
-
-    @property
-    def needs_bias(self) -> bool:  # type: ignore[override]
-        return self.what.needs_bias
-
-    def acts(self, done: float) -> bool:
-        return self.start <= done < self.stop
-
-    def k_at(self, k: int, done: float) -> int:
-        return self.what.k_at(k, done) if self.acts(done) else k
-
-    def loss(self, now: Moment) -> Tensor | float:
-        return self.what.loss(now) if self.acts(now.step / now.steps) else 0.0
-
-    def after_step(self, now: Moment) -> None:
-        if self.acts(now.step / now.steps):
-            self.what.after_step(now)
+    def acting(self, done: float) -> tuple[Balance, ...]:
+        return self.parts if self.start <= done < self.stop else ()
 
 
 # -- from mixtures of experts ------------------------------------------------------------------------------------------

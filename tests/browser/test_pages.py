@@ -178,6 +178,44 @@ def test_the_page_fits_a_narrow_screen(browser):
         browser.set_window_size(1300, 1000)
 
 
+def shown(browser, selector="tbody.claim"):
+    """Ids of the scoreboard's rows that can be seen, in their order on the page."""
+    rows = browser.find_elements(By.CSS_SELECTOR, f".scoreboard {selector}")
+    return [row.get_attribute("id") for row in rows if row.is_displayed()]
+
+
+def test_the_scoreboard_filters_sorts_and_opens_by_keyboard(browser):
+    open_page(browser, "scoreboard")
+    claims = shown(browser)
+    assert len(claims) >= 32 and shown(browser, "tr.more") == []
+    title = browser.find_element(By.CSS_SELECTOR, ".scoreboard button.open")
+    browser.execute_script("arguments[0].focus()", title)
+    title.send_keys(Keys.ENTER)
+    assert title.get_attribute("aria-expanded") == "true"
+    assert shown(browser, "tr.more") == [title.get_attribute("aria-controls")]
+    title.send_keys(Keys.SPACE)
+    assert shown(browser, "tr.more") == []
+    box = browser.find_element(By.ID, "filter-verdict")
+    box.send_keys("partly")
+    partly = browser.find_elements(By.CSS_SELECTOR, "tbody.claim[data-verdict='partly']")
+    assert set(shown(browser)) == {row.get_attribute("id") for row in partly} and 0 < len(partly) < len(claims)
+    assert browser.find_element(By.CSS_SELECTOR, ".filters output").text == f"{len(partly)} of {len(claims)} claims"
+    box.send_keys(Keys.HOME)
+    by_place = browser.find_element(By.CSS_SELECTOR, "thead .strip button")
+    by_place.send_keys(Keys.ENTER)
+    places = [float(browser.find_element(By.ID, row).get_attribute("data-at")) for row in shown(browser)]
+    assert places == sorted(places) and len(places) == len(claims)
+    assert by_place.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
+    browser.find_element(By.CSS_SELECTOR, "thead .chapters button").send_keys(Keys.ENTER)
+    assert shown(browser) == claims
+
+
+def test_a_link_to_a_claim_opens_its_row(browser):
+    open_page(browser, "scoreboard")
+    browser.execute_script("location.hash = 'claim-dead-lm'")
+    WebDriverWait(browser, 5).until(lambda b: shown(b, "tr.more") == ["claim-dead-lm-more"])
+
+
 @pytest.mark.parametrize("required", [True, False])
 def test_without_a_browser_the_check_fails_where_it_is_required_and_is_skipped_elsewhere(required):
     command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", __file__, "-k", "dark_mode"]

@@ -10,6 +10,7 @@ import huggingface_hub
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -127,6 +128,23 @@ def write(folder, name, content: bytes) -> str:
         ("splits.jsonl", b'{"text": "x", "split": "dev"}', r"column 'split' holds \['dev'\]"),
         ("nulls.jsonl", b'{"text": null}', "no text"),
         ("book.pdf", b"%PDF", "no such file"),
+        (
+            "cjk.txt",
+            "\n\n".join(["这是一段。"] * 9).encode("utf-16-le"),
+            "not UTF-8: .* allowed: UTF-8, UTF-16, UTF-32",
+        ),
+        ("odd.txt", "\n\n".join(["plain words"] * 9).encode("utf-16")[:-1], "not UTF-16"),
+        ("deep.json", b"[" * 100_000, "cannot be read as .json: maximum recursion"),
+        ("deep.jsonl", b'{"text": "x"}\n{"text": "y", "a": ' + b"[" * 100_000, "maximum recursion"),
+        ("two.json", b'{"a": [{"text": "x"}], "b": [{"text": "y"}]}', r"rows stand in each of \['a', 'b'\]: keep one"),
+        ("lengths.json", b'{"text": ["x", "y"], "title": ["z"]}', r"\['text', 'title'\] are not of one length"),
+        ("lists.jsonl", b'{"text": "x"}\n["y"]', r"line 2: \['y'\] stands where a row should"),
+        ("extra.csv", b"text,n\none, two,1\n", "line 2 has more fields than the header; quote what holds ','"),
+        ("twice.csv", b"text,text\none,two\n", "several columns are called 'text'"),
+        ("open.csv", b'text,n\n"one,1\n', "cannot be read as .csv"),
+        ("listed.jsonl", b'{"text": "x", "split": ["test"]}', "column 'split' holds"),
+        ("cut.txt.gz", gzip.compress(b"one\n\n" * 99)[:-9], "cannot be read as .txt"),
+        ("plain.txt.gz", b"one\n\ntwo", "cannot be read as .txt"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
@@ -210,6 +228,13 @@ def comma_separated(separator=",") -> bytes:
         ("dos.txt", "\r\n\r\n".join(TEXTS).encode()),
         ("NOTES.TXT", "\n\n".join(TEXTS).encode("utf-8-sig")),
         ("wide.txt", "\n\n".join(TEXTS).encode("utf-16")),
+        ("wider.txt", "\n\n".join(TEXTS).encode("utf-32")),
+        ("unmarked.txt", "\n\n".join(TEXTS).encode("utf-16-le")),
+        ("unmarked_be.txt", "\n\n".join(TEXTS).encode("utf-16-be")),
+        ("unmarked_32.txt", "\n\n".join(TEXTS).encode("utf-32-be")),
+        ("unmarked.jsonl", lines(ROWS).decode().encode("utf-32-le")),
+        ("unmarked.csv", comma_separated().decode().encode("utf-16-le")),
+        ("two_parts.txt.gz", b"".join(gzip.compress(f"{text}\n\n".encode()) for text in TEXTS)),
         ("lines.txt", "\n".join(TEXTS).encode()),
         ("packed.txt.gz", gzip.compress("\n\n".join(TEXTS).encode())),
         ("zstd.txt.zst", pa.compress("\n\n".join(TEXTS).encode(), "zstd", asbytes=True)),
@@ -221,15 +246,37 @@ def comma_separated(separator=",") -> bytes:
         ("array.jsonl", json.dumps(ROWS, indent=1).encode()),
         ("array.json", json.dumps(ROWS).encode()),
         ("member.json", json.dumps({"data": ROWS}, indent=1).encode()),
+        ("version.json", json.dumps({"version": "1.0", "data": ROWS, "tags": ["a"]}).encode()),
+        ("nested.json", json.dumps({"version": 1, "data": {"rows": ROWS}}, indent=1).encode()),
+        ("columns.json", json.dumps({"text": TEXTS, "n": [*range(60)]}).encode()),
+        ("pandas.json", pd.DataFrame({"text": TEXTS, "n": 1}).to_json().encode()),
+        ("index.json", pd.DataFrame({"text": TEXTS, "n": 1}).to_json(orient="index").encode()),
+        ("schema.json", pd.DataFrame({"text": TEXTS, "n": 1}).to_json(orient="table").encode()),
         ("strings.json", json.dumps(TEXTS).encode()),
         ("ids.jsonl", lines({"id": 10**20 + i, "text": t} for i, t in enumerate(TEXTS))),
         ("articles.jsonl", lines({"article": 10**20 + i, "text": t} for i, t in enumerate(TEXTS))),
         ("kinds.jsonl", lines({"article": str(i) if i % 2 else i + 1, "text": t} for i, t in enumerate(TEXTS))),
+        (
+            "huge.jsonl",
+            "\n".join(f'{{"article": {"9" * 5_000}{i}, "text": "{t}"}}' for i, t in enumerate(TEXTS)).encode(),
+        ),
+        (
+            "close.jsonl",
+            "\n".join(f'{{"article": 0.1{"0" * 20}{i}, "text": "{t}"}}' for i, t in enumerate(TEXTS)).encode(),
+        ),
+        ("zeros.jsonl", lines({"article": "0" * i + "7" if i else 7, "text": t} for i, t in enumerate(TEXTS))),
+        ("zeros.csv", ("text,article\n" + "\n".join(f'"{t}",{"0" * i}7' for i, t in enumerate(TEXTS))).encode()),
+        ("unsigned.parquet", table(article=np.arange(60, dtype=np.uint64) + 2**63, text=TEXTS)),
         ("titles.jsonl", lines({"title": None if i % 2 else "", "text": t} for i, t in enumerate(TEXTS))),
         ("half.jsonl", lines({"title": f"t{i}" if i % 2 else None, "text": t} for i, t in enumerate(TEXTS))),
         ("unused.jsonl", lines({"meta": {"a": i} if i % 2 else "x", "text": t} for i, t in enumerate(TEXTS))),
         ("body.jsonl", lines({"id": i, "date": "2020-01-01"[:i], "body": t} for i, t in enumerate(TEXTS))),
         ("plain.csv", comma_separated()),
+        ("single.csv", ("text\n" + "\n".join(TEXTS)).encode()),
+        ("trailing.csv", ("text;n;\n" + "\n".join(f"{t};1;;" for t in TEXTS)).encode()),
+        ("other.csv", ("n,text\n" + "\n".join(f'5" pipe,"{t}"' for t in TEXTS)).encode()),
+        ("nested.parquet", table(text=TEXTS, meta=[{"a": [i]} for i in range(60)], other=TEXTS)),
+        ("body.parquet", table(body=TEXTS, id=TEXTS, meta=[{"a": "words"}] * 60, n=range(60))),
         ("semicolon.CSV", comma_separated(";")),
         ("packed.csv.gz", gzip.compress(comma_separated())),
         ("plain.parquet", table(text=TEXTS)),
@@ -265,6 +312,71 @@ def test_a_colon_decides(tmp_path, capsys):
     for wrong in (f"{two}:other", f"{file}:chapters"):
         with pytest.raises(ValueError, match="allowed: "):
             corpora.load(wrong)
+
+
+LONG = "and so on with more and more words " * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "how", "rows", "documents"),
+    [
+        ("wrapped", ["\n".join([f"{i} is a line that ends where"] * 6) for i in range(100)], "paragraphs", 100, 50),
+        ("one line each", [f"{i} {LONG}" for i in range(100)], "paragraphs", 100, 50),
+        ("strays", ["\n".join(f"{i} {j} {LONG}" for j in range(50)) for i in range(10)], "lines", 500, 500),
+        ("no blanks", ["\n".join(f"{i} and so on" for i in range(100))], "lines", 100, 100),
+        ("two blanks", ["\n".join(f"{i} {j} and so on" for j in range(50)) for i in range(3)], "lines", 150, 150),
+        ("chapters", ["\n".join(f"Sentence {i} {j}." for j in range(900)) for i in range(12)], "paragraphs", 12, 12),
+    ],
+)
+def test_blank_lines_separate_unless_they_are_strays(tmp_path, capsys, name, blocks, how, rows, documents):
+    corpus = write(tmp_path, f"{name}.txt", "\n\n\n".join(blocks).encode())
+    parts = [corpora.load(corpus, split) for split in corpora.SPLITS]
+    assert sum(map(len, parts)) == rows and sum(len(set(part["article"])) for part in parts) == documents
+    said = capsys.readouterr().err
+    assert f"{rows:,} {how}" in said and f"add ':{'lines' if how == 'paragraphs' else 'paragraphs'}'" in said
+
+
+def test_an_article_of_one_object_is_a_row(tmp_path):
+    """Lists beside a long text are not the rows, whatever the text is called."""
+    for i in range(6):
+        article = {"body": f"{i} {LONG}", "tags": ["one", "two"], "comments": [{"text": "no"}], "meta": {"a": 1}}
+        write(tmp_path, f"{i}.json", json.dumps(article).encode())
+    texts = [text for split in corpora.SPLITS for text in corpora.load(str(tmp_path), split)["text"]]
+    assert sorted(texts) == [f"{i} {LONG}" for i in range(6)]
+
+
+def test_rows_under_the_names_of_splits(tmp_path):
+    content = {
+        "train": [{"text": "a"}, {"text": "b"}],
+        "validation": ["c", "d"],
+        "test": [{"text": "e"}, {"text": "f"}],
+    }
+    corpus = write(tmp_path, "my.json", json.dumps(content).encode())
+    assert [corpora.load(corpus, split)["text"][:] for split in corpora.SPLITS] == [["a", "b"], ["c", "d"], ["e", "f"]]
+
+
+@pytest.mark.parametrize("key", ["article", "title"])
+def test_files_of_a_folder_share_no_document(tmp_path, key):
+    for i in range(6):
+        write(tmp_path, f"{i}.jsonl", lines({key: "one", "text": f"{part} of {i}"} for part in range(2)))
+    write(tmp_path, ".hidden.json", b"broken")
+    rows = [corpora.load(str(tmp_path), split) for split in corpora.SPLITS]
+    assert sum(len(set(part["article"])) for part in rows) == 6 and sum(map(len, rows)) == 12
+    write(tmp_path, "broken.jsonl", b'{"words": 1}')
+    with pytest.raises(ValueError, match=r"broken.jsonl' has columns"):
+        corpora.load(str(tmp_path))
+
+
+def test_an_unused_column_may_be_broken(tmp_path, monkeypatch):
+    """Only the columns of the corpus are read where the format allows it."""
+    asked, iter_batches = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda self, size, columns: asked.append(columns) or iter_batches(self, size, columns=columns),
+    )
+    corpora.load(write(tmp_path, "my.parquet", table(text=TEXTS, other=TEXTS, title=TEXTS)))
+    assert asked == [["text", "title"]]
 
 
 def test_a_folder_is_read_whole(tmp_path):
@@ -375,6 +487,18 @@ def test_few_tokens_come_from_several_documents(reader, tmp_path, name, content,
         losses = activations.losses(reader, pieces).groupby("article")[["nats", "tokens"]].sum().to_numpy()
         assert pieces.n_tokens == n_tokens and len(losses) >= 2
         t_interval(losses, lambda sums: float(sums[:, 0].sum() / sums[:, 1].sum()))
+
+
+@pytest.mark.parametrize("n_tokens", [3, 100, 200])
+def test_a_small_harvest_comes_from_several_documents_too(reader, tmp_path, n_tokens):
+    corpus = write(tmp_path, "long.jsonl", lines({"text": f"{i} {long_words(2_000)}"} for i in range(40)))
+    options = {"layer": 1, "split": "test", "cache_dir": tmp_path / "cache"}
+    store = activations.harvest(reader, corpus, n_tokens=n_tokens, **options)
+    pieces = corpora.texts(reader, corpus, n_tokens=n_tokens, split="test")
+    assert store.n == n_tokens and len(set(store.article)) == min(n_tokens, corpora.SEVERAL)
+    assert np.array_equal(store.token_id, np.concatenate([tokens[pieces.bos :] for tokens in pieces.tokens]))
+    lone = documents(tmp_path, 2_000)  # there is no other document to take from
+    assert corpora.texts(reader, lone, n_tokens=100).lengths.tolist() == [100]
 
 
 def test_one_article_of_one_paragraph_is_refused_before_any_work(reader, tmp_path):

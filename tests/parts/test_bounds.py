@@ -34,11 +34,6 @@ def test_configurations_are_binomial_coefficients(n, k):
     assert bounds.log_configurations(n, k) == pytest.approx(slow.log_configurations(n, k), rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize(("p", "q"), [(0.25, 0.5), (0.0, 0.3), (1.0, 0.3), (0.4, 0.4), (0.0, 0.0), (0.2, 1.0)])
-def test_binary_kl_is_the_slow_one(p, q):
-    assert bounds.binary_kl(p, q) == pytest.approx(slow.kl(p, q), abs=1e-15)
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_bound_is_the_slow_inversion(size):
     assert bounds.fvu_bound(*size) == pytest.approx(slow.fvu_bound(*size), rel=1e-9)
@@ -192,8 +187,6 @@ def test_sparse_data_of_the_same_covariance_is_not_bound():
     ("call", "named"),
     [
         (lambda: bounds.log_configurations(3, 4), "k=4.*allowed: 0 to n_experts=3"),
-        (lambda: bounds.binary_kl(1.5, 0.2), "p=1.5.*allowed: 0 to 1"),
-        (lambda: bounds.binary_kl(0.5, -0.2), "q=-0.2"),
         (lambda: bounds.fvu_bound(-1, 3, 1.0), "w=-1"),
         (lambda: bounds.fvu_bound(1, 0, 1.0), "d=0"),
         (lambda: bounds.fvu_bound(1, 3, -1.0), "log_n=-1"),

@@ -121,22 +121,22 @@ def setting(tmp_path_factory):
 @pytest.fixture(scope="module")
 def real(setting):
     teacher, stores, folder = setting
-    return distilling.task(teacher, 1, stores, cache_dir=folder, **LENGTH)
+    return distilling.Task(teacher, 1, stores, cache_dir=folder, **LENGTH)
 
 
 def test_targets_are_the_mlps_own_and_computed_once(setting):
     teacher, stores, folder = setting
     how = {"cache_dir": folder, **LENGTH}
     noise = distilling.gaussian(stores["train"].moments("mlp_in"))
-    given = distilling.task(teacher, 1, stores, noise, **how)
+    given = distilling.Task(teacher, 1, stores, noise, **how)
     torch.testing.assert_close(given.test.outputs * given.scale, teacher.mlp(1)(given.test.inputs))
     assert float(given.train.outputs.var(0).mean()) == pytest.approx(1, rel=1e-4)
-    raw = distilling.task(teacher, 1, stores, noise, scaled=False, **how)
+    raw = distilling.Task(teacher, 1, stores, noise, scaled=False, **how)
     torch.testing.assert_close(raw.test.outputs, given.test.outputs * given.scale)
     assert raw.asked != given.asked
     assert not torch.equal(given.validation.inputs[:100], given.test.inputs[:100])
     hook = teacher.mlp(1).register_forward_hook(lambda *_: pytest.fail("computed twice"))
-    again = distilling.task(teacher, 1, stores, noise, **how)
+    again = distilling.Task(teacher, 1, stores, noise, **how)
     hook.remove()
     assert torch.equal(again.train.outputs, given.train.outputs) and again.asked == given.asked
 
@@ -144,7 +144,7 @@ def test_targets_are_the_mlps_own_and_computed_once(setting):
 def test_students_with_padding_are_judged_on_text(setting):
     teacher, stores, folder = setting
     change = distilling.with_padding(torch.ones(16), 0.4)
-    given = distilling.task(teacher, 1, stores, change, judged_on=distilling.REAL, cache_dir=folder, **LENGTH)
+    given = distilling.Task(teacher, 1, stores, change, judged_on=distilling.REAL, cache_dir=folder, **LENGTH)
     torch.testing.assert_close(given.test.inputs, stores["test"].tensor("mlp_in"))
     assert 0.35 < float((given.train.inputs == 1).all(1).float().mean()) < 0.45
 
@@ -160,7 +160,7 @@ def test_the_learning_rate_is_chosen_on_validation_and_test_sums_are_by_article(
     output, y = trained.student(real.test.inputs), real.test.outputs
     slow = float((output - y).square().sum() / (y - y.mean(0)).square().sum())
     assert found.outcomes[1].fvu == pytest.approx(slow, rel=1e-5)
-    assert len(found.outcomes[0].sums["errors"]) == len(set(real.test.group.tolist()))
+    assert len(found.outcomes[0].sums["errors"]) == len(set(real.test.article.tolist()))
     assert found.tried[1e-2].fvu == found.outcomes[0].fvu
     low, high = found.fvu.ci
     assert low < found.fvu.value < high
@@ -197,7 +197,7 @@ def test_a_bias_is_there_where_the_balance_needs_one(real):
 def made_up(active, errors, experts=0, task="real"):
     """A distillation with given test errors [seeds, articles], and an untrained student's costs."""
     spec = Spec(active, experts, router_rank=2)
-    about = {name: cost(spec.build(6, 6, generator(0))) for name, cost in distilling.COSTS.items()}
+    about = {name: getattr(spec.build(6, 6, generator(0)), cost) for name, cost in distilling.COSTS.items()}
     sums = [{"errors": np.asarray(e, float), "norms": np.ones(len(e))} for e in errors]
     outcomes = [Outcome(each, {"fvu": 0.1}, about, Arm("", spec), seed) for seed, each in enumerate(sums)]
     return Distillation(task, spec, {1e-3: outcomes[0]}, outcomes)
@@ -257,23 +257,13 @@ def test_a_ratio_is_of_sums_and_its_interval_is_paired():
     over, under = made_up(4, 2 * under), made_up(5, under)
     found = distilling.ratio(over, under)
     assert found.value == pytest.approx(2) and found.ci == pytest.approx((2, 2)) and found.by_seed == [2, 2]
-    assert found.n == 6 and found.resampled == "seed × article"
+    assert found.n == (2, 3) and found.resampled == "seed × article"
     over, under = made_up(4, [[3.0, 100.0]]), made_up(5, [[1.0, 100.0]])
     uneven = distilling.ratio(over, under)
     assert uneven.value == pytest.approx(103 / 101) and uneven.ci == pytest.approx(of_two(uneven.value, 1, 3))
     assert uneven.resampled == "articles"
     with pytest.raises(ValueError, match="'real' and 'gaussian'; allowed: one task"):
         distilling.ratio(over, made_up(5, [[1.0, 100.0]], task="gaussian"))
-
-
-def test_settled_compares_the_middle_with_the_end():
-    loss = [9.0] * 45 + [3.0] * 10 + [7.0] * 35 + [2.0] * 10
-    curves = (loss, [2 * each for each in loss])
-    outcomes = [Outcome({}, {}, seed=i, curve=(list(range(100)), each)) for i, each in enumerate(curves)]
-    found = distilling.settled(outcomes)
-    assert found.value == pytest.approx(1.5) and found.ci == pytest.approx((1.5, 1.5)) and found.n == 10
-    with pytest.raises(ValueError, match="share=0.01"):
-        distilling.settled(outcomes, 0.01)
 
 
 # -- what an expert responds to ----------------------------------------------------------------------------------------
@@ -285,7 +275,7 @@ def test_strongest_rows_are_those_of_the_dense_code_matrix():
     x = torch.randn(200, 12, generator=generator(1), dtype=torch.float64)
     with torch.no_grad():
         dense = ours.encode(x).to_dense(9).abs()
-    found = distilling.strongest(ours, x, 5, batch_size=64)
+    found = distilling.strongest(ours, x, 5)
     for atom, rows in enumerate(found):
         slow = sorted((r for r in range(200) if dense[r, atom] > 0), key=lambda r: -float(dense[r, atom]))[:5]
         assert rows.tolist() == slow

@@ -18,6 +18,7 @@ from helpers.models import activations, checkpoints, teachers
 from helpers.parts import explained, inside, lens, own_codes
 from helpers.parts.explained import Explained, Key, listed
 from helpers.parts.language_model import Sae
+from helpers.parts.worlds import random_atoms
 from helpers.press import figures
 from helpers.study import study
 from tests import tiny
@@ -156,7 +157,7 @@ def test_random_directions_explain_k_of_d_whatever_the_rows():
     support = (noise(40, n, seed=4) + torch.linspace(2, 0, n)).topk(k, dim=1).indices
     draw = torch.Generator().manual_seed(5)
     shares = torch.tensor([
-        float(inside.projected(inside.random_directions(n, d, draw), support, y)[0].sum())
+        float(inside.projected(random_atoms(n, d, draw), support, y)[0].sum())
         for _ in range(400)
     ]) / float(y.double().square().sum())  # fmt: skip
     assert abs(shares.mean() - k / d) < 5 * shares.std() / 400**0.5
@@ -168,7 +169,7 @@ def test_fixed_coefficients_of_random_directions_cost_their_own_squares():
     support, draw = torch.arange(60).view(30, 2) % 5, torch.Generator().manual_seed(2)
     explained = []
     for _ in range(500):
-        atoms = inside.random_directions(5, 10, draw)
+        atoms = random_atoms(5, 10, draw)
         rebuilt = dictionary.weighted_sum(values, support, atoms)
         explained.append(float(y.square().sum() - (y - rebuilt).square().sum()))
     explained = torch.tensor(explained)
@@ -220,7 +221,7 @@ def test_draws_are_those_of_the_seeds_and_pair_what_they_say(bench, judged):
     first = bench.directions[:, 0]
     for i, seed in enumerate((0, 1)):
         draw = torch.Generator().manual_seed(seed)
-        atoms = inside.random_directions(EXPERTS, D, draw)
+        atoms = random_atoms(EXPERTS, D, draw)
         elsewhere = bench.choice(moe=inside.random_router(bench.moe, draw)).indices
         moved = inside.derangement(EXPERTS, draw)
         assert not (moved == torch.arange(EXPERTS)).any()
@@ -253,21 +254,25 @@ def test_overlap_counts_the_handed_directions_of_other_chosen_experts(bench):
     chosen = bench.choice().indices.numpy()
     for seed, share in enumerate(inside.overlap(bench, [0, 1, 2])):
         draw = torch.Generator().manual_seed(seed)
-        inside.random_directions(EXPERTS, D, draw)
+        random_atoms(EXPERTS, D, draw)
         inside.random_router(bench.moe, draw)
         moved = inside.derangement(EXPERTS, draw).numpy()
         kept = [len({int(moved[j]) for j in row} & set(row.tolist())) for row in chosen]
         assert share == pytest.approx(np.mean(kept) / TOP_K)
 
 
-def test_pairing_grows_by_the_ratio_of_its_factors(judged):
-    same = explained.pairing_growth([judged], [judged], "mlp_out")
-    assert listed(same) == pytest.approx([1, 1, 1])
-    other = dict(judged)
-    shuffled = judged[Key("shuffled", "mlp_out", True)]
-    other[Key("shuffled", "mlp_out", True)] = Explained(4 * shuffled.explained, shuffled.total)
-    grown = explained.pairing_growth([judged, judged], [judged, other], "mlp_out")
-    assert listed(grown) == pytest.approx([2, 2, 2])
+def test_what_is_made_of_several_shares_is_paired_over_draws_and_articles(judged):
+    """As chapter 11 compares the pairing of two checkpoints."""
+    own, shuffled = (judged[Key(control, "mlp_out", True)] for control in ("implicit", "shuffled"))
+    worse = Explained(4 * shuffled.explained, shuffled.total)
+
+    def grown(shares):
+        pairing = (shares[::2] / shares[1::2]).reshape(2, -1)
+        return explained.geometric(pairing[0]) / explained.geometric(pairing[1])
+
+    assert listed(explained.estimate(grown, own, shuffled, own, shuffled)) == pytest.approx([1, 1, 1])
+    pairs = own, shuffled, own, shuffled, own, shuffled, own, worse
+    assert listed(explained.estimate(grown, *pairs)) == pytest.approx([2, 2, 2])
 
 
 def test_fitted_directions_never_do_worse_where_they_were_fitted(bench):
@@ -282,7 +287,7 @@ def test_fitted_directions_never_do_worse_where_they_were_fitted(bench):
 
 
 def test_fitted_directions_find_planted_ones():
-    truth = inside.random_directions(5, 8, torch.Generator().manual_seed(0))
+    truth = random_atoms(5, 8, torch.Generator().manual_seed(0))
     support = noise(600, 5, seed=1).topk(2, dim=1).indices
     y = dictionary.weighted_sum(noise(len(support), 2), support, truth)
     start = torch.nn.functional.normalize(truth + 0.1 * noise(5, 8, seed=2), dim=1)
@@ -318,7 +323,7 @@ def test_bad_parameters_are_named(scene, bench):
         ({"seeds": []}, r"seeds=\[\]; allowed: at least one"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\]"),
         ({"lrs": []}, r"lrs=\[\]; allowed: at least one"),
-        ({"controls": ["implicit", "nobody"]}, r"controls=\['nobody'\]; allowed: implicit, "),
+        ({"controls": ["implicit", "nobody"]}, "controls='nobody' is unknown; allowed: 'implicit', "),
         ({"controls": ["implicit"], "needed": ["implicit", "pca"]}, r"lacks \['pca'\]; allowed: any that hold"),
     ],
 )
@@ -347,7 +352,7 @@ def test_ratios_pair_draws_and_articles():
     assert value == pytest.approx(3) and low < 3 < high
     both = explained.ratio([thrice, many], [many, many])
     assert listed(both) == pytest.approx([3**0.5] * 3)
-    assert both.n == 32 and both.resampled == "seed × article" and explained.ratio(one, one).resampled == "articles"
+    assert both.n == (4, 8) and both.resampled == "seed × article" and explained.ratio(one, one).resampled == "articles"
     assert explained.ratio([many, thrice], 0.1).value == pytest.approx(3**0.5 * explained.fve(many).value / 0.1)
     few = Explained(many.explained[:, :4], total[:4])
     assert listed(explained.ratio(few, few)) == [pytest.approx(1), None, None]
@@ -370,6 +375,7 @@ def test_the_interval_over_layers_leaves_layers_out_too():
     assert listed(explained.ratio(parts, 0.1)) == pytest.approx([value] * 3)  # the articles do not differ: layers do
     assert (low, high) == pytest.approx(of_two(value, 2, 8))
     assert listed(explained.over_layers(parts[:1], 0.1)) == pytest.approx([2, 2, 2])
+    assert (explained.over_layers(parts, 0.1).n, explained.over_layers(parts[:1], 0.1).n) == ((2, 8), 8)
     few = [Explained(part.explained[:, :4], total[:4]) for part in parts]
     assert explained.over_layers(few, 0.1).ci is None
     with pytest.raises(ValueError, match=r"parts of \[1, 2\] draws; allowed: one draw each"):
@@ -540,14 +546,14 @@ def test_rows_of_a_ladder_are_plain(judged):
     assert (
         own["ratio"] == pytest.approx([each * D / TOP_K for each in own["fve"]]) and own["ratio"][1] < own["ratio"][0]
     )
-    assert {row["control"] for row in rows} == {*inside.DETERMINISTIC, *inside.DRAWN} <= set(figures.LADDER)
+    assert {row["control"] for row in rows} == set(inside.CONTROLS) <= set(figures.LADDER)
 
 
 def test_mean_loss_is_over_tokens_and_its_interval_over_articles():
     table = pd.DataFrame({"article": [0, 0, 1, 2, 3, 4], "nats": [2.0, 4, 3, 8, 1, 5], "tokens": [1, 3, 1, 4, 1, 2]})
-    found = explained.mean_loss(table)
+    found = listed(explained.mean_loss(table))
     assert found[0] == pytest.approx(23 / 12) and found[1] < found[0] < found[2]
-    assert explained.mean_loss(table[table.article < 4])[1:] == [None, None]
+    assert explained.mean_loss(table[table.article < 4]).ci is None
 
 
 def test_layers_are_read_by_the_teachers_name(scene):

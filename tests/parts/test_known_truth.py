@@ -11,10 +11,12 @@ import torch
 from helpers.parts import known_truth
 from helpers.parts.known_truth import Candidate, KnownTruth, StartingSae, measured
 from helpers.parts.worlds import World
+from helpers.study.scores import RELABELLINGS
 from helpers.study.study import Arm, Outcome, fits, run, study
 from helpers.training import remedies
 from tests.reference import dictionary_numpy
 from tests.reference.metrics_numpy import of_two, slow_recovery
+from tests.reference.worlds_numpy import expected
 
 PROBLEM = KnownTruth(World(16, 8, active=3.0, mean=2.0), n_features=24, k=3, steps=40, batch_size=32, n_rows=300)
 ARMS = {
@@ -108,26 +110,26 @@ def test_rows_for_choosing_and_judging_are_those_of_the_seeds_world_and_differ(s
     filled = [rows[(rows != world.constant).any(1)] for rows in (validation, test)]  # where nothing fires
     assert torch.cdist(*filled).min() > 0
     for rows in (validation, test):
-        spread = (rows - world.expected).std(0) / PROBLEM.n_rows**0.5
-        assert ((rows.mean(0) - world.expected).abs() < 5 * spread).all()
+        spread = (rows - expected(world)).std(0) / PROBLEM.n_rows**0.5
+        assert ((rows.mean(0) - expected(world)).abs() < 5 * spread).all()
 
 
 def test_a_seed_draws_a_world_and_its_batches():
     stream, again, other = (PROBLEM.stream(seed, torch.device("cpu")) for seed in (1, 1, 2))
     assert torch.equal(stream(0)[0], again(0)[0]) and not torch.equal(stream(0)[0], other(0)[0])
     assert stream.fingerprint == again.fingerprint != other.fingerprint
-    expected = replace(PROBLEM.world, seed=10).expected
+    mean = expected(replace(PROBLEM.world, seed=10))
     rows = torch.cat([stream(step)[0] for step in range(40)])
-    assert ((rows.mean(0) - expected).abs() < 5 * (rows - expected).std(0) / len(rows) ** 0.5).all()
+    assert ((rows.mean(0) - mean).abs() < 5 * (rows - mean).std(0) / len(rows) ** 0.5).all()
 
 
 def test_centring_starts_b_dec_at_the_mean_of_the_data():
     problem = replace(PROBLEM, n_rows=4000)
     centred, plain = (StartingSae(centred=flag)(problem, 1) for flag in (True, False))
     assert centred.b_in is centred.b_out and not plain.b_out.any()
-    expected = replace(problem.world, seed=10).expected
-    torch.testing.assert_close(centred.b_out.detach(), expected, atol=0.15, rtol=0)
-    assert expected.norm() > 1
+    mean = expected(replace(problem.world, seed=10))
+    torch.testing.assert_close(centred.b_out.detach(), mean, atol=0.15, rtol=0)
+    assert mean.norm() > 1
     with torch.no_grad():
         centred.b_out.add_(1)  # training one student does not move the mean of the next
     torch.testing.assert_close(StartingSae(centred=True)(problem, 1).b_out.detach(), centred.b_out.detach() - 1)
@@ -244,6 +246,14 @@ def test_a_seed_is_left_out_of_both_of_a_pair():
     assert found.value == pytest.approx(0.2 / 0.16)
     assert found.ci == pytest.approx(of_two(found.value, 0.199 / 0.159, 0.201 / 0.161))
     assert known_truth.paired(rival, mine, "dead", known_truth.difference_of_means).ci == pytest.approx((0.3, 0.3))
+
+
+def test_a_pair_whose_labels_are_dealt_afresh_is_told_apart_no_more():
+    rival, mine = (known_truth.lines_of(CONTEST, c) for c in (("auxk", 2.0, 0.1, True), ("switch", 0.1, 0.1, True)))
+    drawn = known_truth.times_fewer(rival, mine, 100, dealt=True)
+    assert len(drawn) == RELABELLINGS and {each.value for each in drawn} == {1.0}  # with two seeds one of each
+    drawn = known_truth.paired(rival, mine, "dead", known_truth.difference_of_means, dealt=True)
+    assert max(abs(each.value) for each in drawn) < 1e-12 and all(each.ci[0] < 0 < each.ci[1] for each in drawn)
 
 
 def test_every_method_has_as_many_candidates():

@@ -135,14 +135,14 @@ def test_bounds_are_tight_for_pairs_and_for_disjoint_and_equal_atoms():
     assert torch.allclose(found.low, 1 - 1 / torch.arange(1.0, 7).double()) and found.exact
 
 
-def test_measured_expansion_is_exact_first_and_bounds_after():
+def test_expansion_is_exact_first_and_bounds_after():
     rows = masks.left_regular(30, 90, 7, generator(0))
-    found = masks.measured_expansion(rows, 90, 6, generator(0), most=5000)  # 4,525 sets of up to three
+    found = masks.expansion_bounds(rows, 90, 6, generator(0), visited=5000)  # 4,525 sets of up to three
     exact = masks.expansion(rows, 90, 4)
     assert torch.equal(found.low[:3], exact.low[:3]) and torch.equal(found.high[:3], exact.low[:3])
     assert found.low[3] <= exact.low[3] <= found.high[3] and found.low[5] < found.high[5]
     assert [len(s) for s in found.worst[:3]] == [1, 2, 3]
-    assert not masks.measured_expansion(rows, 90, 2, generator(0), most=3).worst[0].numel() > 1
+    assert not masks.expansion_bounds(rows, 90, 2, generator(0), visited=3).worst[0].numel() > 1
 
 
 def test_the_epsilon_of_an_expander_is_that_of_all_smaller_sets_too():

@@ -1,5 +1,7 @@
 """Mixtures of text and a constant row, against rows that are really mixed; shares are found again."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from helpers.models.activations import Moments
 from helpers.parts import padding
 from helpers.parts.padding import ByArticle, Mixture
 from helpers.settings import generator
+from helpers.study.scores import interval
 
 D = 6
 
@@ -87,17 +90,21 @@ def test_moments_of_a_resample_are_those_of_its_rows(rows, full):
     assert torch.allclose(by_article.moments().mean, Moments.of(torch.from_numpy(x)).mean)
 
 
-def test_resampled_shares_spread_around_the_estimate(rows, mixture):
+def test_an_interval_of_shares_holds_the_share_that_gave_the_variances(rows, mixture):
     x, articles = rows
     inputs = ByArticle(x, articles, full=True)
     outputs = ByArticle(mixture.mlp(torch.from_numpy(x)).numpy(), articles)
     wanted = {q: float(mixture.curve(q, np.array([0.3]))[0]) for q in padding.QUANTITIES}
-    draws = padding.resampled_shares(mixture, inputs, outputs, wanted, n_resamples=40)
-    again = padding.resampled_shares(mixture, inputs, outputs, wanted, n_resamples=40)
-    assert draws.equals(again)
-    for quantity in padding.QUANTITIES:
-        assert draws[quantity].quantile(0.05) < 0.3 < draws[quantity].quantile(0.95)
-        assert 0 < draws[quantity].std() < padding.AROUND / 2
+    without = padding.shares_without_each(mixture, inputs, outputs, wanted)
+    assert without.shape == (12, 3)
+    for quantity, share in padding.implied_shares(mixture, wanted).items():
+        low, high = interval(share, without[quantity].to_numpy(), scale="logit")
+        assert 0 < low < 0.3 < high < 1 and 0.01 < high - low < 4 * padding.AROUND
+    rest = articles != articles.min()
+    moments = Moments.of(torch.from_numpy(x[rest]))
+    outputs = Moments.of(mixture.mlp(torch.from_numpy(x[rest])))
+    slow = padding.implied_shares(dataclasses.replace(mixture, inputs=moments, outputs=outputs), wanted)
+    assert without.loc[0, ["input", "output"]].tolist() == pytest.approx([slow["input"], slow["output"]], abs=1e-4)
 
 
 def test_text_alone_implies_no_padding(rows, mixture):

@@ -7,10 +7,9 @@ import torch
 from helpers.dictionary import expander_sae
 from helpers.models import activations
 from helpers.models.teachers import Splice
-from helpers.parts import splicing
-from helpers.parts.language_model import SiteRows
+from helpers.parts import language_model
+from helpers.parts.language_model import Passage, SiteRows
 from helpers.parts.masks import left_regular
-from helpers.parts.splicing import Passage
 from helpers.settings import generator
 from tests import tiny
 
@@ -31,8 +30,8 @@ def test_a_scene_puts_rows_where_they_came_from(home, problem):
     assert scene is passage.scene
     np.testing.assert_allclose(scene.nats(scene.rows), scene.clean, rtol=1e-5)
     store = problem.store("test")
-    raw, article = store.tensor("resid_post"), torch.from_numpy(np.array(store.article, np.int64))
-    for number in article.unique():
+    raw, article = store.tensor("resid_post"), np.array(store.article)
+    for number in set(article.tolist()):
         ours = scene.rows[scene.articles == number].sum(0)
         torch.testing.assert_close(ours, raw[article == number].sum(0), rtol=1e-4, atol=1e-3)
     pieces = activations.texts(home["model"], home["corpus"], n_tokens=110, split="test")
@@ -50,7 +49,7 @@ def test_three_ways_to_code(problem):
     random, rows = generator(0), problem.rows("test")
     mask = left_regular(48, 16, 4, random)
     sae = expander_sae(mask, 16, 5, generator=random, b_dec=problem.mean)
-    found = {way: splicing.reconstructions(sae, rows, way, batch_size=16).detach() for way in splicing.WAYS}
+    found = {way: language_model.reconstructions(sae, rows, way, batch_size=16).detach() for way in language_model.WAYS}
     torch.testing.assert_close(found["encoder"], sae(rows).detach())
     codes = sae.encode(rows)
     rest = rows - found["solved"]

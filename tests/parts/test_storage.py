@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 from helpers.dictionary import Packed, expander_sae, load_packed, save_packed, topk_sae
 from helpers.kept import Kept
-from helpers.parts import splicing, storage
+from helpers.parts import language_model, storage
 from helpers.parts.distilling import Spec
-from helpers.parts.language_model import SiteRows
+from helpers.parts.language_model import Passage, SiteRows
 from helpers.parts.masks import left_regular
-from helpers.parts.splicing import Passage
 from helpers.parts.storage import Shape, Spliced
 from helpers.settings import generator
 from helpers.study.scores import evaluate
@@ -191,16 +190,16 @@ def test_a_spectrum_is_what_is_left_of_each_direction(problem):
 
 
 def test_a_judgement_is_what_its_parts_say(spliced, tmp_path):
-    every, arm = replace(spliced, ways=splicing.WAYS), storage.arm(EXPANDER, PLAIN, 1e-2, 12)
+    every, arm = replace(spliced, ways=language_model.WAYS), storage.arm(EXPANDER, PLAIN, 1e-2, 12)
     found = run(every, [arm], 0, cache_dir=tmp_path)[0]
     sae, rows = trained(every, arm, 0, cache_dir=tmp_path).student, every.rows("test")
     after, sums_ = evaluate(sae, rows), found.sums
     assert found.fvu == pytest.approx(after.fvu) and found.about["dead"] == after.dead
     scene = every.passage.scene
     for way, column in storage.NATS.items():
-        guess = splicing.reconstructions(sae, scene.rows / every.scale, way)
+        guess = language_model.reconstructions(sae, scene.rows / every.scale, way)
         np.testing.assert_allclose(sums_[column], scene.nats(guess * every.scale), rtol=1e-5)
-    errors = {way: sums_[f"{way}_errors"].sum() / sums_["passage_norms"].sum() for way in splicing.WAYS}
+    errors = {way: sums_[f"{way}_errors"].sum() / sums_["passage_norms"].sum() for way in language_model.WAYS}
     assert errors["pursuit"] < errors["solved"] < errors["encoder"]
     # text that is the test split's own: errors of both agree
     assert errors["encoder"] == pytest.approx(after.fvu, rel=1e-3)
@@ -208,7 +207,9 @@ def test_a_judgement_is_what_its_parts_say(spliced, tmp_path):
     json.dumps(found.about)
     plain = run(spliced, [arm], 0, cache_dir=tmp_path)[0]
     assert plain.fvu == found.fvu and not {"pursuit_nats", "pursuit_errors", "solved_errors"} & set(plain.sums)
-    whole = storage.spectrum(every, scene.rows / every.scale, splicing.reconstructions(sae, scene.rows / every.scale))
+    whole = storage.spectrum(
+        every, scene.rows / every.scale, language_model.reconstructions(sae, scene.rows / every.scale)
+    )
     assert found.about["spectrum"][0] == [1.0, pytest.approx(float(whole[0]))] and len(found.about["spectrum"]) <= 40
 
 

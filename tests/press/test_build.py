@@ -1,12 +1,16 @@
 """Building the pages: what is staged, what counts as a fault, and that a failing chapter means no build."""
 
 import io
+import os
+import subprocess
+import sys
 
 import nbformat
 import pytest
 from rich.console import Console
 
-from helpers.press import build, claims, execution, pages
+from helpers import settings
+from helpers.press import build, chapters, execution
 
 PAGE = "<html><head>{head}</head><body><article>{body}</article></body></html>"
 
@@ -65,8 +69,18 @@ def test_a_page_needs_no_widget_runtime():
     output = nbformat.v4.new_output("display_data", data={build.WIDGET: {"model_id": "x"}, "text/html": "<b>kept</b>"})
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("slider", outputs=[output])])
     notebook.metadata["widgets"] = {"state": {}}
-    bare = build._without_widgets(notebook)
+    bare = build._as_page(notebook)
     assert bare.cells[0].outputs[0].data == {"text/html": "<b>kept</b>"} and "widgets" not in bare.metadata
+
+
+def test_a_page_names_its_parameters_and_shows_no_comment_for_a_tool():
+    chosen = nbformat.v4.new_code_cell("teacher = 'a'  # embedded\nks = [\n    1,\n]  # fmt: skip")
+    chosen.metadata["tags"] = ["hide-input", "parameters"]
+    given = nbformat.v4.new_code_cell("ks = [2]  # noqa: E741", metadata={"tags": ["injected-parameters"]})
+    first, second = build._as_page(nbformat.v4.new_notebook(cells=[chosen, given])).cells
+    assert first.metadata["mystnb"]["code_prompt_show"].startswith("Parameters (2): teacher, ks")
+    assert first.source == "teacher = 'a'  # embedded\nks = [\n    1,\n]"
+    assert second.source == "ks = [2]" and "hide-input" in second.metadata.tags
 
 
 def test_fonts_are_not_fetched_ahead_but_scripts_are(tmp_path):
@@ -85,9 +99,25 @@ def test_a_failing_chapter_means_no_book(tmp_path, monkeypatch):
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "01_a.ipynb")
     monkeypatch.setattr(execution, "execute", lambda *_: (_ for _ in ()).throw(execution.ChapterFailed("broken")))
     monkeypatch.setattr(build, "stage", lambda *_: pytest.fail("staged a book with a failed chapter"))
-    out = io.StringIO()
-    assert build.make("quick", Console(file=out), tmp_path) == 1
+    jobs, out = chapters.plan(root=tmp_path), io.StringIO()
+    assert build.make(jobs, "quick", Console(file=out), tmp_path) == 1
     assert "1 of 1 chapters failed" in out.getvalue()
+
+
+def test_a_damaged_copy_of_a_chapter_is_named(tmp_path, monkeypatch):
+    for folder in ("notebooks", "profiles", "book", "third_party"):
+        (tmp_path / folder).mkdir()
+    for name in ("profiles/quick.yml", "_config.yml", "_toc.yml"):
+        (tmp_path / name).write_text("")
+    cells = [nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]})]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "01_a.ipynb")
+    (job,) = jobs = chapters.plan(root=tmp_path)
+    job.executed.parent.mkdir(parents=True)
+    job.executed.write_text("{")
+    monkeypatch.setattr(execution, "run", lambda *_: [])
+    out = io.StringIO()
+    assert build.make(jobs, "quick", Console(file=out, width=300), tmp_path) == 1
+    assert f"fault {job.executed} is damaged; delete it" in out.getvalue()
 
 
 def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
@@ -104,7 +134,20 @@ def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
     assert (html / "index.html").read_text() == "former"
 
 
-def test_the_first_page_says_how_many_claims_have_which_verdict(tmp_path):
-    said = pages.status_markdown("no-such-profile", tmp_path)
-    assert f"The {len(claims.register().claims)} claims" in said
-    assert all(f"</b> {verdict}</li>" in said for verdict in ("reproduced", "partly", "not tested"))
+def test_what_builds_the_pages_ends_with_who_asked_for_them(tmp_path):
+    (tmp_path / "jupyter_book" / "cli").mkdir(parents=True)
+    (tmp_path / "jupyter_book" / "cli" / "main.py").write_text(
+        "import time\ndef main():\n    print('begun', flush=True)\n    time.sleep(600)\n"
+    )
+    starts = (
+        "import subprocess, sys, time; from helpers.press.build import JUPYTER_BOOK;"
+        "subprocess.Popen([sys.executable, '-c', JUPYTER_BOOK]); time.sleep(600)"
+    )
+    path = f"{tmp_path}{os.pathsep}{settings.ROOT}"
+    asked = subprocess.Popen(
+        [sys.executable, "-c", starts], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert asked.stdout.readline() == "begun\n"
+    asked.kill()
+    assert asked.stdout.read() == "", "the pipe closes when the last process that holds it has ended"
+    asked.wait()

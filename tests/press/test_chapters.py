@@ -265,14 +265,23 @@ def stamp_valid(root):
     for path in (job.executed, job.results):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}\n")
-    stamp = {"made_from": chapters.fingerprint(job), "results": chapters.digest_files(job.results), "executed": "now"}
+    stamp = {"made_from": chapters.fingerprint(job), "executed": "now"}
+    stamp |= {"results": chapters.digest_files(job.results), "copy": chapters.digest_files(job.executed)}
     job.stamp.write_text(json.dumps(stamp))
 
 
-def test_editing_the_readers_own_text_is_a_change(root):
+def test_an_executed_copy_that_changed_is_made_again(root):
+    stamp_valid(root)
+    (job,) = chapters.plan(root=root)
+    job.executed.write_text("[]\n")
+    assert chapters.stale(job) == ["executed copy changed since"]
+
+
+@pytest.mark.parametrize("how", ["", ":lines", ":body"])
+def test_editing_the_readers_own_text_is_a_change(root, how):
     text = root / "my.txt"
     text.write_text("one")
-    write_chapter(root, "01_first", WRITES_RESULTS, parameters=f"corpus = {str(text)!r}")
+    write_chapter(root, "01_first", WRITES_RESULTS, parameters=f"corpus = {str(text) + how!r}")
     stamp_valid(root)
     text.write_text("two!")
     assert chapters.stale(chapters.plan(root=root)[0]) == ["parameters changed"]
@@ -434,7 +443,10 @@ def test_a_log_shows_progress_inside_a_long_cell(root, monkeypatch):
 
 def test_two_runs_at_once_are_refused(root):
     jobs = chapters.plan(root=root)
-    with execution._alone(jobs), pytest.raises(ValueError, match="another run is busy"):
+    with (
+        execution._alone(settings.made("_build", jobs[0].executed.parent)),
+        pytest.raises(ValueError, match="another run is busy"),
+    ):
         execution.run(jobs, Console(file=io.StringIO()))
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pybtex.database import parse_file
 
 from helpers import settings
-from helpers.press import claims, pages, rules, verdicts
+from helpers.press import claims, rules, scoreboard, verdicts
 
 SLUG = "01_topk_sae_is_rank1_moe"
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -77,7 +77,7 @@ def write(tmp_path, monkeypatch):
         path = tmp_path / "claims.yml"
         path.write_text(BOOK + text)
         monkeypatch.setattr(claims, "register", lambda: original(path))
-        monkeypatch.setattr(pages, "register", lambda: original(path))
+        monkeypatch.setattr(scoreboard, "register", lambda: original(path))
         return original(path)
 
     original = claims.register
@@ -155,7 +155,7 @@ def test_a_wrong_register_says_where_and_what(tmp_path, edit, told):
 def test_broken_yaml_and_repeated_keys_are_refused(tmp_path, text):
     path = tmp_path / "claims.yml"
     path.write_text(text)
-    with pytest.raises(ValueError, match="claims.yml is not valid YAML"):
+    with pytest.raises(ValueError, match="claims.yml is not YAML"):
         claims.register(path)
 
 
@@ -251,6 +251,9 @@ def test_verdicts_follow_from_rule_and_scope(book, log, claim, value, ci, scope,
         ({"resampled": "tokens"}, "resampled='tokens' is unknown; allowed: 'seeds', 'articles', 'seed × article'"),
         ({"resampled": None}, "resampled=None is unknown"),
         ({"n": 0}, "n=0; allowed: a positive whole number"),
+        ({"n": (3, 0)}, "n=(3, 0); allowed: a positive whole number, or one of each kind"),
+        ({"n": (3, 5)}, "n=(3, 5) of resampled='seeds'; allowed: one number"),
+        ({"resampled": "seed × article"}, "n=3 of resampled='seed × article'; allowed: a pair"),
         ({"note": "Outcome(" * 40}, "has 320 characters; allowed: up to 300"),
         ({"variant": "float16"}, "rule.above: variant='float16' is unknown; allowed: 'only'"),
         ({"claim": "rule.count", "value": 0.5, "ci": None, "resampled": None}, "is not a count of violations"),
@@ -493,8 +496,12 @@ def test_the_table_has_a_row_for_every_verdict_and_ends_with_one_that_always_fit
         (5, "articles", 1, False),  # an interval over articles is about this one student, and says so
         (4, "samples", None, True),
         (20, "seed × article", 2, True),  # ten articles, but two seeds
-        (15, "seed × article", 3, False),
-        (12, "seed × article", 3, True),  # three seeds, but four articles
+        ((2, 10), "seed × article", 3, True),
+        ((3, 5), "seed × article", 1, False),  # its own count of seeds, whatever the chapter ran with
+        ((3, 4), "layer × article", None, True),
+        (2, "sizes", None, True),  # a slope over two sizes is no slope
+        (15, "seed × article", 3, False),  # an older record: pairs, and the chapter's seeds
+        (12, "seed × article", 3, True),
         (20, "seed × article", None, False),
         (1, None, None, False),
     ],
@@ -506,13 +513,18 @@ def test_an_interval_on_too_few_units_is_not_judged(n, resampled, seeds, few):
     assert verdicts.judge(rules.Bound(), 0, None, "analogue", n, resampled, seeds) == "holds here"
 
 
-def test_a_chapter_counts_its_seeds_when_it_records_and_when_it_is_read(book, log, tmp_path):
+@pytest.mark.parametrize("older", [False, True])
+def test_seeds_are_counted_when_a_chapter_records_and_when_it_is_read(book, log, older):
     log.parameters["seeds"] = [0, 1]
-    about = {"ci": (2.5, 4), "n": 20, "resampled": "seed × article", "scope": "analogue"}
-    assert log.record("rule.above", 3, **about).verdict == "too few"
-    log.save()
+    record = log.record("rule.above", 3, ci=(2.5, 4), n=(2, 10), resampled="seed × article", scope="analogue")
+    assert record.verdict == "too few" and record.measured() == "3 [2.5, 4], n = 2 × 10 (seed × article)"
+    content = json.loads(log.save().path.read_text())
+    assert content["records"][0]["n"] == [2, 10]
+    if older:  # pairs were counted
+        content["records"][0]["n"] = 20
+        log.path.write_text(json.dumps(content))
     ((_, (again,)),) = claims.load_results(log.path.parent, book)
-    assert again.verdict == "too few"
+    assert again.verdict == "too few" and (older or again == record)
 
 
 # ---------------------------------------------------------------------------------------------------------- controls
@@ -522,11 +534,53 @@ def test_a_control_is_judged_by_the_rule_and_kept_once(book, log):
     passing = log.control("rule.identity", "only", 1e-7, n=3)
     written = json.loads(log.save().path.read_text())["controls"]
     expected = {"claim": "rule.above", "check": "only", "value": 1.5, "ci": [0.5, 2.5], "n": 3, "resampled": "seeds"}
-    assert written[0] == expected | {"rejected": True} and len(written) == 2
+    assert written[0] == expected | {"draws": [], "passed": 0.0, "rejected": True} and len(written) == 2
     assert not passing.rejected
     assert list(claims.passing_controls(log.path.parent, book)) == [
         f"{SLUG}: the control of rule.identity/only passes with 1e-07, n = 3"
     ]
+
+
+@pytest.mark.parametrize(("passing", "rejected"), [(0, True), (1, True), (2, False)])
+def test_a_control_of_several_draws_is_rejected_where_few_of_them_pass(book, log, passing, rejected):
+    values = [3.0] * passing + [1.0] * (19 - passing)
+    control = log.control("rule.above", None, [Compared(value, (value - 0.5, value + 0.5)) for value in values])
+    assert (control.value, control.ci, control.n) == (1.0, (0.5, 1.5), 7)
+    assert (control.passed, control.rejected) == (passing / 19, rejected)
+    assert control.measured() == f"1 [0.5, 1.5], n = 7, {passing} of 19 draws pass"
+    log.save()
+    ((run, _),) = claims.load_results(log.path.parent, book)
+    assert run.controls == [control]
+
+
+def test_what_would_hold_by_chance_is_added_up_over_records_from_their_controls(book, log):
+    draws = [Compared(value, (value - 0.5, value + 0.5)) for value in (3.0, 1.0, 1.0, 1.0)]
+    for metric in ("k = 1", "k = 2", "k = 3"):
+        log.record("rule.above", 3, ci=(2.5, 4), resampled="seeds", n=3, scope="analogue", metric=metric)
+    log.record("rule.identity", 0.0, n=3, scope="analogue")
+    log.record("rule.count", 0, n=3, scope="analogue")
+    log.control("rule.above", None, draws)
+    log.control("rule.above", None, 1.0, ci=(0.5, 1.5), n=3, resampled="seeds")
+    log.control("rule.identity", None, 1.0, n=3)
+    found = verdicts.by_chance(log.records, log.controls, book)
+    assert found == (pytest.approx(3 * (0.25 + 0) / 2), 4)
+    assert verdicts.by_chance(log.records, [], book) == (0, 0)
+
+
+def test_records_of_a_retired_metric_are_passed_over(write, tmp_path):
+    text = claim_text("a.b", {"only": RULES["identity"]})
+    save(tmp_path / "here", SLUG, row("a.b"), row("a.b", metric="metric of old · k = 1"))
+    with pytest.raises(ValueError, match="metric 'metric of old · k = 1' is not one of a.b"):
+        claims.load_results(tmp_path / "here", write(text))
+    book = write(text + "  retired: {metric of old: all passed it}\n")
+    ((_, (record,)),) = claims.load_results(tmp_path / "here", book)
+    assert record.metric == "metric only"
+
+
+def test_every_check_has_a_control_or_says_why_there_can_be_none():
+    for claim in claims.register().claims:
+        for name, check in claim.checks.items():
+            assert "not run" not in check.no_control, f"{claim.id}/{name}"
 
 
 @pytest.mark.parametrize(
@@ -564,18 +618,16 @@ def test_kept_controls_are_judged_again_and_stale_ones_are_named(book, log):
         claims.load_results(log.path.parent, book)
 
 
-def test_every_control_of_the_book_is_recorded_in_its_chapter():
-    """Or is said not to be run: `control` in the register and `log.control` in the notebook go together."""
-    stated = {
-        (c.chapter, c.id, name) for c in claims.register().claims for name, check in c.checks.items() if check.control
-    }
+def test_every_control_of_the_book_is_recorded_in_a_chapter():
+    """`control` in the register and `log.control` in a notebook go together."""
+    stated = {(c.id, name) for c in claims.register().claims for name, check in c.checks.items() if check.control}
     written = set()
     for path in (settings.ROOT / "notebooks").glob("*.ipynb"):
         code = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
-        called = set(re.findall(r"log\.control\(\s*\"([\w.]+)\",\s*(\"?\w+\"?)", code))
+        called = set(re.findall(r"(?:log\.control|controls_of)\(\s*\"([\w.]+)\",\s*(\"?\w+\"?)", code))
         for claim, variant in called:
-            names = [variant.strip('"')] if '"' in variant else claims.register()[claim].checks
-            written |= {(path.stem, claim, name) for name in names}
+            every = {pair for pair in stated if pair[0] == claim}
+            written |= {(claim, variant.strip('"'))} if '"' in variant else every
     assert written == stated
 
 
@@ -629,25 +681,26 @@ def render(tmp_path):
 
     def render():
         here, long = tmp_path / "here", tmp_path / "long"
-        return pages.scoreboard_markdown(results=here, reference=long, notebooks=tmp_path / "notebooks")
+        made = scoreboard.pages(results=here, reference=long, notebooks=tmp_path / "notebooks")
+        return made["scoreboard.md"]
 
     return render
 
 
 def card(page, claim):
-    """The part of the page about one claim."""
-    return page.split(f"({pages.anchor(claim)})=")[1].split("\n:::::\n")[0]
+    """The rows of the page about one claim."""
+    return page.split(f'id="{scoreboard.anchor(claim)}"')[1].split("</tbody>\n<tbody")[0]
 
 
 def test_the_page_shows_every_claim_of_the_book_exactly_once(render):
     page = render()
     for claim in claims.register().claims:
-        assert page.count(f"({pages.anchor(claim.id)})=") == 1
-        assert page.count(f"`{claim.id}` ·") == 1
+        assert page.count(f'id="{scoreboard.anchor(claim.id)}"') == 1
+        assert claim.title, f"{claim.id} has no title"
         for check in claim.checks.values():
-            assert pages.plain(check.metric) in card(page, claim.id)
+            assert scoreboard.rich(check.metric) in card(page, claim.id)
         assert "verdict-not-tested" in card(page, claim.id)
-    assert "0 of 32 claims have been tested so far" in page
+    assert "0 of 32 claims of three papers are tested here" in page
 
 
 def test_the_long_runs_that_are_kept_can_be_read_and_stand_in_the_register():
@@ -662,10 +715,15 @@ def test_the_page_shows_controls_beside_records_and_counts_those_that_pass(book,
     log.path.parent.mkdir()
     log.save()
     page = render()
-    assert "the reverse: **1, n = 3**, rejected" in card(page, "rule.identity")
-    assert "the reverse: **0, n = 3**, PASSES" in card(page, "rule.count")
+    assert "the reverse: <b>1, n = 3</b>, rejected" in card(page, "rule.identity")
+    assert "the reverse: <b>0, n = 3</b>, <b>PASSES</b>" in card(page, "rule.count")
     assert "the reverse: not in this build" in card(page, "rule.above")
     assert "2 controls were recorded; 1 of them passed" in page
+    assert "By chance alone" not in page, "no record has a control yet"
+    log.record("rule.identity", 1e-7, n=3, scope="analogue")
+    log.record("rule.count", 0, n=3, scope="analogue")
+    log.save()
+    assert "By chance alone 1 of the 2 numbers so controlled would hold." in render()
 
 
 def test_stored_verdicts_are_judged_again(book, tmp_path, render):
@@ -714,19 +772,21 @@ def test_reference_runs_carry_the_verdict_and_are_labelled_apart(book, tmp_path,
     save(tmp_path / "here", SLUG, row("rule.above", **far))
     save(tmp_path / "long", SLUG, row("rule.above", **near), profile="full")
     text = card(render(), "rule.above")
-    assert text.startswith("\n:::::{div} claim claim-reproduced")
-    assert "reference run: metric only: **3 \\[2.5, 3.5\\], n = 3 (seeds)**" in text
-    assert "- metric only: **1.2 \\[1, 1.5\\], n = 3 (seeds)**" in text and "fails here" in text
-    assert "{doc}`/notebooks/" + SLUG in text
+    assert text.startswith(' data-verdict="reproduced"')
+    long, here = re.findall(r"<tr><td>–.*</tr>", text)
+    assert "3.00 [2.50, 3.50]" in long and "● ch. 1" in long and "reproduced" in long
+    assert "1.20 [1.00, 1.50]" in here and "○ ch. 1" in here and "fails here" in here
+    assert text.count("<circle") == 1, "the line shows what the verdict rests on"
+    assert f'<a href="notebooks/{SLUG}.html">' in text
 
 
 def test_the_page_neither_links_to_missing_chapters_nor_lets_a_note_act(book, tmp_path, render):
     save(tmp_path / "here", SLUG, row(note="a *note* with {role}`x` and <b>"))
     text = card(render(), "rule.identity")
-    assert r"a \*note\* with \{role\}\`x\` and \<b\>" in text
+    assert "a *note* with {role}`x` and &lt;b&gt;" in text, "it stands in HTML, where Markdown does nothing"
     (tmp_path / "here" / f"{SLUG}.json").unlink()
     (tmp_path / "notebooks" / f"{SLUG}.ipynb").unlink()
-    assert f"/notebooks/{SLUG}" not in render()
+    assert f"notebooks/{SLUG}" not in render()
 
 
 def test_points_of_a_longer_run_are_read_back_with_their_origin(tmp_path, monkeypatch):

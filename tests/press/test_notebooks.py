@@ -17,7 +17,8 @@ from helpers.settings import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMMON = {"teacher", "layer", "layers", "corpus", "n_tokens", "seeds", "device", "cache_dir", "results_dir"}
 MOST_LINES = 25
-CHECKED = "# NBVAL_CHECK_OUTPUT"
+CHECKED = "nbval-check-output"
+MOST_OPEN = 15
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
@@ -78,15 +79,26 @@ def test_cells_are_short_and_plumbing_stays_in_helpers(notebook):
 
 def test_outputs_are_committed_only_where_they_are_checked(notebook):
     for cell in code(notebook):
-        first = cell.source.splitlines()[0]
-        kept = "keep_output" in cell.metadata.get("tags", [])
-        assert kept == (first == CHECKED), f"{first!r}: the tag keep_output and {CHECKED} go together"
+        first, tags = cell.source.splitlines()[0], cell.metadata.get("tags", [])
+        kept = "keep_output" in tags
+        assert kept == (CHECKED in tags), f"{first!r}: the tags keep_output and {CHECKED} go together"
+        assert "# NBVAL_" not in cell.source, f"{first!r}: a tag says that the output is checked"
         assert bool(cell.outputs) == kept, (
             f"{first!r}: outputs are {'missing' if kept else 'not stripped (make strip)'}"
         )
         assert all(output.output_type != "error" for output in cell.outputs)
         assert (cell.execution_count is not None) == kept, "nbval compares numbered cells only (make strip)"
     assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
+
+
+def test_only_the_ideas_are_open(notebook):
+    """A cell is tagged `idea`, and short, or folded: on the page by `hide-input`, in JupyterLab by `source_hidden`."""
+    for cell in code(notebook):
+        first, tags = cell.source.splitlines()[0], cell.metadata.get("tags", [])
+        folded = "hide-input" in tags
+        assert folded != ("idea" in tags), f"{first!r}: tag it idea, or run `make strip`, which folds all others"
+        assert cell.metadata.get("jupyter", {}).get("source_hidden", False) == folded, f"{first!r}: run `make strip`"
+        assert folded or len(cell.source.splitlines()) <= MOST_OPEN, f"{first!r} is too long to be open"
 
 
 def test_a_chapter_hands_over_every_parameter(notebook, request):
@@ -130,7 +142,8 @@ def test_static_figures_say_what_they_show(notebook):
 
 def test_some_outputs_are_checked():
     """Stripped cells compare nothing under nbval: without a few checked ones it would be vacuous."""
-    checked = [c for path in NOTEBOOKS for c in code(nbformat.read(path, as_version=4)) if CHECKED in c.source]
+    cells = [c for path in NOTEBOOKS for c in code(nbformat.read(path, as_version=4))]
+    checked = [c for c in cells if CHECKED in c.metadata.get("tags", [])]
     assert checked and all(cell.outputs for cell in checked)
 
 
@@ -153,7 +166,7 @@ def test_make_test_runs_every_check():
     steps = [
         "ruff check",
         "ruff format --check",
-        "pytest tests",
+        "--ignore=tests/browser",
         "helpers book",
         "helpers verify",
         "--nbval-lax",

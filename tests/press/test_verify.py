@@ -82,7 +82,7 @@ def test_a_file_of_another_form_is_refused(folder):
     with pytest.raises(ValueError, match="verify.yml does not fit the schema"):
         run(folder, seconds=-1)
     (folder / "verify.yml").write_text("13: [")
-    with pytest.raises(ValueError, match="verify.yml cannot be read"):
+    with pytest.raises(ValueError, match="verify.yml is not YAML"):
         verify.read(folder)
 
 

@@ -45,23 +45,29 @@ def slow_recovery(learned, truth, threshold):
 
 
 def of_two(value: float, one: float, other: float) -> tuple[float, float]:
-    """The interval where two units vary alone, and the statistic of each of them without the other is known."""
-    margin = float(student.ppf(0.975, 1)) * abs(one - other) / 2
-    return value - margin, value + margin
+    """The interval of a ratio where two units vary alone, and what it is of each of them without the other."""
+    times = (one / other) ** (float(student.ppf(0.975, 1)) / 2)
+    return min(value / times, value * times), max(value / times, value * times)
 
 
-def slow_comparison(data: np.ndarray, statistic: Callable[[np.ndarray], float], *, level: float = 0.95) -> Comparison:
+def slow_comparison(
+    data: np.ndarray, statistic: Callable[[np.ndarray], float], *, level: float = 0.95, log: bool = False
+) -> Comparison:
     """`statistic` of `data` [seeds, units, ...], of each seed's share of it, and with each seed or unit left out."""
     value, variances, degrees = statistic(data), [], []
     for axis in (0, 1):
         n = data.shape[axis]
         if n > 1:
             left = [statistic(np.delete(data, i, axis)) for i in range(n)]
+            left = [math.log(each) for each in left] if log else left
             middle = sum(left) / n
             variances.append((n - 1) / n * sum((each - middle) ** 2 for each in left))
             degrees.append(n - 1)
     total = sum(variances)
-    freedom = total**2 / sum(v**2 / d for v, d in zip(variances, degrees, strict=True)) if total else 1
-    margin = float(student.ppf((1 + level) / 2, freedom)) * math.sqrt(total)
-    by_seed = [statistic(data[i : i + 1]) for i in range(len(data))]
-    return Comparison(value, (value - margin, value + margin), by_seed, data.shape[0] * data.shape[1])
+    degrees.append(total**2 / sum(v**2 / d for v, d in zip(variances, degrees, strict=True)) if total else 1)
+    pairs = zip([*variances, total], degrees, strict=True)
+    margin = max(float(student.ppf((1 + level) / 2, freedom)) * math.sqrt(variance) for variance, freedom in pairs)
+    ends = (value / math.exp(margin), value * math.exp(margin)) if log else (value - margin, value + margin)
+    seeds, units = data.shape[:2]
+    about = (units, "articles") if seeds == 1 else ((seeds, units), "seed × article") if units > 1 else (seeds, "seeds")
+    return Comparison(value, ends, [statistic(data[i : i + 1]) for i in range(len(data))], *about)

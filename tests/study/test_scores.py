@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import linregress
 from scipy.stats import t as student
 
 from helpers.dictionary import topk_sae
@@ -48,32 +49,6 @@ def test_ce_recovered():
         scores.ce_recovered(3.0, 4.0, 3.0)
 
 
-@pytest.fixture(scope="module")
-def covered():
-    return {(row["units"], row["data"]): row for row in scores.coverage(4000, seed=0)}
-
-
-def made_of(row):
-    return [row[quantity] for quantity in ("mean", "difference", "ratio of sums")]
-
-
-@pytest.mark.parametrize("units", ["3", "5", "8", "10", "30", "3 × 10"])
-def test_intervals_hold_the_truth_as_often_as_they_say(covered, units):
-    assert all(0.93 <= share <= 0.97 for share in made_of(covered[units, "normal"])), covered[units, "normal"]
-    assert all(0.8 <= share <= 0.99 for share in made_of(covered[units, "lognormal"])), covered[units, "lognormal"]
-
-
-@pytest.mark.parametrize(("seeds", "units"), [(1, 5), (1, 8), (1, 10), (3, 10)])
-def test_percentiles_of_resamples_hold_it_less_often(seeds, units):
-    """The negative control: what the book did before, on the same samples as `coverage`."""
-    random = np.random.default_rng(1)
-    x = scores._varying(random, 1500, seeds, units)
-    by_seed, by_unit = (random.multinomial(n, np.full(n, 1 / n), size=400) / n for n in (seeds, units))
-    resamples = np.einsum("nsu,rs,ru->nr", x, by_seed, by_unit, optimize=True)
-    low, high = np.quantile(resamples, [0.025, 0.975], axis=1)
-    assert ((low <= 0) & (high >= 0)).mean() < 0.93
-
-
 def test_an_interval_of_a_mean_is_students():
     sample = np.random.default_rng(0).normal(5, 1, size=7)
     expected = student.interval(0.9, 6, sample.mean(), sample.std(ddof=1) / 7**0.5)
@@ -86,6 +61,47 @@ def test_intervals_leave_whole_units_out():
     pairs = np.c_[[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]
     lo, hi = scores.t_interval(pairs, lambda a: a[:, 0].sum() / a[:, 1].sum())
     assert lo == pytest.approx(0.1) and hi == pytest.approx(0.1)
+
+
+def test_ends_stay_in_the_range_of_a_scale():
+    ratio, share = [9.0, 1.0, 0.5], [0.9, 0.99, 0.97]
+    plain, log, logit = (
+        scores.over_seeds(ratio if of == "log" else share, scale=of) for of in ("plain", "log", "logit")
+    )
+    assert scores.over_seeds(ratio).ci[0] < 0 < log.ci[0] < log.value < log.ci[1]
+    assert plain.ci[1] > 1 > logit.ci[1] > logit.value > logit.ci[0] > 0
+    at_edge = scores.over_seeds([1.0, 1.0, 0.9], scale="logit")  # without the last all are 1
+    usual = scores.over_seeds([1.0, 1.0, 0.9])
+    assert usual.ci[1] > 1 and at_edge.ci == (usual.ci[0], 1)
+    assert scores.over_seeds([0.0] * 3, scale="log").ci == (0, 0)
+    with pytest.raises(ValueError, match="value=1.5 on scale='logit'; allowed: 0.0 to 1.0"):
+        scores.over_seeds([1.0, 2.0], scale="logit")
+    with pytest.raises(ValueError, match="scale='root' is unknown; allowed: 'plain', 'log', 'logit'"):
+        scores.over_seeds(ratio, scale="root")
+
+
+def test_a_ratio_on_the_log_scale_is_the_inverse_of_its_inverse():
+    errors = np.random.default_rng(0).uniform(1, 2, (2, 3, 6))
+    cells = {i: {seed: {"errors": row, "norms": np.ones(6)} for seed, row in enumerate(errors[i])} for i in (0, 1)}
+    over, under = (scores.Sums(cells).ratio(*pair) for pair in ((0, 1), (1, 0)))
+    assert (over.value, *over.ci) == pytest.approx((1 / under.value, 1 / under.ci[1], 1 / under.ci[0]))
+
+
+def test_a_slope_has_the_interval_of_the_scatter_about_its_line():
+    x, y = [1.0, 2.0, 4.0, 7.0], [2.1, 2.9, 5.2, 7.9]
+    found, theirs = scores.slope(x, y, level=0.9), linregress(x, y)
+    off = student.ppf(0.95, 2) * theirs.stderr
+    assert (found.value, *found.ci) == pytest.approx((theirs.slope, theirs.slope - off, theirs.slope + off))
+    assert (found.n, found.resampled) == (4, "sizes")
+    with pytest.raises(ValueError, match="x has 2 different values; allowed: at least 3"):
+        scores.slope([1, 1, 2], [1, 2, 3])
+
+
+def test_a_slope_over_two_sizes_rests_on_two():
+    found = scores.over_seeds([1.0, 2.0, 3.0])
+    assert scores.over_sizes(found, [1, 2, 3]) == found
+    few = scores.over_sizes(found, [1, 2, 2])
+    assert (few.n, few.resampled, few.ci) == (2, "sizes", found.ci)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
@@ -142,13 +158,13 @@ def test_a_comparison_has_its_seeds_and_an_interval_that_holds_it():
     sums = data.sum(1)
     assert ratio.value == pytest.approx(sums[:, 0].sum() / sums[:, 1].sum())
     assert ratio.by_seed == pytest.approx((sums[:, 0] / sums[:, 1]).tolist())
-    assert (ratio.n, ratio.resampled) == (120, "seed × article")
+    assert (ratio.n, ratio.resampled) == ((3, 40), "seed × article")
     # the delta method's standard error, over articles: that of seeds comes on top
     residual = data.mean(0)[:, 0] - ratio.value * data.mean(0)[:, 1]
     error = residual.std() / (data[..., 1].mean() * 40**0.5)
     assert 2.5 * error < ratio.ci[1] - ratio.ci[0] < 12 * error
     one = scores.Sums({"a": {0: columns[0]}}).fvu("a")
-    alone = scores.t_interval(data[0], lambda rows: rows[:, 0].sum() / rows[:, 1].sum())
+    alone = scores.t_interval(data[0], lambda rows: rows[:, 0].sum() / rows[:, 1].sum(), scale="log")
     assert one.resampled == "articles" and one.ci == pytest.approx(alone)
 
 
@@ -199,3 +215,37 @@ def test_recovery_does_not_depend_on_lengths(size):
         plain.mcc, abs=0.05 if size < 1e-38 else 1e-6
     )  # denormal numbers have few digits
     assert (scaled.found, scaled.duplicates) == (plain.found, plain.duplicates)
+
+
+# ------------------------------------------------------------------------------------------------------ relabelled data
+def test_columns_are_dealt_afresh_for_each_seed_and_never_alike_for_all():
+    columns = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+    drawn = list(scores.relabelled(*columns))
+    assert len(drawn) == scores.RELABELLINGS
+    for one in drawn:
+        assert (np.sort(one, axis=0) == columns).all() and not (one == columns).all()
+    assert len({one.tobytes() for one in drawn}) == 2**3 - 2
+    assert len(list(scores.relabelled([1.0, 1.0], [1.0, 1.0], draws=3))) == 3
+    with pytest.raises(ValueError, match="columns have 1 seeds"):
+        next(scores.relabelled([1.0], [2.0]))
+
+
+def test_a_relabelled_table_keeps_its_pairs_and_loses_what_sets_groups_apart():
+    random = np.random.default_rng(0)
+    norms = random.uniform(1, 2, size=(4, 3, 30))
+    cells = {
+        name: {seed: {"errors": level * norms[i, seed], "norms": norms[i, seed]} for seed in range(3)}
+        for i, (name, level) in enumerate({"a": 0.9, "b": 0.3, "c": 0.6, "d": 0.2}.items())
+    }
+    table = scores.Sums(cells)
+    gain = lambda a, b, c, d: (a.fvu / b.fvu) / (c.fvu / d.fvu)  # noqa: E731
+    assert table.ratio("a", "b").value == pytest.approx(3)
+    within = [dealt.ratio("a", "b") for dealt in table.relabelled(["a"], ["b"])]
+    assert np.mean([one.ci[0] < 1 < one.ci[1] for one in within]) > 0.9
+    for dealt in table.relabelled(["a", "b"], ["c", "d"], draws=3):
+        for seed in range(3):
+            for pair in (("a", "b"), ("c", "d")):
+                first, second = (dealt.cells[name][seed] for name in pair)
+                levels = [each["errors"] / each["norms"] for each in (first, second)]
+                assert levels[0] / levels[1] == pytest.approx(np.full(30, 3))  # dealt together
+        assert dealt.compare(gain, "a", "b", "c", "d").value == pytest.approx(1, abs=0.05)

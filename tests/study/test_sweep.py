@@ -1,7 +1,10 @@
 """Sweeps: cells in order, the same numbers on any number of workers, failures with their cell."""
 
 import os
+import signal
+import socket
 import threading
+import time
 
 import pytest
 import torch
@@ -94,9 +97,47 @@ def test_nothing_to_do_is_nothing():
     assert sweep(task, [], workers=4) == []
 
 
-@pytest.mark.parametrize("workers", [-1, -2])
+def dies(n: int) -> int:
+    """Cell 2 is killed, as by a system that has no memory left."""
+    if n == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n
+
+
+def test_a_killed_worker_is_told_with_its_cell_and_the_next_sweep_goes_on():
+    with pytest.raises(RuntimeError, match=r"^dies\(n=2\) failed: its process was killed.*was memory enough\?$"):
+        sweep(dies, [{"n": n} for n in range(6)], workers=2)
+    assert sweep(dies, [{"n": n} for n in (0, 1, 3)], workers=2) == [0, 1, 3]
+
+
+@pytest.fixture
+def silent():
+    """A port where something listens and says nothing."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+
+
+BAD = ["tcp://127.0.0.1:9", "silent", "tcp://no-such-host.invalid:8786", "myhost", "http://localhost:1", "tcp://h:x"]
+
+
+@pytest.mark.parametrize("address", BAD)
+def test_a_scheduler_that_does_not_answer_is_named_within_five_seconds(address, silent, monkeypatch):
+    """The best of three tries counts: a busy machine may let any of them wait."""
+    address, seconds = silent if address == "silent" else address, []
+    monkeypatch.setenv(module.ADDRESS, address)
+    while len(seconds) < 3 and min(seconds, default=9) > 5:
+        started = time.perf_counter()
+        with pytest.raises(ValueError, match=f"{module.ADDRESS}='{address}': no scheduler answers .*; allowed: .*8786"):
+            sweep(task, CELLS)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) <= 5, seconds
+
+
+@pytest.mark.parametrize("workers", [-1, -2, "two", 1.5])
 def test_bad_workers_are_named(workers):
-    with pytest.raises(ValueError, match=f"workers={workers}.*at least 0"):
+    with pytest.raises(ValueError, match=f"workers={workers!r}.*at least 0"):
         sweep(task, CELLS, workers=workers)
 
 

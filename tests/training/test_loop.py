@@ -288,7 +288,7 @@ def test_who_waited_for_a_lock_takes_what_the_other_made(tmp_path, monkeypatch):
 def test_a_missing_selection_bias_is_named_before_training(remedy):
     student = sae()
     before = [p.detach().clone() for p in student.parameters()]
-    with pytest.raises(ValueError, match="student 'b' has selection_bias=False; allowed with .*LossFree.*: True"):
+    with pytest.raises(ValueError, match="student 'b' has selection_bias=False with .*LossFree.*; allowed: True"):
         fit({"b": student}, Shuffled(rows(), batch_size=64), steps=5, balance={"b": remedy})
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
@@ -330,3 +330,10 @@ def test_schedules():
     recipe = Recipe(100, lr=2.0, schedule="linear", warmup=10)
     assert [recipe.lr_at(s) for s in (0, 9, 50)] == pytest.approx([0.2, 2 * 0.91, 1.0])
     assert training.SCHEDULES["cosine"](0.5) == pytest.approx(0.5)
+
+
+def test_divided_rows_are_another_stream():
+    data = rows(60)
+    plain, halved = (Shuffled(data, data, batch_size=20, divided_by=by) for by in (1.0, 2.0))
+    assert all(torch.equal(2 * ours, theirs) for ours, theirs in zip(halved(4), plain(4), strict=True))
+    assert halved.fingerprint != plain.fingerprint

@@ -17,7 +17,7 @@ from helpers.dictionary import (
     secret_moe,
     topk_sae,
 )
-from helpers.parts.interventions import Pinned
+from helpers.parts.known_truth import Pinned
 from helpers.settings import generator
 from helpers.training import Shuffled, fit, remedies
 from helpers.training.remedies import Moment, normalised_mse

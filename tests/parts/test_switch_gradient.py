@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from helpers.dictionary import topk_sae
-from helpers.parts.interventions import Pinned, pull
-from helpers.parts.known_truth import KnownTruth, StartingSae, measured
+from helpers.parts.known_truth import KnownTruth, Pinned, StartingSae, measured, pull
 from helpers.parts.worlds import World, random_atoms
 from helpers.settings import generator
 from helpers.study.study import Arm, run
