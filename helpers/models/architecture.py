@@ -1,16 +1,19 @@
-"""Where a model of `transformers` has its blocks and MLPs, and whether its checkpoint filled them."""
+"""Where a model of `transformers` has its blocks and MLPs, whether a checkpoint filled them, and hooks on them."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.models.sources import ALLOWED
 from helpers.settings import allowed
 
+SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
 MLP = re.compile("mlp|moe|expert|ffn|feed_forward")
 TOWER = re.compile("vision|visual|image|audio|speech")
 BUFFER = re.compile(r"inv_freq|masked_bias|(?:attn|attention)\.bias$")
@@ -83,3 +86,80 @@ def mlps_of(block: nn.Module) -> dict[str, nn.Module]:
     """A block's MLPs by name; a norm before one, and what has no weights, is none."""
     named = ((n, m) for n, m in block.named_children() if MLP.search(n) and not n.endswith("norm"))
     return {name: module for name, module in named if next(module.parameters(), None) is not None}
+
+
+def mlp_of(block: nn.Module) -> nn.Module:
+    """A block's MLP, `Sum` where it has several."""
+    found = list(mlps_of(block).values())
+    return found[0] if len(found) == 1 else Sum(found)
+
+
+@contextlib.contextmanager
+def watched(block: nn.Module, site: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `function` with the activations of a site; what it returns, if anything, takes their place."""
+    parts = list(mlps_of(block).values()) if site.startswith("mlp") else [block]
+    if site in ("resid_pre", "mlp_in"):
+        hook = _on_input(_once(function, len(parts)))
+        handles = [part.register_forward_pre_hook(hook, with_kwargs=True) for part in parts]
+    else:
+        hook = _on_output(_of_sum(function, len(parts)))
+        handles = [part.register_forward_hook(hook) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _once(function: Callable, n: int) -> Callable:
+    """`function`, called once for the one tensor that n modules are given."""
+    given: list[tuple[Tensor, Tensor | None]] = []
+
+    def each(value: Tensor) -> Tensor | None:
+        if not given:
+            given.append((value, function(value)))
+        first, new = given[-1]
+        same = value is first or (value.shape == first.shape and torch.equal(value, first))
+        allowed(same, "MLPs side by side in a block are given different inputs", "one MLP, or several of one input")
+        given.append((first, new))
+        if len(given) > n:
+            given.clear()
+        return new
+
+    return each
+
+
+def _of_sum(function: Callable, n: int) -> Callable:
+    """`function` of the sum of what n modules return: the last one returns that for all, the others zeros."""
+    held: list[Tensor] = []
+
+    def each(value: Tensor) -> Tensor:
+        held.append(value)
+        if len(held) < n:
+            return torch.zeros_like(value)
+        total = sum(held[1:], held[0])
+        held.clear()
+        new = function(total)
+        return total if new is None else new
+
+    return each if n > 1 else function
+
+
+def _on_input(function: Callable) -> Callable:
+    def hook(module, args, kwargs):
+        value = args[0] if args else kwargs["hidden_states"]
+        if (new := function(value)) is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    return hook
+
+
+def _on_output(function: Callable) -> Callable:
+    def hook(module, args, output):
+        if not isinstance(output, tuple | list):
+            return function(output)
+        new = function(output[0])
+        return None if new is None else type(output)([new, *output[1:]])
+
+    return hook

@@ -28,11 +28,10 @@ from transformers.utils import ModelOutput
 
 from helpers import settings
 from helpers.models import sources
-from helpers.models.architecture import PREFIXES, Sum, check_loaded, find_blocks, mlps_of
+from helpers.models.architecture import PREFIXES, SITES, check_loaded, find_blocks, mlp_of, mlps_of, watched
 from helpers.models.sources import ALLOWED, EMBEDDED, SECOND
 from helpers.settings import allowed, one_of
 
-SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOGIT_ROWS = 256
 """Tokens whose logits are held at once: at Gemma's 262,144 words, 256 rows are 268 MB."""
@@ -137,8 +136,7 @@ class Teacher:
 
     def mlp(self, layer: int) -> nn.Module:
         """The MLP module at `layer`, `Sum` where there are several; `ValueError` when there is no such layer."""
-        found = list(mlps_of(self.block(layer)).values())
-        return found[0] if len(found) == 1 else Sum(found)
+        return mlp_of(self.block(layer))
 
     @property
     def n_positions(self) -> int | None:
@@ -255,7 +253,7 @@ class Teacher:
         with contextlib.ExitStack() as hooks:
             for layer, sites in wanted.items():
                 for site in sites:
-                    hooks.enter_context(self._hook(layer, site, partial(take, layer, site)))
+                    hooks.enter_context(watched(self.block(layer), site, partial(take, layer, site)))
             hooks.enter_context(contextlib.suppress(_Stop))
             self._forward(inputs, attention_mask)
         return found
@@ -323,8 +321,8 @@ class Teacher:
             own = self._forward(ids).logits
             with contextlib.ExitStack() as hooks:
                 for (layer, site), values in seen.items():
-                    hooks.enter_context(self._hook(layer, site, values.append))
-                watched = self._forward(ids).logits
+                    hooks.enter_context(watched(self.block(layer), site, values.append))
+                seen_by = self._forward(ids).logits
         except Exception as error:  # each class fails in its own way
             raise ValueError(f"{self._named} cannot be watched on text alone: {sources.reason(error)}") from error
         for (layer, site), values in seen.items():
@@ -334,7 +332,7 @@ class Teacher:
             self._check_finite(values[0], f"{site} of layer {layer}")
         several = {layer: ", ".join(mlps_of(self.block(layer))) for layer in range(self.n_layers)}
         given = f"{self._named}: its layers have {' and '.join(sorted(set(several.values())))}, which do not add up"
-        allowed(torch.equal(own, watched), given, "one MLP in a block, or several whose sum it takes")
+        allowed(torch.equal(own, seen_by), given, "one MLP in a block, or several whose sum it takes")
         _ = self._splits  # its passes are no part of a later one that is watched
 
     @cached_property
@@ -353,9 +351,10 @@ class Teacher:
 
     @contextlib.contextmanager
     def _splice(self, splice: Splice, kept: Bool[Tensor, "batch seq"]) -> Iterator[None]:
+        block = self.block(splice.layer)
         if splice.site != "mlp":
             check_sites([splice.site])
-            with self._hook(splice.layer, splice.site, lambda value: _replace_rows(value, kept, splice.function)):
+            with watched(block, splice.site, lambda value: _replace_rows(value, kept, splice.function)):
                 yield
             return
         entered: list[Tensor] = []
@@ -363,25 +362,8 @@ class Teacher:
         def stand_in(value: Tensor) -> Tensor:
             return _replace_rows(value, kept, lambda _: splice.function(entered.pop()[kept]))
 
-        with self._hook(splice.layer, "mlp_in", entered.append), self._hook(splice.layer, "mlp_out", stand_in):
+        with watched(block, "mlp_in", entered.append), watched(block, "mlp_out", stand_in):
             yield
-
-    @contextlib.contextmanager
-    def _hook(self, layer: int, site: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Call `function` with the activations of a site; what it returns, if anything, takes their place."""
-        module = self.mlp(layer) if site.startswith("mlp") else self.block(layer)
-        parts = list(module.parts) if isinstance(module, Sum) else [module]
-        if site in ("resid_pre", "mlp_in"):
-            hook = _on_input(_once(function, len(parts)))
-            handles = [part.register_forward_pre_hook(hook, with_kwargs=True) for part in parts]
-        else:
-            hook = _on_output(_of_sum(function, len(parts)))
-            handles = [part.register_forward_hook(hook) for part in parts]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 SAFE = {"trust_remote_code": False}
@@ -451,60 +433,6 @@ def check_sites(sites: Iterable[str]) -> tuple[str, ...]:
     for site in sites:
         one_of("site", site, SITES)
     return sites
-
-
-def _once(function: Callable, n: int) -> Callable:
-    """`function`, called once for the one tensor that n modules are given."""
-    given: list[tuple[Tensor, Tensor | None]] = []
-
-    def each(value: Tensor) -> Tensor | None:
-        if not given:
-            given.append((value, function(value)))
-        first, new = given[-1]
-        same = value is first or (value.shape == first.shape and torch.equal(value, first))
-        allowed(same, "MLPs side by side in a block are given different inputs", "one MLP, or several of one input")
-        given.append((first, new))
-        if len(given) > n:
-            given.clear()
-        return new
-
-    return each
-
-
-def _of_sum(function: Callable, n: int) -> Callable:
-    """`function` of the sum of what n modules return: the last one returns that for all, the others zeros."""
-    held: list[Tensor] = []
-
-    def each(value: Tensor) -> Tensor:
-        held.append(value)
-        if len(held) < n:
-            return torch.zeros_like(value)
-        total = sum(held[1:], held[0])
-        held.clear()
-        new = function(total)
-        return total if new is None else new
-
-    return each if n > 1 else function
-
-
-def _on_input(function: Callable) -> Callable:
-    def hook(module, args, kwargs):
-        value = args[0] if args else kwargs["hidden_states"]
-        if (new := function(value)) is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-    return hook
-
-
-def _on_output(function: Callable) -> Callable:
-    def hook(module, args, output):
-        if not isinstance(output, tuple | list):
-            return function(output)
-        new = function(output[0])
-        return None if new is None else type(output)([new, *output[1:]])
-
-    return hook
 
 
 def _replace_rows(value: Tensor, kept: Bool[Tensor, "batch seq"], function: Callable) -> Tensor:
