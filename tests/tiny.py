@@ -81,6 +81,7 @@ chapters:
 - file: notebooks/00_how_to_read
 - file: scoreboard
 - file: performance
+- file: glossary
 - file: bibliography
 """,
     "book/index.md": "# A book\n\n```{include} status.md\n```\n",
@@ -96,6 +97,7 @@ claims:
   teachers: any
   checks: {only: {metric: m, why: w, control: c, rule: {name: identity, tolerance: 1}}}
 """,
+    "book/glossary.md": "# Glossary\n",
     "profiles/quick.yml": "common: {}\n",
 }
 """What a repository of one chapter has of its own."""
@@ -105,7 +107,11 @@ def repository(root: Path, *cells: str) -> None:
     """A copy of this repository with one chapter, made of these cells, which records a claim and its control."""
     for name in ("helpers", "book/theme", "third_party"):
         shutil.copytree(settings.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "mathjax"))
-    for name in ("_config.yml", "requirements.txt", "book/references.bib", "book/bibliography.md"):
+    for name in (
+        "_config.yml",
+        "requirements.txt",
+        *(f"book/{name}" for name in ("references.bib", "bibliography.md", "scoreboard.md")),
+    ):
         shutil.copy(settings.ROOT / name, root / name)
     for folder in ("notebooks", "profiles", "data", "results"):
         (root / folder).mkdir(exist_ok=True)

@@ -149,10 +149,10 @@ def _at_own_size(values: Tensor, indices: Tensor, size: Tensor, atoms: _Atoms) -
     """Coefficients for signals and atoms as they were given."""
     factor = size.double()[:, None] / atoms.scale.double()[indices]
     found = torch.where(values == 0, 0.0, values.double() * factor).to(atoms.dtype)
-    if not torch.isfinite(found).all():
-        raise ValueError(
-            f"x and atoms have sizes so different that coefficients overflow; allowed: what {atoms.dtype} holds"
-        )
+    gone = bool(((values != 0).any(1) & ~(found != 0).any(1)).any())
+    if gone or not torch.isfinite(found).all():
+        different = f"x and atoms have sizes so different that coefficients {'vanish' if gone else 'overflow'}"
+        raise ValueError(f"{different}; allowed: what {atoms.dtype} holds")
     return found
 
 
@@ -191,7 +191,7 @@ def omp(
             where we choose), or computed from the residual at each step. None takes what costs less.
 
     Signals and atoms may have any size: they are divided by powers of two first. Raises `ValueError` for parameters out
-    of range, x or atoms that are not finite, `gram=True` with `nonnegative`, and coefficients beyond the atoms' dtype.
+    of range, x or atoms that are not finite, `gram=True` with `nonnegative`, coefficients beyond the atoms' dtype.
     """
     atoms = _Atoms(atoms).scaled()
     x, size = _at_unit_size(x, atoms)

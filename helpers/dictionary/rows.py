@@ -65,6 +65,8 @@ def unit(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`; on a CPU, where no gradient is wanted, by oneDNN, whose float32 product is the faster one on AMD."""
     plain = torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype
+    # autocast and the compiler do not know this product
+    plain = plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     if plain or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -76,7 +78,8 @@ def _sum_rows(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 def _dots(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     batch, k = indices.shape
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and batch and k:
+    sampled = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and batch and k
+    if sampled and not torch.compiler.is_compiling():  # which breaks its graph at a sparse tensor
         pattern = torch.sparse_csr_tensor(
             torch.arange(0, batch * k + 1, k),
             indices.reshape(-1),

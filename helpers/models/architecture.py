@@ -1,23 +1,44 @@
-"""Where a model of `transformers` has its blocks and MLPs, and whether its checkpoint filled them."""
+"""Where a model of `transformers` has its blocks and MLPs, whether a checkpoint filled them, and hooks on them."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Callable, Iterable, Iterator
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.models.sources import ALLOWED
 from helpers.settings import allowed
 
-ATTENTION, MLP = re.compile("attn|attention"), re.compile("mlp|moe|expert|ffn|feed_forward")
+SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
+MLP = re.compile("mlp|moe|expert|ffn|feed_forward")
 TOWER = re.compile("vision|visual|image|audio|speech")
 BUFFER = re.compile(r"inv_freq|masked_bias|(?:attn|attention)\.bias$")
 """What old checkpoints store and models compute."""
+_WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+PREFIXES = {rf"^(?:(?:module|{_WRAPPERS})\.)+": "", rf"(?<=\.)(?:{_WRAPPERS})\.": ""}
+"""What torch.compile, DDP, FSDP and checkpointing put into the names of tensors."""
 
 
-def check_loaded(model: PreTrainedModel, info: dict, given: str) -> None:
-    """`ValueError` naming tensors that the checkpoint lacks, has in another shape, or has in a block without a place.
+class Sum(nn.Module):
+    """MLPs side by side in a block: what they return is added."""
+
+    def __init__(self, parts: Iterable[nn.Module]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        batch = hidden_states.view(-1, *hidden_states.shape[-2:])  # some take no rows without a batch
+        found = (part(batch) for part in self.parts)
+        return sum(each[0] if isinstance(each, tuple) else each for each in found).view(hidden_states.shape)
+
+
+def check_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, info: dict, given: str) -> None:
+    """`ValueError` naming tensors that the checkpoint lacks, has in another shape, or has in a block without a place;
+    tensors with entries that are not finite; a tokenizer with more words than the embedding.
 
     Args:
         info: what `from_pretrained(output_loading_info=True)` says.
@@ -37,12 +58,16 @@ def check_loaded(model: PreTrainedModel, info: dict, given: str) -> None:
     }.items():
         names = sorted(name for name in names if not TOWER.search(name))
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        cure = "the tensors of its class by their own names (a prefix _orig_mod. or module. must go)"
+        cure = "the tensors of its class by their own names"
         allowed(not names, f"{given}: the checkpoint {what} {', '.join(names[:4])}{more}", cure)
+    bad = [name for name, each in model.named_parameters() if not all(end.isfinite() for end in each.aminmax())]
+    allowed(not bad, f"{given}: {', '.join(bad[:4])} has entries that are infinite or not a number", "finite weights")
+    words, rows = tokenizer.vocab_size, len(model.get_input_embeddings().weight)
+    allowed(words <= rows, f"{given}: its tokenizer has {words:,} words", f"at most {rows:,}, as its embedding has")
 
 
 def find_blocks(model: nn.Module, given: str = "the model") -> nn.ModuleList:
-    """The list of transformer blocks: the `ModuleList` whose members all have attention and an MLP.
+    """The list of transformer blocks: the `ModuleList` whose members all have an MLP.
 
     Towers for images and sound are passed over; `ValueError` where none is left, or several.
     """
@@ -50,14 +75,91 @@ def find_blocks(model: nn.Module, given: str = "the model") -> nn.ModuleList:
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and not TOWER.search(path)
-        if all(children(block, ATTENTION) and children(block, MLP) for block in module)
+        if all(mlps_of(block) for block in module)
     }
-    allowed(bool(lists), f"{given} has no blocks with attention and an MLP", ALLOWED)
+    allowed(bool(lists), f"{given} has no blocks with an MLP", ALLOWED)
     allowed(len(lists) == 1, f"{given} has several lists of blocks: {', '.join(lists)}", "one")
     return next(iter(lists.values()))
 
 
-def children(block: nn.Module, pattern: re.Pattern) -> dict[str, nn.Module]:
-    """A block's modules of a kind, by name; a norm before one, and what has no weights, is none."""
-    named = ((n, m) for n, m in block.named_children() if pattern.search(n) and not n.endswith("norm"))
+def mlps_of(block: nn.Module) -> dict[str, nn.Module]:
+    """A block's MLPs by name; a norm before one, and what has no weights, is none."""
+    named = ((n, m) for n, m in block.named_children() if MLP.search(n) and not n.endswith("norm"))
     return {name: module for name, module in named if next(module.parameters(), None) is not None}
+
+
+def mlp_of(block: nn.Module) -> nn.Module:
+    """A block's MLP, `Sum` where it has several."""
+    found = list(mlps_of(block).values())
+    return found[0] if len(found) == 1 else Sum(found)
+
+
+@contextlib.contextmanager
+def watched(block: nn.Module, site: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `function` with the activations of a site; what it returns, if anything, takes their place."""
+    parts = list(mlps_of(block).values()) if site.startswith("mlp") else [block]
+    if site in ("resid_pre", "mlp_in"):
+        hook = _on_input(_once(function, len(parts)))
+        handles = [part.register_forward_pre_hook(hook, with_kwargs=True) for part in parts]
+    else:
+        hook = _on_output(_of_sum(function, len(parts)))
+        handles = [part.register_forward_hook(hook) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _once(function: Callable, n: int) -> Callable:
+    """`function`, called once for the one tensor that n modules are given."""
+    given: list[tuple[Tensor, Tensor | None]] = []
+
+    def each(value: Tensor) -> Tensor | None:
+        if not given:
+            given.append((value, function(value)))
+        first, new = given[-1]
+        same = value is first or (value.shape == first.shape and torch.equal(value, first))
+        allowed(same, "MLPs side by side in a block are given different inputs", "one MLP, or several of one input")
+        given.append((first, new))
+        if len(given) > n:
+            given.clear()
+        return new
+
+    return each
+
+
+def _of_sum(function: Callable, n: int) -> Callable:
+    """`function` of the sum of what n modules return: the last one returns that for all, the others zeros."""
+    held: list[Tensor] = []
+
+    def each(value: Tensor) -> Tensor:
+        held.append(value)
+        if len(held) < n:
+            return torch.zeros_like(value)
+        total = sum(held[1:], held[0])
+        held.clear()
+        new = function(total)
+        return total if new is None else new
+
+    return each if n > 1 else function
+
+
+def _on_input(function: Callable) -> Callable:
+    def hook(module, args, kwargs):
+        value = args[0] if args else kwargs["hidden_states"]
+        if (new := function(value)) is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    return hook
+
+
+def _on_output(function: Callable) -> Callable:
+    def hook(module, args, output):
+        if not isinstance(output, tuple | list):
+            return function(output)
+        new = function(output[0])
+        return None if new is None else type(output)([new, *output[1:]])
+
+    return hook

@@ -266,7 +266,8 @@ class Texts:
 
 
 def texts(teacher: Teacher, corpus: str, *, n_tokens: int, split: str = "train", max_length: int = 256) -> Texts:
-    """`n_tokens` tokens of a corpus (BOS not counted), cut to pieces of at most `max_length` with BOS.
+    """`n_tokens` tokens of a corpus (BOS not counted), cut to pieces of at most `max_length` with BOS (or the model's
+    positions, where they are fewer).
 
     A piece of each document in turn, documents and their paragraphs in a random order that is always the same: no
     document fills a split before the others are used up, and fewer tokens are the beginning of more. The last piece is
@@ -319,7 +320,7 @@ def cut(teacher: Teacher, corpus: str, split: str, max_length: int) -> Iterator[
     """
     allowed(max_length >= 2, f"max_length={max_length} leaves no room for BOS and a token", "at least 2")
     bos = _bos(teacher)
-    room = max_length - len(bos)
+    room = min(max_length, teacher.n_positions or max_length) - len(bos)
     documents: Iterable = _by_document(corpus, split, 16 * max_length)
     while documents:
         alive, waiting = [], iter(documents)

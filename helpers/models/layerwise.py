@@ -84,6 +84,7 @@ class Layerwise(Teacher):
         """As `Teacher.run_to`: all blocks up to `layer` are read for this one batch (a harvest reads each once)."""
         sites = check_sites(sites)
         self.check(layer)
+        self.check_ids(input_ids)
         with self._filled(None) as embedding:
             hidden = embedding(input_ids.to(self.where))
         for n in range(layer):

@@ -6,6 +6,8 @@ Layers are numbered from 0. A layer has four sites, in the order in which a forw
     mlp_in      what the MLP module is given (after the norm before it)
     mlp_out     what the MLP module returns (in Gemma 3, before the norm after it)
     resid_post  the residual stream that leaves the block
+
+Of several MLPs side by side, such as routed experts and a shared MLP in Granite, mlp_out is the sum.
 """
 
 from __future__ import annotations
@@ -26,11 +28,10 @@ from transformers.utils import ModelOutput
 
 from helpers import settings
 from helpers.models import sources
-from helpers.models.architecture import MLP, check_loaded, children, find_blocks
+from helpers.models.architecture import PREFIXES, SITES, check_loaded, find_blocks, mlp_of, mlps_of, watched
 from helpers.models.sources import ALLOWED, EMBEDDED, SECOND
 from helpers.settings import allowed, one_of
 
-SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOGIT_ROWS = 256
 """Tokens whose logits are held at once: at Gemma's 262,144 words, 256 rows are 268 MB."""
@@ -134,11 +135,20 @@ class Teacher:
         return self.blocks[layer]
 
     def mlp(self, layer: int) -> nn.Module:
-        """The MLP module at `layer`; `ValueError` when there is none, or more than one."""
-        found = children(self.block(layer), MLP)
-        given = f"{self._named}: layer {layer} has {', '.join(found)}"
-        allowed(len(found) == 1, given, "one MLP in a block, since mlp_in and mlp_out are one module's")
-        return next(iter(found.values()))
+        """The MLP module at `layer`, `Sum` where there are several; `ValueError` when there is no such layer."""
+        return mlp_of(self.block(layer))
+
+    @property
+    def n_positions(self) -> int | None:
+        """The longest text, BOS included, that the model was made for; None where it does not say."""
+        said = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return said if said and said > 0 else None
+
+    @property
+    def pad_id(self) -> int:
+        """What stands for no text: the padding token, else the end of a text, else token 0. Attention never sees it."""
+        named = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0
+        return next(token for token in named if token is not None)
 
     @property
     def adds_bos(self) -> bool:
@@ -187,7 +197,9 @@ class Teacher:
         splice: Splice | None = None,
     ) -> TokenLosses:
         """Next-token cross-entropy −log p(token t+1 | tokens ≤ t) in nats, with `splice` in force if given."""
-        return self.loss_with_gradient(input_ids, attention_mask, splice)
+        found = self.loss_with_gradient(input_ids, attention_mask, splice)
+        self._check_finite(found.nats, "the loss" if splice is None else f"the loss with {splice.site} spliced")
+        return found
 
     def loss_with_gradient(
         self,
@@ -196,6 +208,7 @@ class Teacher:
         splice: Splice | None = None,
     ) -> TokenLosses:
         """As `loss`; where the splice's rows carry a gradient, so do the nats. The model's own weights stay frozen."""
+        self.check_ids(input_ids)
         input_ids = input_ids.to(self.device)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
         mask = (real[:, 1:] * real[:, :-1]).bool()
@@ -227,8 +240,12 @@ class Teacher:
     ) -> dict[int, dict[str, Float[Tensor, "batch seq d_model"]]]:
         found: dict[int, dict[str, Tensor]] = {layer: {} for layer in wanted}
         last = max(wanted), max(wanted[max(wanted)], key=SITES.index)
+        if not inputs.is_floating_point():  # of blocks that are in memory one at a time, residual streams
+            self.check_ids(inputs)
 
         def take(layer: int, site: str, value: Tensor) -> None:
+            real = value if attention_mask is None else value[attention_mask.to(value.device).bool()]
+            self._check_finite(real, f"{site} of layer {layer}")
             found[layer][site] = value
             if (layer, site) == last:
                 raise _Stop
@@ -236,7 +253,7 @@ class Teacher:
         with contextlib.ExitStack() as hooks:
             for layer, sites in wanted.items():
                 for site in sites:
-                    hooks.enter_context(self._hook(layer, site, partial(take, layer, site)))
+                    hooks.enter_context(watched(self.block(layer), site, partial(take, layer, site)))
             hooks.enter_context(contextlib.suppress(_Stop))
             self._forward(inputs, attention_mask)
         return found
@@ -278,23 +295,44 @@ class Teacher:
             with mock.patch.object(base, "forward", lambda *_, given=given, **__: given):
                 yield self._forward(ids[None]).logits[0]
 
+    def check_ids(self, input_ids: Int[Tensor, "batch seq"]) -> None:
+        """`ValueError` for a text that is longer than the model's positions, or a token without an embedding."""
+        length, highest = input_ids.shape[1], int(input_ids.max())
+        given = f"{self._named}: a text of {length} tokens"
+        allowed(self.n_positions is None or length <= self.n_positions, given, f"max_length={self.n_positions}")
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        named = self.tokenizer.convert_ids_to_tokens(highest) if highest >= rows else ""
+        given = f"{self._named}: token {highest} ({named!r}) has no row in its embedding"
+        allowed(highest < rows, given, f"0 to {rows - 1}, as the tokenizer of this model gives")
+
+    def _check_finite(self, values: Tensor, what: str) -> None:
+        good = bool(torch.isfinite(values).all())
+        allowed(good, f"{self._named}: {what} is not finite, dtype={str(self.dtype)[6:]!r}", "a dtype that holds it")
+
     @torch.inference_mode()
     def check_sites(self) -> None:
-        """`ValueError` unless text comes to every site once, as [batch, seq, d_model]."""
+        """`ValueError` unless text comes to every site once, as [batch, seq, d_model] of finite numbers.
+
+        And unless MLPs side by side read the same, and the sum of what they return is what the block goes on with.
+        """
         ids = torch.arange(1, 9, device=self.device)[None]
-        given = self._named
         seen = {(layer, site): [] for layer in range(self.n_layers) for site in SITES}
-        with contextlib.ExitStack() as hooks:
-            for (layer, site), values in seen.items():
-                hooks.enter_context(self._hook(layer, site, values.append))
-            try:
-                self._forward(ids)
-            except Exception as error:  # each class fails in its own way
-                raise ValueError(f"{given} cannot be run on text alone: {sources.reason(error)}") from error
+        try:
+            own = self._forward(ids).logits
+            with contextlib.ExitStack() as hooks:
+                for (layer, site), values in seen.items():
+                    hooks.enter_context(watched(self.block(layer), site, values.append))
+                seen_by = self._forward(ids).logits
+        except Exception as error:  # each class fails in its own way
+            raise ValueError(f"{self._named} cannot be watched on text alone: {sources.reason(error)}") from error
         for (layer, site), values in seen.items():
             shapes = [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
-            given_site = f"{given}: {site} of layer {layer}, with 8 tokens, is {shapes or 'never reached'}"
-            allowed(shapes == [[1, 8, self.d_model]], given_site, f"once [1, 8, {self.d_model}]")
+            given = f"{self._named}: {site} of layer {layer}, with 8 tokens, is {shapes or 'never reached'}"
+            allowed(shapes == [[1, 8, self.d_model]], given, f"once [1, 8, {self.d_model}]")
+            self._check_finite(values[0], f"{site} of layer {layer}")
+        several = {layer: ", ".join(mlps_of(self.block(layer))) for layer in range(self.n_layers)}
+        given = f"{self._named}: its layers have {' and '.join(sorted(set(several.values())))}, which do not add up"
+        allowed(torch.equal(own, seen_by), given, "one MLP in a block, or several whose sum it takes")
         _ = self._splits  # its passes are no part of a later one that is watched
 
     @cached_property
@@ -313,9 +351,10 @@ class Teacher:
 
     @contextlib.contextmanager
     def _splice(self, splice: Splice, kept: Bool[Tensor, "batch seq"]) -> Iterator[None]:
+        block = self.block(splice.layer)
         if splice.site != "mlp":
             check_sites([splice.site])
-            with self._hook(splice.layer, splice.site, lambda value: _replace_rows(value, kept, splice.function)):
+            with watched(block, splice.site, lambda value: _replace_rows(value, kept, splice.function)):
                 yield
             return
         entered: list[Tensor] = []
@@ -323,21 +362,8 @@ class Teacher:
         def stand_in(value: Tensor) -> Tensor:
             return _replace_rows(value, kept, lambda _: splice.function(entered.pop()[kept]))
 
-        with self._hook(splice.layer, "mlp_in", entered.append), self._hook(splice.layer, "mlp_out", stand_in):
+        with watched(block, "mlp_in", entered.append), watched(block, "mlp_out", stand_in):
             yield
-
-    @contextlib.contextmanager
-    def _hook(self, layer: int, site: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Call `function` with the activations of a site; what it returns, if anything, takes their place."""
-        module = self.mlp(layer) if site.startswith("mlp") else self.block(layer)
-        if site in ("resid_pre", "mlp_in"):
-            handle = module.register_forward_pre_hook(_on_input(function), with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(_on_output(function))
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 SAFE = {"trust_remote_code": False}
@@ -370,6 +396,7 @@ def load(
     hub |= SAFE
     options = {**hub, "attn_implementation": attn_implementation, "dtype": getattr(torch, dtype)}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are named below
+    options |= {"key_mapping": PREFIXES}
     try:
         with sources.no_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, **hub)
@@ -380,7 +407,7 @@ def load(
             f"teacher={teacher!r} (revision={revision!r}, attn_implementation={attn_implementation!r}) "
             f"could not be loaded: {sources.reason(error)}; {remedy}"
         ) from error
-    check_loaded(model, info, f"teacher={teacher!r} ({type(model).__name__})")
+    check_loaded(model, tokenizer, info, f"teacher={teacher!r} ({type(model).__name__})")
     if where.type == "cpu" and model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm" if _aligned(model) else "eager")
     fingerprint = fingerprint or getattr(model.config, "_commit_hash", None) or str(source)
@@ -406,25 +433,6 @@ def check_sites(sites: Iterable[str]) -> tuple[str, ...]:
     for site in sites:
         one_of("site", site, SITES)
     return sites
-
-
-def _on_input(function: Callable) -> Callable:
-    def hook(module, args, kwargs):
-        value = args[0] if args else kwargs["hidden_states"]
-        if (new := function(value)) is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-    return hook
-
-
-def _on_output(function: Callable) -> Callable:
-    def hook(module, args, output):
-        first = output[0] if isinstance(output, tuple) else output
-        new = function(first)
-        return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
-
-    return hook
 
 
 def _replace_rows(value: Tensor, kept: Bool[Tensor, "batch seq"], function: Callable) -> Tensor:

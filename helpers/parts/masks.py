@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helpers.dictionary import Packed, Rows, SparseCodes
+from helpers.dictionary.rows import power_of_two
 from helpers.settings import allowed, one_of
 
 MOST_SETS = 20_000_000
@@ -324,6 +325,7 @@ def recovery_coefficient(atoms: Float[Tensor, "n m"], supports: Int[Tensor, "bat
     Infinite where the atoms of Λ are dependent: one has less than √(100 ε) of its length outside the span of others, as
     in `pursuit.least_squares`.
     """
+    atoms = atoms / power_of_two(atoms.abs().amax())
     chosen = atoms[supports]
     gram = chosen @ chosen.mT
     factor, failed = torch.linalg.cholesky_ex(gram)

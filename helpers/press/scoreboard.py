@@ -80,9 +80,9 @@ class Board:
         for folder in others:
             with suppress(ValueError):
                 for run, records in load_results(folder, book):
-                    columns = {Shown(record, run, OTHER).column for record in records}
-                    if folder.name.endswith("+custom") or columns - {"your run"}:
-                        runs.append((OTHER, run, records))
+                    own = folder.name.endswith("+custom")
+                    kept = [each for each in records if own or Shown(each, run, OTHER).column != "your run"]
+                    runs += [(OTHER, run, kept)] if kept else []
         return cls(book, runs, overall(of[BUILD], of[LONG], book))
 
     def of(self, claim: Claim, check: str | None = None) -> list[Shown]:
@@ -301,12 +301,10 @@ def _table(board: Board, chapters: set[str]) -> str:
             if claim.part == part:
                 bodies.append(_row(claim, board, chapters, columns, len(bodies)))
     head = "".join(f'<th scope="col" class="{kind}">{name}</th>' for kind, name in heads.items())
-    return (
-        '<div class="scoreboard"><table><caption>Every claim of the three papers: the paper’s number, ours against '
-        f"the threshold, and the verdict</caption><thead><tr>{head}</tr></thead>\n"
-        + "\n".join(bodies)
-        + "\n</table></div>"
-    )
+    caption = "Every claim: the paper's number, ours against the threshold, and the verdict"
+    several = ' class="several"' if len(columns) > 1 else ""
+    top = f'<div class="scoreboard"><table{several}><caption>{caption}</caption><thead><tr>{head}</tr></thead>\n'
+    return top + "\n".join(bodies) + "\n</table></div>"
 
 
 def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], order: int) -> str:
@@ -343,7 +341,7 @@ def _ours(placed: Sequence[tuple[Check, Shown, list[float]]], columns: list[str]
         return
     of[columns[0]] += of[""]
     for name in columns:
-        yield f'<td class="ours">{_weakest(of[name])}</td>'
+        yield f'<td class="ours" data-family="{html.escape(name, quote=True)}">{_weakest(of[name])}</td>'
 
 
 def _weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> str:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -387,3 +388,53 @@ def test_a_saelens_checkpoint_may_have_decoder_rows_of_zeros(tmp_path):
     expected = (chosen * z) @ sae.decoder.weight + sae.b_out
     torch.testing.assert_close(read(x), expected, rtol=1e-5, atol=1e-5)
     assert read.unit_norm and not read.decoder.weight[0].any()
+
+
+def every_model() -> dict[str, RankOneDictionary]:
+    """A model of each constructor; packed rows that are gathered, and packed rows that go through tiles."""
+    rows = {q: torch.stack([torch.randperm(16, generator=generator(i))[:q] for i in range(32)]) for q in (4, 12)}
+    sae = dictionary.topk_sae(16, 32, 4, generator=generator(0))
+    return {
+        "topk_sae": sae,
+        "sae_to_moe": dictionary.sae_to_moe(sae),
+        "secret_moe": dictionary.secret_moe(16, 16, 32, 4, router_rank=3, generator=generator(0)),
+        "dense_mlp": dictionary.dense_mlp(16, 16, 8, generator=generator(0)),
+    } | {f"expander_sae, {q}": dictionary.expander_sae(rows[q], 16, 4, generator=generator(0)) for q in rows}
+
+
+def compiles(name: str) -> None:
+    """Into one graph with nothing in it that PyTorch's own compiler cannot lower, to the same numbers and gradients."""
+    model, x, names = every_model()[name], random(8, 16).float(), []
+
+    def backend(graph, _):
+        inner = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        names.extend(str(node.target) for part in inner for node in part.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled, grads, outputs = torch.compile(model, backend=backend, fullgraph=True), [], []
+    for run in (model, compiled):
+        model.zero_grad()
+        outputs.append(run(x))
+        outputs[-1].square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*grads)
+    assert names and not [name for name in names if "mkldnn" in name or "sparse" in name]
+
+
+def test_every_model_compiles():
+    """In a process of its own, since the compiler cannot look into functions whose shapes are checked."""
+    code = "from tests.dictionary import test_dictionary as t; [t.compiles(name) for name in t.every_model()]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("name", every_model())
+def test_under_autocast_choices_do_not_depend_on_a_gradient_through_the_scores(name):
+    model, x = every_model()[name], random(200, 16).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, dense = (model.trace(x, score_gradient=wanted).codes for wanted in (False, True))
+        with torch.no_grad():
+            frozen = model.encode(x)
+    assert torch.equal(plain.indices, dense.indices) and torch.equal(plain.indices, frozen.indices)
+    torch.testing.assert_close(plain.values.float(), dense.values.float(), rtol=0.02, atol=0.02)

@@ -452,8 +452,10 @@ def test_one_long_atom_does_not_hide_the_others(options, long, dtype):
 
 def test_what_no_dtype_can_say_is_refused():
     x, atoms = problem(dtype=torch.float32)
-    with pytest.raises(ValueError, match="overflow"):
-        pursuit.omp(1e30 * x, 1e-30 * atoms, 3)
+    for ask in (lambda a, b: pursuit.omp(a, b, 3), lambda a, b: pursuit.least_squares(a, b, torch.zeros(20, 1).long())):
+        for large, what in ((1e30, "overflow"), (1e-30, "vanish")):
+            with pytest.raises(ValueError, match=what):
+                ask(large * x, atoms / large)
     atoms[17, 2] = torch.nan
     for ask in (lambda: pursuit.omp(x, atoms, 3), lambda: pursuit.least_squares(x, atoms, torch.zeros(20, 1).long())):
         with pytest.raises(ValueError, match="atoms have entries"):

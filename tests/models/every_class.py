@@ -36,6 +36,10 @@ _TWEAKS = {
     "nanochat": dict(final_logit_softcapping=0.5), "granitemoehybrid": dict(layer_types=["full_attention"] * 2),
     "mixtral": dict(sliding_window=None), "deepseek_v3": dict(num_key_value_heads=2), "gpt_neo": dict(attention_types=[
         [["global"], 2]]),
+    "codegen": dict(num_attention_heads=4, rotary_dim=4), "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1), "zaya": dict(num_experts_per_tok=1),
+    "longcat_flash": dict(num_key_value_heads=2, head_dim=4), "zamba": dict(layer_types=["mamba", "hybrid"]),
+    "zamba2": dict(layer_types=["mamba", "hybrid"]), "cohere_compass_text": dict(layer_types=["full_attention"] * 2),
 }  # fmt: skip
 
 
@@ -54,12 +58,13 @@ def teacher(kind: str) -> Teacher:
     """A tiny model of the type with weights large enough that every path matters."""
     torch.manual_seed(0)
     config = config_of(kind)
-    cls = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+    build = transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        size = sum(p.numel() for p in cls._from_config(config).parameters())
+        size = sum(p.numel() for p in build(config).parameters())
     if size > LARGEST:
         raise OverflowError(f"{size:,} parameters")
-    model = cls._from_config(config_of(kind)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.2 * torch.randn_like(parameter))
+    model = build(config_of(kind)).eval().requires_grad_(False)
+    chosen_by = (each for name, each in model.named_buffers() if "correction" in name or "expert_bias" in name)
+    for tensor in (*model.parameters(), *chosen_by):
+        tensor.add_(0.2 * torch.randn_like(tensor))
     return Teacher(kind, kind, model, tiny.tokenizer(bos=False))

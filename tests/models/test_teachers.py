@@ -1,6 +1,7 @@
 """Sites are where they claim to be, the forward stops there, and a splice changes just what it says."""
 
 import copy
+import dataclasses
 import multiprocessing
 import operator
 import shutil
@@ -12,9 +13,10 @@ import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
 
-from helpers.models import sources, teachers
+from helpers.models import activations, corpora, sources, teachers
 from helpers.models.teachers import SITES, Splice
 from tests import tiny
 
@@ -240,7 +242,7 @@ def test_model_without_mlp_blocks(tmp_path):
         tmp_path
     )
     tiny.tokenizer(bos=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no blocks with attention and an MLP"):
+    with pytest.raises(ValueError, match="has no blocks with an MLP"):
         teachers.load(str(tmp_path), device="cpu", attn_implementation="eager")
 
 
@@ -255,8 +257,9 @@ def test_damaged_weights_are_named(tmp_path):
 DOWN = "model.layers.1.mlp.down_proj.weight"
 ALTERED = {
     "lost": (lambda w: {n: v for n, v in w.items() if n != DOWN}, f"the checkpoint lacks {DOWN}"),
-    "torch.compile": (lambda w: {"_orig_mod." + n: v for n, v in w.items()}, "lacks .*a prefix _orig_mod. or module."),
-    "DDP": (lambda w: {"module." + n: v for n, v in w.items()}, "lacks .*a prefix _orig_mod. or module."),
+    "not a number": (lambda w: w | {DOWN: w[DOWN] / 0 * 0}, f"{DOWN} has entries that are infinite or not a number"),
+    "infinite": (lambda w: w | {DOWN: w[DOWN] / 0}, f"{DOWN} has entries that are infinite or not a number"),
+    "other prefix": (lambda w: {"student." + n: v for n, v in w.items()}, "lacks lm_head.weight, .* and 26 more"),
     "shape": (lambda w: w | {DOWN: w[DOWN][:, 1:].clone()}, rf"another shape {DOWN} \[16, 23\], not \[16, 24\]"),
     "bias": (lambda w: w | {DOWN[:-6] + "bias": torch.ones(16)}, f"without a place for it {DOWN[:-6]}bias"),
     "head": (lambda w: {n: v for n, v in w.items() if n != "lm_head.weight"}, "lacks lm_head.weight"),
@@ -271,6 +274,161 @@ def test_weights_that_do_not_cover_the_model_are_named(tmp_path, what):
     save_file(change(load_file(file)), file, {"format": "pt"})
     with pytest.raises(ValueError, match=message):
         teachers.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt-neox"])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: "_orig_mod." + name,
+        lambda name: "module." + name,
+        lambda name: "module._orig_mod." + name,
+        lambda name: name.replace(".mlp.", "._orig_mod.mlp.").replace(".attn", "._checkpoint_wrapped_module.attn"),
+        lambda name: "_fsdp_wrapped_module." + name.replace(".mlp.", "._fsdp_wrapped_module.mlp."),
+    ],
+    ids=["compile", "DDP", "both", "parts", "FSDP"],
+)
+def test_prefixes_that_wrappers_put_into_names_are_understood(tmp_path, architecture, rename):
+    whole, renamed = (tiny.save(tmp_path / name, architecture) for name in ("whole", "renamed"))
+    file = Path(renamed) / "model.safetensors"
+    save_file({rename(name): value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    expected, found = (teachers.load(folder, device="cpu").model.state_dict() for folder in (whole, renamed))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def saved(folder: Path, change=lambda model: None, tokens=None, **config) -> str:
+    """A tiny GPT-2 with changes to its configuration, its weights and its tokenizer."""
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny.GPT2 | config))
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(folder)
+    (tokens or tiny.tokenizer(bos=False)).save_pretrained(folder)
+    return str(folder)
+
+
+def corpus_of(folder: Path) -> str:
+    (folder / "text.txt").write_text(tiny.text(300), "utf-8")
+    return str(folder / "text.txt")
+
+
+def test_texts_are_no_longer_than_the_models_positions(tmp_path):
+    """By default they are 256 tokens; the model has 12 positions."""
+    teacher, corpus = teachers.load(saved(tmp_path, n_positions=12), device="cpu"), corpus_of(tmp_path)
+    store = activations.harvest(teacher, corpus, layer=LAYER, n_tokens=200, cache_dir=tmp_path)
+    assert store.position.max() == 11
+    pieces = corpora.texts(teacher, corpus, n_tokens=200)
+    assert max(map(len, pieces.tokens)) == 12 and activations.losses(teacher, pieces).nats.notna().all()
+    for ask in (teacher.run_to, lambda layer, ids: teacher.loss(ids)):
+        with pytest.raises(ValueError, match="a text of 13 tokens; allowed: max_length=12"):
+            ask(LAYER, torch.ones(1, 13, dtype=torch.long))
+
+
+def test_a_tokenizer_of_another_model_is_named_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="its tokenizer has 25 words; allowed: at most 20, as its embedding has"):
+        teachers.load(saved(tmp_path, vocab_size=20), device="cpu")
+
+
+def test_a_token_that_was_added_and_has_no_embedding_is_named(tmp_path):
+    tokens = tiny.tokenizer(bos=False)
+    tokens.add_tokens(["new"])
+    teacher = teachers.load(saved(tmp_path, tokens=tokens, vocab_size=tokens.vocab_size), device="cpu")
+    ids, _ = sentences(teacher, "the new bridge")
+    for ask in (teacher.run_to, lambda layer, ids: teacher.loss(ids)):
+        with pytest.raises(ValueError, match=r"token 25 \('new'\) has no row in its embedding; allowed: 0 to 24"):
+            ask(LAYER, ids)
+    assert teacher.loss(*sentences(teacher, "the old bridge")).mean > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_activations_that_overflow_the_dtype_are_named_when_loaded(tmp_path, dtype):
+    def hot(model):
+        model.transformer.h[LAYER].mlp.c_proj.weight.mul_(1e4 if dtype == "float16" else 1e38)
+        model.transformer.h[LAYER].mlp.c_fc.weight.mul_(1e4)
+
+    with pytest.raises(ValueError, match=f"mlp_out of layer {LAYER} is not finite, dtype='{dtype}'"):
+        teachers.load(saved(tmp_path, hot), device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("site", ["harvest", "loss", "splice"])
+def test_activations_that_overflow_on_some_text_only_are_named(tmp_path, site):
+    """One word's embedding is so large; the words that are looked at when a model is loaded are others."""
+    word = tiny.tokenizer(bos=False)("market").input_ids[0]
+    teacher = teachers.load(saved(tmp_path), device="cpu")
+    teacher.model.transformer.wte.weight[word] = torch.inf
+    ids, _ = sentences(teacher, LONG)
+    splice = Splice(LAYER, "mlp_out", torch.clone) if site == "splice" else None
+    message = "mlp_in of layer 1 is not" if site == "harvest" else "the loss .*spliced" if splice else "the loss is not"
+    with pytest.raises(ValueError, match=message):
+        teacher.run_to(LAYER, ids) if site == "harvest" else teacher.loss(ids, None, splice)
+
+
+@pytest.mark.parametrize("without", [["pad"], ["pad", "eos"], ["pad", "bos"], ["pad", "eos", "bos"]], ids=" ".join)
+def test_tokenizers_without_special_tokens_will_do(tmp_path, without):
+    tokens = tiny.tokenizer(bos=False)
+    for name in without:
+        setattr(tokens, f"{name}_token", None)
+    teacher, corpus = teachers.load(saved(tmp_path, tokens=tokens), device="cpu"), corpus_of(tmp_path)
+    options = {"layer": LAYER, "n_tokens": 200, "cache_dir": tmp_path}
+    assert activations.harvest(teacher, corpus, **options).n == 200
+    assert activations.padded(teacher, corpus, min_length=5, **options).share > 0
+    assert activations.losses(teacher, corpora.texts(teacher, corpus, n_tokens=200)).nats.gt(0).all()
+
+
+BESIDE = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24}
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory) -> teachers.Teacher:
+    """Granite with routed experts and a shared MLP in each block."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = transformers.GraniteMoeSharedForCausalLM(transformers.GraniteMoeSharedConfig(**tiny.SIZES | BESIDE))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tiny.tokenizer(bos=True).save_pretrained(folder)
+    return teachers.load(str(folder), device="cpu")
+
+
+def test_of_mlps_side_by_side_the_output_is_the_sum(beside):
+    ids, mask = sentences(beside, LONG, SHORT)
+    block, found = beside.block(LAYER), beside.run_to(LAYER, ids, mask)
+    routed, shared = block.block_sparse_moe(found["mlp_in"]), block.shared_mlp(found["mlp_in"])
+    routed = routed[0] if isinstance(routed, tuple) else routed
+    torch.testing.assert_close(found["mlp_out"], routed + shared)
+    torch.testing.assert_close(beside.mlp(LAYER)(found["mlp_in"]), found["mlp_out"])
+    after = beside.run_to(LAYER, ids, mask, SITES)
+    torch.testing.assert_close(after["mlp_out"], found["mlp_out"])
+    states = beside.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(after["resid_post"], states[LAYER + 1])
+
+
+@pytest.mark.parametrize("site", [*SITES, "mlp"])
+def test_splices_work_where_mlps_stand_side_by_side(beside, site):
+    ids, mask = sentences(beside, LONG, SHORT)
+    clean = beside.loss(ids, mask).nats
+    function = copy.deepcopy(beside.mlp(LAYER)) if site == "mlp" else torch.clone
+    again = beside.loss(ids, mask, Splice(LAYER, site, function)).nats
+    torch.testing.assert_close(again, clean, rtol=0 if site != "mlp" else 1e-5, atol=0 if site != "mlp" else 1e-5)
+    assert not torch.equal(beside.loss(ids, mask, Splice(LAYER, site, torch.zeros_like)).nats, clean)
+    assert torch.equal(beside.loss(ids, mask).nats, clean)
+
+
+def test_mlps_that_do_not_add_up_are_refused(beside):
+    teacher = dataclasses.replace(beside, model=copy.deepcopy(beside.model))
+    block = teacher.blocks[LAYER]
+    shared = block.shared_mlp.forward
+    block.shared_mlp.forward = lambda x: 2 * shared(x)
+    teacher.check_sites()  # they still add up
+    block.register_forward_hook(lambda *_: None)
+    forward = block.block_sparse_moe.forward
+    block.block_sparse_moe.forward = lambda x: forward(x + 1)
+    teacher.check_sites()
+    block.shared_mlp.register_forward_pre_hook(lambda module, args: (args[0] + 1,), prepend=True)
+    with pytest.raises(ValueError, match="given different inputs"):
+        teacher.check_sites()
 
 
 def test_buffers_and_value_heads_of_old_checkpoints_are_passed_over(tmp_path):

@@ -1,0 +1,58 @@
+"""Kills, full disks, flipped bytes and eight processes at once: a sample of `benchmarks faults`, and its record."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import common, faults
+from helpers import settings
+
+SAMPLE = [name for name, work in faults.WORKS.items() if not work.slow]
+SCRIPT = """
+import json, sys
+from benchmarks import faults
+for row, bad in faults.measure(sys.argv[1:], 1):
+    print("found", json.dumps([row, bad]))
+"""
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """Each fault once for each work that takes seconds."""
+    code = [sys.executable, "-c", SCRIPT, *SAMPLE]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(code, capture_output=True, text=True, cwd=settings.ROOT, env=quiet)
+    assert not done.returncode, done.stderr
+    found = [json.loads(line.removeprefix("found ")) for line in done.stdout.splitlines() if line.startswith("found ")]
+    return {row["work"]: (row, bad) for row, bad in found}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_one_of_each_fault_is_survived(sample, name):
+    row, bad = sample[name]
+    assert not bad and not any(row[column] for column in faults.NEVER)
+    assert row["kills"] == row["full disks"] == 1 and row["named"] > 0
+    assert row["work of 8 at once / alone"] == 1 or name == "trial"
+
+
+def works_on_record():
+    """Works of the record, which missed nothing."""
+    record = json.loads((common.RESULTS / "faults.json").read_text(encoding="utf-8"))
+    assert all(target["met"] for target in record["targets"])
+    return [row["work"] for row in record["rows"]]
+
+
+def test_nothing_was_missed_in_the_record():
+    works = works_on_record()
+    assert works == [name for name in faults.WORKS if name in works]
+
+
+@pytest.mark.soak
+def test_all_faults_are_survived():
+    """Writes the record anew."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "faults"], cwd=settings.ROOT)
+    assert not done.returncode
+    assert works_on_record() == list(faults.WORKS)
