@@ -531,8 +531,8 @@ def write(rows: list[dict[str, Any]]) -> None:
         "that a work takes alone; it is started again at once, until it ends. Full disks are file systems in memory "
         "with a random part of the room that is needed; they then grow. Flipped bytes: a bit of a file of each kind, "
         "with and without the others; what is not named was not needed, or its chapter ran again. A file whose size "
-        "and time are as noted is taken to be whole: a byte that rots on the disk itself is found by `verify` alone. Of "
-        "a trial each of eight processes judges for itself what was trained once.",
+        "and time are as noted is taken to be whole: a byte that rots on the disk itself is found by `verify` alone. "
+        "Of a trial each of eight processes judges for itself what was trained once.",
         device="cpu",
     )
 

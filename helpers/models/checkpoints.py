@@ -20,10 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
-from huggingface_hub import HfFileSystem, try_to_load_from_cache
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,13 +30,13 @@ from helpers import settings
 from helpers.dictionary import SparseCodes
 from helpers.models import sources
 from helpers.models.directions import leading
+from helpers.models.sources import Opener
 from helpers.settings import allowed, one_of
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BATCH_BYTES = 2**27
 """Experts are handled in batches of this size as float32 (16 experts of OLMoE-1B-7B), or one at a time."""
-Opener = Callable[[str], BinaryIO]
 LONGEST = 2**25
 """Bytes of a header or an index: some 200,000 tensors."""
 READERS = 8  # ranges asked for at once: a request to the hub mostly waits
@@ -272,7 +271,7 @@ class Checkpoint:
     """Names, places and shapes of a checkpoint's tensors; headers are read when a tensor of their file is asked for."""
 
     def __init__(self, source: str, revision: str | None):
-        self.source, self.open = source, _opener(source, revision)
+        self.source, self.open = source, sources.opener(source, revision)
         self._header = cache(self._header)
         config, index = self._json("config.json"), self._json(INDEX)
         allowed(config is not None, f"source={source!r} has no config.json", "a model's folder or hub id")
@@ -441,25 +440,3 @@ def _ranges(numbers: Sequence[int]) -> str:
     places = enumerate(sorted(numbers))
     runs = [[n for _, n in run] for _, run in itertools.groupby(places, lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _opener(source: str, revision: str | None) -> Opener:
-    """How to open a file of `source` by its name: in a folder, in the hub's cache, or at the hub by range requests."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return lambda name: (folder / name).open("rb")
-    named = source.count("/") == 1 and not source.startswith((".", "/", "~"))
-    allowed(named, f"source={source!r} is no folder", "a folder, or a hub id such as 'allenai/OLMoE-1B-7B-0924'")
-    try:
-        commit, silent = sources.commit("model", source, revision), ""
-    except sources.Unreachable as error:
-        commit, silent = None, f"not in the hub's cache, and the hub gives no answer: {error}"
-
-    def open_file(name: str):
-        if isinstance(cached := try_to_load_from_cache(source, name, revision=commit or revision), str):
-            return open(cached, "rb")
-        if commit is None:
-            raise FileNotFoundError(silent)
-        return HfFileSystem().open(f"{source}@{commit}/{name}", cache_type="none")  # a read is a request for its bytes
-
-    return open_file

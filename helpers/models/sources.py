@@ -21,15 +21,16 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 from unittest import mock
 
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, HfFileSystem, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -43,6 +44,7 @@ try:
 except ImportError:  # a hub model needs no embedded one
     PACKAGE_MODULE = None
 
+Opener = Callable[[str], BinaryIO]
 EMBEDDED, SECOND = "gemma-3-270m", "smollm2-135m"
 ALLOWED = (
     f"'{EMBEDDED}', '{SECOND}', 'book-moe' or 'book-twin' (embedded), a hub id such as 'EleutherAI/pythia-70m', or a "
@@ -157,6 +159,28 @@ def cached_only() -> Iterator[None]:
         mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
     ):
         yield
+
+
+def opener(source: str, revision: str | None) -> Opener:
+    """How to open a file of `source` by its name: in a folder, in the hub's cache, or at the hub by range requests."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return lambda name: (folder / name).open("rb")
+    named = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    allowed(named, f"source={source!r} is no folder", "a folder, or a hub id such as 'allenai/OLMoE-1B-7B-0924'")
+    try:
+        sha, silent = commit("model", source, revision), ""
+    except Unreachable as error:
+        sha, silent = None, f"not in the hub's cache, and the hub gives no answer: {error}"
+
+    def open_file(name: str):
+        if isinstance(cached := try_to_load_from_cache(source, name, revision=sha or revision), str):
+            return open(cached, "rb")
+        if sha is None:
+            raise FileNotFoundError(silent)
+        return HfFileSystem().open(f"{source}@{sha}/{name}", cache_type="none")  # a read is a request for its bytes
+
+    return open_file
 
 
 def reason(error: Exception) -> str:

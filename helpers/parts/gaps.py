@@ -216,7 +216,8 @@ class FrozenLayer:
         self.texts = {split: how | {"split": split, "n_tokens": n} for split, n in sizes.items()}
         self.pieces = {split: activations.texts(teacher, **each) for split, each in self.texts.items()}
         articles = len(np.unique(self.pieces["test"].articles))
-        allowed(articles >= FEWEST, f"{sizes['test']} test tokens hold {articles} articles", f"at least {FEWEST}")
+        given = f"corpus={corpus!r}: {sizes['test']} held-out tokens come from {articles} documents"
+        allowed(articles >= FEWEST, given, f"at least {FEWEST}, by more tokens or a corpus of {3 * FEWEST} documents")
         where = {"layer": layer, "sites": list(SITE.values()), "cache_dir": cache_dir}
         self.stores = {split: activations.harvest(teacher, **where, **each) for split, each in self.texts.items()}
 

@@ -65,7 +65,7 @@ BENCHMARKS = settings.ROOT / "benchmarks" / "results"
 
 INTRODUCTION = """# Performance
 
-How fast the book's own code is, beside its peers, and how long the book takes.
+How fast the book's own code is, beside its peers, how long the book takes, and what faults it survives (Reliability).
 
 `make bench` measures all of this again on your machine and writes `benchmarks/results/`.
 Everything that is compared was timed in turns in one process; the figures are medians.

@@ -80,9 +80,9 @@ class Board:
         for folder in others:
             with suppress(ValueError):
                 for run, records in load_results(folder, book):
-                    columns = {Shown(record, run, OTHER).column for record in records}
-                    if folder.name.endswith("+custom") or columns - {"your run"}:
-                        runs.append((OTHER, run, records))
+                    own = folder.name.endswith("+custom")
+                    kept = [each for each in records if own or Shown(each, run, OTHER).column != "your run"]
+                    runs += [(OTHER, run, kept)] if kept else []
         return cls(book, runs, overall(of[BUILD], of[LONG], book))
 
     def of(self, claim: Claim, check: str | None = None) -> list[Shown]:
@@ -302,7 +302,8 @@ def _table(board: Board, chapters: set[str]) -> str:
                 bodies.append(_row(claim, board, chapters, columns, len(bodies)))
     head = "".join(f'<th scope="col" class="{kind}">{name}</th>' for kind, name in heads.items())
     caption = "Every claim: the paper's number, ours against the threshold, and the verdict"
-    top = f'<div class="scoreboard"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead>\n'
+    several = ' class="several"' if len(columns) > 1 else ""
+    top = f'<div class="scoreboard"><table{several}><caption>{caption}</caption><thead><tr>{head}</tr></thead>\n'
     return top + "\n".join(bodies) + "\n</table></div>"
 
 

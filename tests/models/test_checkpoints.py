@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from helpers.models import checkpoints, directions
+from helpers.models import checkpoints, directions, sources
 from helpers.models.directions import TOLERANCE
 
 D = 16
@@ -210,7 +210,7 @@ def test_some_experts_in_the_order_asked_for_and_batch_by_batch(deepseek, monkey
 
 
 def test_only_the_bytes_asked_for_are_read(deepseek, monkeypatch):
-    opener, read = checkpoints._opener, []
+    opener, read = sources.opener, []
 
     class Counted:
         def __init__(self, file):
@@ -230,7 +230,7 @@ def test_only_the_bytes_asked_for_are_read(deepseek, monkeypatch):
             return self.file.readinto(data)
 
     opened = opener(str(deepseek), None)
-    monkeypatch.setattr(checkpoints, "_opener", lambda *_: lambda name: Counted(opened(name)))
+    monkeypatch.setattr(sources, "opener", lambda *_: lambda name: Counted(opened(name)))
     layer = checkpoints.read(deepseek, [2])[0]
     assert read == [4 * 11 * 8]  # the router rows
     batches = layer.weights()

@@ -653,7 +653,7 @@ def padding(log, shares, spread):
         ((0.30, 0.30, 0.31), 0.01, "holds here"),
         ((0.295, 0.233, 0.365), 0.13, "partly"),  # all above zero, and no single share fits
         ((0.0, 0.0, 0.0), 0.01, "partly"),
-        ((-0.1, -0.1, 0.0), 0.10, "partly"),  # the last share straddles zero
+        ((-0.1, -0.1, 0.05), 0.15, "partly"),  # the last share straddles the line
         ((-0.1, -0.1, -0.1), 0.10, "fails here"),
     ],
 )

@@ -41,7 +41,7 @@ SMALL = {
         "lrs": [1e-2], "seeds": [0, 1],
     },
     "11_the_structure_is_learned": {
-        "layers": [3], "n_tokens": 300, "n_held_out": 300, "n_loss": 200, "seeds": [0],
+        "layers": [3], "n_tokens": 300, "n_held_out": 300, "n_loss": 200, "seeds": [0, 1],
         "controls": ["implicit", "shuffled", "random_router", "random", "pca"], "n_experts_shown": 1,
     },
     "12_three_gaps": {
@@ -49,7 +49,7 @@ SMALL = {
         "lrs": [3e-3], "fine_lrs": [8e-3], "control_lrs": [1e-3], "ranks": [1, 4], "experts": 8, "active_experts": 2,
     },
     "13_how_few_numbers": {
-        "certified": [[512, 64, 15, 2]], "n_vectors": 50, "m_phase": 32, "n_phase": [16],
+        "certified": [[512, 64, 15, 2]], "n_vectors": 50, "m_phase": 32, "n_phase": [64],
         "degrees": [4, 8], "active": [1, 2], "n_signals": 4, "sizes": [[64, 128, 7]], "n_tokens": 600,
         "n_features": 32, "trained_degrees": [4, 8], "k": 4, "steps": 5, "seeds": [0],
     },
