@@ -23,6 +23,8 @@ INPUTS = ("teacher", "corpus", "checkpoint")
 """Parameters that may name a file or folder of the reader's."""
 FOLDERS = ("cache_dir", "results_dir")
 """Parameters that name a folder to write to, where they are not null."""
+FILLED = ("dims", "layers", "lrs", "seeds", "sites")
+"""Lists that every chapter which has them goes through: an empty one leaves nothing to measure."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,12 @@ def fitted(where: str, name: str, value: Any, default: Any) -> Any:
     same name, or of any. None as a default takes everything, but a folder is a text. Raises `ValueError` saying what is
     allowed.
     """
+    such = f"such as {default!r} (the default)"
+    allowed(value != [] or name not in FILLED, f"{where}: {name}=[]", f"at least one, {such}")
     try:
         return _as(value, "" if name in FOLDERS and value is not None else default)
     except TypeError as error:
-        raise ValueError(f"{where}: {name}={value!r}; allowed: {error}, such as {default!r} (the default)") from None
+        raise ValueError(f"{where}: {name}={value!r}; allowed: {error}, {such}") from None
 
 
 def _as(value: Any, default: Any) -> Any:

@@ -341,7 +341,7 @@ def _ours(placed: Sequence[tuple[Check, Shown, list[float]]], columns: list[str]
         return
     of[columns[0]] += of[""]
     for name in columns:
-        yield f'<td class="ours">{_weakest(of[name])}</td>'
+        yield f'<td class="ours" data-family="{html.escape(name, quote=True)}">{_weakest(of[name])}</td>'
 
 
 def _weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> str:
