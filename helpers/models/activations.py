@@ -375,7 +375,7 @@ def _run_padded(teacher: Teacher, pieces: Texts, numbers: list[int], layer: int,
     spread = dict.fromkeys(sites, 0.0)
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
     for batch in settings.progress(batches, desc=f"padded batches, {teacher.attn_implementation} attention"):
-        ids, mask = pieces.padded(batch, teacher.pad_id, left=True)
+        ids, mask = pieces.padded(batch, teacher.tokenizer.pad_token_id, left=True)
         text = teacher.rows_kept(ids, mask)
         where = {"text": text, "bos": mask.bool() & ~text, "padding": ~mask.bool()}
         for site, values in teacher.run_to(layer, ids, mask, sites).items():

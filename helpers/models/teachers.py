@@ -145,12 +145,6 @@ class Teacher:
         return said if said and said > 0 else None
 
     @property
-    def pad_id(self) -> int:
-        """What stands for no text: the padding token, else the end of a text, else token 0. Attention never sees it."""
-        named = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0
-        return next(token for token in named if token is not None)
-
-    @property
     def adds_bos(self) -> bool:
         """Whether the tokenizer puts a BOS token before a text."""
         first = self.tokenizer("a").input_ids[:1]
@@ -410,6 +404,8 @@ def load(
     check_loaded(model, tokenizer, info, f"teacher={teacher!r} ({type(model).__name__})")
     if where.type == "cpu" and model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm" if _aligned(model) else "eager")
+    if tokenizer.pad_token_id is None:  # attention never sees it
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     fingerprint = fingerprint or getattr(model.config, "_commit_hash", None) or str(source)
     loaded = Teacher(teacher, fingerprint, _frozen(model.to(where)), tokenizer)
     loaded.check_sites()  # now, not after a harvest

@@ -372,6 +372,7 @@ def test_tokenizers_without_special_tokens_will_do(tmp_path, without):
     options = {"layer": LAYER, "n_tokens": 200, "cache_dir": tmp_path}
     assert activations.harvest(teacher, corpus, **options).n == 200
     assert activations.padded(teacher, corpus, min_length=5, **options).share > 0
+    assert sentences(teacher, LONG, SHORT)[1].sum(1).diff() < 0
     assert activations.losses(teacher, corpora.texts(teacher, corpus, n_tokens=200)).nats.gt(0).all()
 
 
