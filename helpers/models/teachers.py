@@ -375,8 +375,7 @@ def load(
 ) -> Teacher:
     """The embedded Gemma 3 270M or SmolLM2 135M (4-bit, unpacked once into the cache), a hub id or a local folder.
 
-    `"book-moe"`, `"book-moe@STEP"` and `"book-twin"` are the mixture of experts that was trained for this book, its
-    checkpoints and its dense twin (`helpers.models.sources`).
+    `"book-moe"`, `"book-moe@STEP"` and `"book-twin"` are the book's mixture, its checkpoints and its dense twin.
 
     `attn_implementation` None is PyTorch's (`"sdpa"`) where the architecture has it, else `"eager"`. Of a model that is
     larger than memory `layerwise.load` holds one block at a time.
@@ -389,8 +388,8 @@ def load(
     source, fingerprint, hub = sources.find(teacher, revision, cache_dir)
     hub |= SAFE
     options = {**hub, "attn_implementation": attn_implementation, "dtype": getattr(torch, dtype)}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are named below
-    options |= {"key_mapping": PREFIXES}
+    # mismatched sizes are named below
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "key_mapping": PREFIXES}
     try:
         with sources.no_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, **hub)

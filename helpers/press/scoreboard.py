@@ -259,7 +259,7 @@ def _small(board: Board) -> str:
                 marks.append(f'<a class="v-{verdict.replace(" ", "-")}" {where}>{SYMBOLS[verdict]}</a>')
         rows.append(f'<li><span>{part} · {rich(title)}</span><span class="marks">{"".join(marks)}</span></li>')
     body = f'<p class="counts">{_counts(board)}</p>\n<ul class="small-board">\n' + "\n".join(rows) + "\n</ul>"
-    said = f"The {len(board.verdicts)} claims of the three papers, as of this build; each mark leads to its numbers:"
+    said = f"The {len(board.verdicts)} claims of the papers and the book, as of this build; each mark leads to its numbers:"
     return f"{said}\n\n```{{raw}} html\n{body}\n```\n"
 
 
@@ -280,8 +280,8 @@ def _summary(board: Board) -> str:
     by_luck = f" By chance alone {number(chance.expected)} of the {chance.judged} numbers so controlled would hold."
     none_left = f", {waiting} have one that was not run yet" if waiting else ""
     return (
-        f"**{tested} of {len(board.verdicts)} claims of three papers are tested here**, each by a rule that was fixed "
-        f"before: {_counts(board)}\n\n"
+        f"**{tested} of {len(board.verdicts)} claims of three papers and this book are tested here**, each by a rule "
+        f"that was fixed before: {_counts(board)}\n\n"
         f"Of {len(checks)} checks {stated} have a negative control{none_left}, {len(checks) - stated - waiting} can "
         f"have none. {len(found)} controls were recorded; {passed} of them passed the rule that should reject it."
         f"{by_luck if chance.judged else ''}\n"

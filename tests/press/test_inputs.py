@@ -67,6 +67,9 @@ SMALL = {
         "steps": 4, "batch_size": 2, "length": 32, "warmup": 1, "checkpoints": [0, 2], "validate_every": 2,
         "n_validation": 100, "n_held_out": 200, "n_routed": 200, "order": 3,
     },
+    "17_every_rule_is_a_routing_rule": {
+        "n_tokens": 600, "n_held_out": 300, "n_features": 32, "k": 4, "steps": 4, "lrs": [1e-2], "seeds": [0, 1],
+    },
 }  # fmt: skip
 """Parameters with which a chapter takes seconds."""
 
