@@ -259,7 +259,7 @@ def _small(board: Board) -> str:
                 marks.append(f'<a class="v-{verdict.replace(" ", "-")}" {where}>{SYMBOLS[verdict]}</a>')
         rows.append(f'<li><span>{part} · {rich(title)}</span><span class="marks">{"".join(marks)}</span></li>')
     body = f'<p class="counts">{_counts(board)}</p>\n<ul class="small-board">\n' + "\n".join(rows) + "\n</ul>"
-    said = f"The {len(board.verdicts)} claims of the papers and the book, as of this build; each mark leads to its numbers:"
+    said = f"The {len(board.verdicts)} claims, ours included, as of this build; each mark leads to its numbers:"
     return f"{said}\n\n```{{raw}} html\n{body}\n```\n"
 
 
