@@ -9,6 +9,7 @@ Numbers about all sets of atoms are marked as what they are: exact (every set wa
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -228,7 +229,8 @@ def expansion_bounds(
     found, high = _shortfall(reached, degree), _shortfall(at_least, degree)
     worst = tuple(chosen if found[i] >= floor[i] else None for i, chosen in enumerate(sets))
     low = torch.maximum(found, floor)
-    if small := int((np.cumsum([float(math.comb(n, s)) for s in range(1, size + 1)]) <= visited).sum()):
+    counts = itertools.accumulate(math.comb(n, s) for s in range(1, size + 1))  # whole numbers: they overflow a float
+    if small := sum(count <= visited for count in counts):
         exact = expansion(rows, d_model, small, most=visited)
         low, high = (torch.cat([exact.low, bound[small:]]) for bound in (low, high))
         worst = exact.worst + worst[small:]

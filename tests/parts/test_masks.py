@@ -143,6 +143,8 @@ def test_expansion_is_exact_first_and_bounds_after():
     assert found.low[3] <= exact.low[3] <= found.high[3] and found.low[5] < found.high[5]
     assert [len(s) for s in found.worst[:3]] == [1, 2, 3]
     assert not masks.expansion_bounds(rows, 90, 2, generator(0), visited=3).worst[0].numel() > 1
+    wide = masks.left_regular(1100, 60, 2, generator(0))  # of 550 atoms there are more sets than a float holds
+    assert len(masks.expansion_bounds(wide, 60, 550, generator(0), starts=1).low) == 550
 
 
 def test_the_epsilon_of_an_expander_is_that_of_all_smaller_sets_too():
