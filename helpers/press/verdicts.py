@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import Field
+from scipy.stats import binom
 
 from helpers.press.rules import Check, Claim, Register, Rule, Strict, register
 
@@ -72,8 +73,9 @@ class Record(Strict):
         )
 
 
-OFTEN = 0.1
-"""A control of several draws is rejected where at most this share of them passes: at 95 % a fortieth does by chance."""
+OFTEN = 0.05
+"""A control of several draws is rejected unless more of them pass than this share explains, by a binomial test at the
+same level: of 40 draws at most four may pass, of eight two, of five one. At 95 % a fortieth passes by chance."""
 
 
 class Control(Strict):
@@ -103,8 +105,9 @@ class Control(Strict):
     def judged(self, check: Check) -> Control:
         """The same control by the rule as it stands."""
         draws = self.draws or [(self.value, *(self.ci or (self.value, self.value)))]
-        passed = sum(check.rule.outcome(*each) == "holds" for each in draws) / len(draws)
-        return self.model_copy(update={"passed": passed, "rejected": passed <= OFTEN})
+        passed = sum(check.rule.outcome(*each) == "holds" for each in draws)
+        explained = not passed or len(draws) > 1 and bool(binom.sf(passed - 1, len(draws), OFTEN) > OFTEN)
+        return self.model_copy(update={"passed": passed / len(draws), "rejected": explained})
 
 
 def counted(n: Counted) -> str:

@@ -541,7 +541,7 @@ def test_a_control_is_judged_by_the_rule_and_kept_once(book, log):
     ]
 
 
-@pytest.mark.parametrize(("passing", "rejected"), [(0, True), (1, True), (2, False)])
+@pytest.mark.parametrize(("passing", "rejected"), [(0, True), (1, True), (3, True), (4, False)])
 def test_a_control_of_several_draws_is_rejected_where_few_of_them_pass(book, log, passing, rejected):
     values = [3.0] * passing + [1.0] * (19 - passing)
     control = log.control("rule.above", None, [Compared(value, (value - 0.5, value + 0.5)) for value in values])
