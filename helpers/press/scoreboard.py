@@ -19,7 +19,7 @@ from helpers import settings
 from helpers.press.claims import REFERENCE, Results, load_results
 from helpers.press.pages import machine, number, table
 from helpers.press.rules import BETWEEN, Bound, Check, Claim, Identity, IntervalWithin, Register, Trend, register
-from helpers.press.verdicts import TABLE, Control, Record, Verdict, by_chance, overall
+from helpers.press.verdicts import TABLE, Control, Record, Verdict, by_chance, counted, overall
 
 SYMBOLS: dict[Verdict, str] = {
     "reproduced": "●",
@@ -390,7 +390,7 @@ def _record_row(shown: Shown) -> dict[str, Any]:
     return {
         "case": html.escape(case),
         "ours": f'<span class="whole">{number(record.value, record.ci)}</span>',
-        "n": f"{record.n:,} {record.resampled or ''}",
+        "n": f"{counted(record.n)} {record.resampled or ''}",
         "verdict": badge(record.verdict),
         "run": f'<span class="whole">{shown.mark} ch. {int(shown.run.chapter[:2])}</span>',
         "setting": f"<small>{html.escape(about)}</small>",
