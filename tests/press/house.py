@@ -43,6 +43,11 @@ def why_not_nobody() -> str:
     return f"{done.stderr.strip()[-300:]} (rc {done.returncode})" if done.returncode else ""
 
 
+def _hears_sigint() -> None:
+    """What a script starts in the background has SIGINT ignored, and hands that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Done:
     """What a command ended with: `cpu` are the seconds that it and the children it waited for computed."""
@@ -101,7 +106,7 @@ class House:
         given = {name: value for name, value in given.items() if value is not None}
         command = [*(AS_NOBODY if nobody else []), sys.executable, "-m", "helpers", *arguments]
         return subprocess.Popen(
-            command, cwd=folder or self.root, env=given, start_new_session=True,
+            command, cwd=folder or self.root, env=given, start_new_session=True, preexec_fn=_hears_sigint,
             **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"} | options,
         )  # fmt: skip
 

@@ -136,6 +136,8 @@ def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
 
 def test_what_builds_the_pages_ends_with_who_asked_for_them(tmp_path):
     (tmp_path / "jupyter_book" / "cli").mkdir(parents=True)
+    for package in ("jupyter_book", "jupyter_book/cli"):  # without it the installed one wins
+        (tmp_path / package / "__init__.py").touch()
     (tmp_path / "jupyter_book" / "cli" / "main.py").write_text(
         "import time\ndef main():\n    print('begun', flush=True)\n    time.sleep(600)\n"
     )
