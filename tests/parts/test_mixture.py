@@ -275,11 +275,20 @@ def test_dropout_acts_in_training_and_leaves_no_hook_behind(trained):
         assert torch.allclose(model(ids).logits, clean)
 
 
-def test_a_loss_that_is_not_finite_is_named(corpus, tokenizer, tmp_path):
-    model = SIZE.mixture()
-    model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+def test_a_loss_that_is_not_finite_is_named(corpus, tokenizer, tmp_path, monkeypatch):
+    """Of what it starts from by the first held-out loss, later by the step."""
+    model, update = SIZE.mixture(), mixture.Pretraining.update
+
+    def poisoned(self, ids):
+        if self.step == 1:
+            self.model.model.norm.weight.data.fill_(torch.nan)
+        return update(self, ids)
+
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+        patch.setattr(mixture.Pretraining, "update", poisoned)
         train(model, tokenizer, corpus, tmp_path, checkpoints=())
+    with pytest.raises(ValueError, match="'in training'.* the loss is not finite"):
+        train(model, tokenizer, corpus, tmp_path / "again", checkpoints=())
 
 
 @pytest.mark.parametrize(
