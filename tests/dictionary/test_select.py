@@ -202,3 +202,21 @@ def test_what_an_input_gets_depends_on_the_batch_only_under_batch_rules():
             alone = torch.cat([model(row[None]) for row in x])
             leaks[rule] = not torch.allclose(alone, model(x))
     assert leaks == {rule: rule in ("batch", "atom") for rule in RULES}
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [2, 6])
+def test_thresholds_are_moved_to_the_number_of_codes_asked_for_and_stay_above_zero(target):
+    from helpers.training import Shuffled, fit
+    from helpers.training.remedies import TargetL0
+
+    x = random(2000, 8, dtype=torch.float32)
+    select = Select("threshold", 24, threshold=0.5, bandwidth=0.5)
+    sae = topk_sae(8, 24, 4, generator=torch.Generator().manual_seed(0), select=select)
+    fit(sae, Shuffled(x, batch_size=200), steps=300, lr=1e-2, balance=TargetL0(target))
+    codes = sae.encode(x).fires.sum(1).float().mean()
+    assert float(codes) == pytest.approx(target, rel=0.25) and (sae.select.threshold >= 0).all()
+    with pytest.raises(ValueError, match="target=0"):
+        TargetL0(0)
