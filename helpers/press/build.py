@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from helpers import settings
-from helpers.press import claims, execution, pages, scoreboard
+from helpers.press import claims, execution, pages, polish, reading, scoreboard
 from helpers.press.chapters import Job
 
 FOR_TOOLS = re.compile(r"[ \t]*# (?:fmt: (?:skip|off|on)|noqa).*$", re.MULTILINE)
@@ -35,7 +35,6 @@ LOADED = {
     "audio": "src",
     "embed": "src",
 }
-FONT_AHEAD = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
 REMOTE = re.compile(r"^(https?:)?//")
 REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
 
@@ -91,7 +90,7 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"{job.executed} is damaged; delete it, and its chapter runs again") from error
         nbformat.write(notebook, folder / "notebooks" / job.executed.name)
-    made = scoreboard.pages(profile) | {"performance.md": pages.performance_markdown()}
+    made = scoreboard.pages(profile) | {"map.md": reading.page(jobs), "performance.md": pages.performance_markdown()}
     for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -110,7 +109,7 @@ def build(root: Path) -> list[str]:
         lines = strip_color(log.read_text(encoding="utf-8", errors="replace")).splitlines()
         wrong = [line for line in lines if "WARNING" in line or "ERROR" in line]
         return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
-    _open_from_disk(folder / "_build" / "html")
+    polish.site(folder / "_build" / "html", root)
     html = root / "_build" / "html"
     for left in html.parent.glob(".html.*"):  # of a killed build
         shutil.rmtree(left, ignore_errors=True)
@@ -142,12 +141,6 @@ def toc_files(node: Any) -> Iterator[str]:
         yield from (str(node[key]) for key in ("root", "file") if key in node)
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         yield from toc_files(child)
-
-
-def _open_from_disk(html: Path) -> None:
-    """The theme fetches its fonts ahead in a way that browsers forbid to pages opened from the disk: take that out."""
-    for path in html.rglob("*.html"):
-        path.write_text(FONT_AHEAD.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _remote(soup: BeautifulSoup) -> Iterator[str]:
