@@ -87,7 +87,7 @@ soak: .venv/.ready-dev
 	$(BIN)/python -m pytest tests -m soak -rs --timeout=0
 
 lab: .venv/.ready
-	$(BIN)/python -m jupyter lab notebooks
+	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(BIN)/python -m jupyter lab notebooks/start.md
 
 bench: .venv/.ready-bench
 	$(BIN)/python -m benchmarks
