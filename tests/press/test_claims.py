@@ -681,7 +681,7 @@ def render(tmp_path):
 
     def render():
         here, long = tmp_path / "here", tmp_path / "long"
-        made = scoreboard.pages(results=here, reference=long, notebooks=tmp_path / "notebooks")
+        made = scoreboard.pages(scoreboard.Board.read(here, long), notebooks=tmp_path / "notebooks")
         return made["scoreboard.md"]
 
     return render

@@ -106,7 +106,7 @@ def test_another_model_and_a_readers_own_run_have_columns_and_decide_nothing(tmp
     assert board.columns == ["Gemma 3", "SmolLM2", "your run"] and board.verdicts == alone.verdicts
     claim = board.book["dead.lm"]
     assert [shown.run.profile for _, shown in board.drawn(claim)] == ["quick", "smollm2", "quick+custom"]
-    made = scoreboard.pages(results=tmp_path / "quick", reference=tmp_path)["scoreboard.md"]
+    made = scoreboard.pages(board)["scoreboard.md"]
     row = BeautifulSoup(made.split('id="claim-dead-lm"')[1].split("</tr>")[0], "html.parser")
     assert len(row.select(".ours")) == 3 and len(row.select(".dot")) == 2 and len(row.select("circle")) == 1
 
@@ -126,7 +126,7 @@ def test_notes_are_read_without_pythons_spelling(note, said):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The scoreboard of the kept long runs alone."""
-    return scoreboard.pages(results=tmp_path_factory.mktemp("none") / "quick")  # folders beside it are read too
+    return scoreboard.pages(scoreboard.Board.read(tmp_path_factory.mktemp("none")))
 
 
 @pytest.fixture(scope="module")
