@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from helpers import settings
-from helpers.press import claims, execution, pages, polish, reading, scoreboard
+from helpers.press import claims, execution, finding, night, pages, polish, reading, scoreboard
 from helpers.press.chapters import Job
 
 FOR_TOOLS = re.compile(r"[ \t]*# (?:fmt: (?:skip|off|on)|noqa).*$", re.MULTILINE)
@@ -84,13 +84,15 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
     (folder / "notebooks").mkdir()
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(root / name, folder / name)
+    board = scoreboard.Board.of_build(profile, root)
     for job in jobs:
         try:
             notebook = _as_page(nbformat.read(job.executed, as_version=4))
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"{job.executed} is damaged; delete it, and its chapter runs again") from error
-        nbformat.write(notebook, folder / "notebooks" / job.executed.name)
-    made = scoreboard.pages(profile) | {"map.md": reading.page(jobs), "performance.md": pages.performance_markdown()}
+        nbformat.write(finding.page(notebook, job.chapter.slug, board), folder / "notebooks" / job.executed.name)
+    made = scoreboard.pages(board, profile)
+    made |= {"map.md": reading.page(jobs), "performance.md": pages.performance_markdown()}
     for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -110,6 +112,7 @@ def build(root: Path) -> list[str]:
         wrong = [line for line in lines if "WARNING" in line or "ERROR" in line]
         return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
     polish.site(folder / "_build" / "html", root)
+    night.site(folder / "_build" / "html")
     html = root / "_build" / "html"
     for left in html.parent.glob(".html.*"):  # of a killed build
         shutil.rmtree(left, ignore_errors=True)
