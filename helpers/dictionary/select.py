@@ -8,7 +8,7 @@
     groups     Switch SAE (Mudide et al. 2024)   group-limited routing (DeepSeek-V2): best groups first, k inside them
     always     dense latents                     shared experts (DeepSeek-MoE): the first few, and k − few of the rest
     positive   ReLU; with gate rows Gated        ReLU routing without thresholds: every score above zero
-    magnitude  AbsTopK (Zhu et al. 2025)         token choice by |score|
+    magnitude  AbsTopK (arXiv 2510.00404)        token choice by |score|
 
 A rule turns scores [batch, n] into indices [batch, K] and a mask of the same shape that says which of them are chosen:
 where inputs have different numbers of codes, K is the largest of them, and the rest of a row has value 0.
