@@ -390,9 +390,11 @@ class Resample(Balance):
         model.decoder.weight[dead] = rows[able]
         if model.encoder is not model.decoder:
             model.encoder.weight[dead] = self.scale * lengths.mean() * same[able]
-        if model.encoder.bias is not None:
-            model.encoder.bias[dead] = 0
-        for parameter in (model.decoder.weight, model.encoder.weight, model.encoder.bias):
+        same_rows = [rows for rows in (model.encoder, model.router) if rows.weight is model.encoder.weight]
+        biases = [rows.bias for rows in same_rows if rows.bias is not None]
+        for bias in biases:
+            bias[dead] = 0
+        for parameter in (model.decoder.weight, model.encoder.weight, *biases):
             state = {} if now.optimiser is None else now.optimiser.state.get(parameter, {})
             for name in {"exp_avg", "exp_avg_sq"} & set(state):
                 state[name][dead] = 0

@@ -412,6 +412,17 @@ def test_resampling_a_mixture_with_shared_parameters_moves_its_router_too():
 # -- k-annealing, and combinations -------------------------------------------------------------------------------------
 
 
+def test_resampling_a_gated_sae_opens_its_gates_too():
+    model, parts = gated()
+    before = {name: part.detach().clone() for name, part in parts.items()}
+    now = moment(model, step=249, steps=10_000, dense=False)
+    remedies.Resample(every=250, seed=1).after_step(now)
+    dead = torch.tensor([4, 8])  # silent for 125 steps
+    for name in ("gamma", "mu"):
+        assert not parts[name][dead].any() and torch.equal(parts[name][0], before[name][0])
+    assert not torch.equal(parts["w"][dead], before["w"][dead])
+
+
 def test_annealing_falls_from_its_start_to_k():
     remedy = remedies.Anneal(4, over=0.5)
     assert [remedy.k_at(8, done) for done in (0.0, 0.25, 0.5, 0.75, 1.0)] == [32, 20, 8, 8, 8]
