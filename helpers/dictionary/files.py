@@ -36,7 +36,8 @@ ARCHITECTURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "jumprelu_skip_transcoder": ("threshold", ("b_enc", "threshold", "W_skip")),
 }
 """SAELens' architectures: how they choose (`dictionary.RULES`), and their tensors beside W_enc, W_dec and b_dec. Those
-with a `topk_threshold` stand in a training checkpoint; for use SAELens writes them as jumprelu."""
+with a `topk_threshold` stand in a training checkpoint; for use SAELens writes them as jumprelu. Not the family's are
+matching pursuit, which finds codes one after another in what is left, and temporal SAEs, which look at other tokens."""
 
 SHAPES: dict[str, tuple[str, ...]] = {
     "W_enc": ("d_in", "d_sae"),
@@ -252,8 +253,8 @@ def _check_tensors(path: Path, config: dict, tensors: dict[str, Tensor]) -> None
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             sizes = ", ".join(SHAPES[name])
             raise ValueError(f"{name} in {path} is {tensor.dtype}{list(tensor.shape)}; allowed: [{sizes}] = {shape}")
-        if tensor.isnan().any():
-            raise ValueError(f"{name} in {path} has entries that are not a number; allowed: numbers")
+        if (tensor.isnan() if name == "threshold" else ~tensor.isfinite()).any():  # θ = ∞ is an atom that is off
+            raise ValueError(f"{name} in {path} has entries that are infinite or not a number; allowed: finite ones")
 
 
 def _normalisation(folder: Path, config: dict, factor: float | None) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -269,7 +270,12 @@ def _normalisation(folder: Path, config: dict, factor: float | None) -> tuple[Te
     try:
         if kind == "covariance_whitening":
             held = load_file(folder / "activation_whitening.safetensors")
-            return held["mean"], held["matrix"], held["inverse_matrix"]
+            affine = held["mean"], held["matrix"], held["inverse_matrix"]
+            if [len(each) for each in affine] != [each.shape[-1] for each in affine] or len(affine[0]) != config[
+                "d_in"
+            ]:
+                raise ValueError(f"of shapes {[tuple(each.shape) for each in affine]}")
+            return affine
         beside = folder / "activation_scaler.json"
         factor = json.loads(beside.read_text(encoding="utf-8"))["scaling_factor"] if factor is None else factor
         if not 0 < float(factor) < float("inf"):
@@ -320,15 +326,14 @@ def _member(config: dict, tensors: dict[str, Tensor]) -> RankOneDictionary:
 
 def _k(config: dict, n: int) -> int:
     """How many codes there are; what training aimed at where the rule leaves it open, all where nothing says it."""
-    about = config["metadata"] if isinstance(config["metadata"], dict) else {}
-    about = about.get("training_architecture_details") or {}
-    about = about if isinstance(about, dict) else {}
     rule = ARCHITECTURES[config["architecture"]][0]
-    k = config["k"] if rule in ("token", "magnitude", "batch") else about.get("k") or about.get("target_l0") or n
-    whole = rule not in ("token", "magnitude")
-    if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= n or (not whole and k != int(k)):
+    about = config["metadata"].get("training_architecture_details") if isinstance(config["metadata"], dict) else None
+    aimed = about.get("k") or about.get("target_l0") if isinstance(about, dict) else None
+    k = config["k"] if rule in ("token", "magnitude", "batch") else aimed
+    good = isinstance(k, int | float) and not isinstance(k, bool) and 0 < k <= n
+    if rule in ("token", "magnitude") and not (good and k == int(k)):
         raise ValueError(f"k={k!r} in {CONFIG} cannot be; allowed: 1 to d_sae={n}")
-    return max(1, round(k))
+    return max(1, round(k)) if good else n
 
 
 # -- packed files ------------------------------------------------------------------------------------------------------

@@ -339,6 +339,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path):
         (change_tensors(drop=["b_enc"]), "holds .*allowed with 'topk': .*'b_enc'"),
         (change_tensors(W_skip=torch.zeros(6, 6)), "'W_skip'.*allowed with 'topk'"),
         (change_tensors(b_dec=torch.full((6,), torch.nan)), "b_dec in .* not a number"),
+        (change_tensors(b_enc=torch.full((20,), torch.inf)), "b_enc in .* infinite"),
         (change_tensors(b_dec=torch.zeros(6, dtype=torch.int64)), "b_dec in .*int64"),
         (change_tensors(scaling_factor=torch.full((20,), 2.0)), "'scaling_factor'"),
     ],
@@ -361,6 +362,23 @@ def test_factors_that_cannot_be_are_named(tmp_path, factor):
     for how in ({}, {"norm_factor": factor}):
         with pytest.raises(ValueError, match=f"not with norm_factor={factor}"):
             dictionary.load_saelens(tmp_path, **how)
+
+
+def test_a_whitening_that_does_not_fit_is_named(tmp_path):
+    dictionary.save_saelens(dictionary.topk_sae(6, 20, 4, generator=generator(0)), tmp_path)
+    change_config(normalize_activations="covariance_whitening")(tmp_path)
+    for d, names in ((5, ("mean", "matrix", "inverse_matrix")), (6, ("mean", "matrix"))):
+        held = {name: torch.eye(d)[0] if name == "mean" else torch.eye(d) for name in names}
+        save_file({name: part.clone() for name, part in held.items()}, tmp_path / "activation_whitening.safetensors")
+        with pytest.raises(ValueError, match="with activation_whitening.safetensors"):
+            dictionary.load_saelens(tmp_path)
+
+
+@pytest.mark.parametrize(("details", "k"), [({"k": 3}, 3), ({"target_l0": 2.4}, 2), ({"k": 99}, 20), ("none", 20)])
+def test_where_the_rule_leaves_the_number_open_metadata_may_say_it(tmp_path, details, k):
+    theirs("jumprelu").save_model(tmp_path)
+    change_config(metadata={"training_architecture_details": details, "sae_lens_version": "6.54.12"})(tmp_path)
+    assert dictionary.load_saelens(tmp_path).k == k
 
 
 def untied():
