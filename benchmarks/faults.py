@@ -326,7 +326,9 @@ class Trials:
         self.work, self.base, self.scratch, self.draw, self.bad = work, base, scratch, draw, []
         self.whole = self.fresh("whole")
         attempt = self.start(self.whole, log=scratch / "alone")
-        self.digest = attempt.ended()["digest"]
+        told = attempt.ended()
+        settings.allowed("digest" in told, f"{scratch.name}: {told}", "a work that comes to its end")
+        self.digest = told["digest"]
         self.seconds = time.monotonic() - attempt.started
         self.before = sum(path.stat().st_size for path in files_of(base / work.from_)) if work.from_ else 0
         self.bytes = sum(path.stat().st_size for path in files_of(self.whole)) - self.before
@@ -402,14 +404,15 @@ class Trials:
                 self.end(cache)
 
     def flips(self, times: int) -> None:
-        """One bit of a file of each kind, the other files of the cache there or not."""
+        """One bit of a file of each kind, the other files of the cache there or (where all were made) not."""
+        whole = {str(path.relative_to(self.whole)): path for path in files_of(self.whole) if path.stat().st_size}
         kinds = {
-            re.sub(r"[0-9a-f]{12,}|\d+", "*", str(p.relative_to(self.whole))): p
-            for p in files_of(self.whole)
-            if p.stat().st_size
+            re.sub(r"[0-9a-f]{12,}|\d+", "*", name): path
+            for name, path in whole.items()
+            if re.search(self.work.flips, name)
         }
         for place in kinds.values():
-            for alone in (False, True) * times:
+            for alone in ((False,) if self.work.from_ else (False, True)) * times:
                 cache = self.fresh("flipped") / "cache"
                 shutil.copytree(self.whole, cache)
                 path = cache / place.relative_to(self.whole)
