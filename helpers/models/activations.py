@@ -354,9 +354,9 @@ def padded(
     """What a harvest sees that keeps every row of its batches: texts as they come, padded on the LEFT to the longest.
 
     So do the released commands of *Secret mixtures of experts inside your LLM*: batches of 8, texts of 20 tokens or
-    more. Where no batch would have padding, since all texts are as long as what a model reads at once, the first one is
-    cut in half. The rows depend on how the attention treats a query that may look at nothing, so load the teacher with
-    the `attn_implementation` in question. Kept in the cache.
+    more. Where no batch would have padding, since all texts are as long as what a model reads at once, half of the
+    first one stands before it. The rows depend on how the attention treats a query that may look at nothing, so load
+    the teacher with the `attn_implementation` in question. Kept in the cache.
     """
     teacher.block(layer)
     sites = check_sites(sites)
@@ -364,13 +364,13 @@ def padded(
 
     def run() -> dict:
         pieces = texts(teacher, corpus, n_tokens=n_tokens, split=split, max_length=max_length)
-        long = [i for i, tokens in enumerate(pieces.tokens) if len(tokens) >= min_length]
-        given = f"corpus={corpus!r}, n_tokens={n_tokens} has {len(long)} texts of min_length={min_length} and more"
-        allowed(len(long) > 1, given, "at least 2, of other texts or of more tokens")
+        long = [tokens for tokens in pieces.tokens if len(tokens) >= min_length]
+        given = f"corpus={corpus!r}, n_tokens={n_tokens} has no text of min_length={min_length} and more"
+        allowed(bool(long), given, "more tokens, or longer texts")
         batches = [long[i : i + batch_size] for i in range(0, len(long), batch_size)]
-        if all(len({len(pieces.tokens[i]) for i in batch}) == 1 for batch in batches):
-            pieces.tokens[long[0]] = pieces.tokens[long[0]][: len(pieces.tokens[long[0]]) // 2]
-        return _run_padded(teacher, pieces, batches, layer, sites)
+        if all(len(set(map(len, batch))) == 1 for batch in batches):
+            batches[0] = [long[0][: len(long[0]) // 2], *batches[0]]
+        return _run_padded(teacher, batches, pieces.bos, layer, sites)
 
     found = keep("padded", [*what, min_length, batch_size], run, type(teacher), cache_dir=cache_dir)
     moments = {site: {kind: Moments(*m) for kind, m in kinds.items()} for site, kinds in found["moments"].items()}
@@ -380,12 +380,13 @@ def padded(
 KINDS = ("text", "bos", "padding")
 
 
-def _run_padded(teacher: Teacher, pieces: Texts, batches: list[list[int]], layer: int, sites) -> dict:
+def _run_padded(teacher: Teacher, batches: Sequence[Sequence[np.ndarray]], bos: int, layer: int, sites) -> dict:
     moments = {site: dict.fromkeys(KINDS, Moments.empty(teacher.d_model)) for site in sites}
     first: dict[str, Tensor] = {}
     spread = dict.fromkeys(sites, 0.0)
     for batch in settings.progress(batches, desc=f"padded batches, {teacher.attn_implementation} attention"):
-        ids, mask = pieces.padded(batch, teacher.tokenizer.pad_token_id, left=True)
+        pieces = Texts(batch, np.zeros(len(batch), np.int32), bos)
+        ids, mask = pieces.padded(range(len(batch)), teacher.tokenizer.pad_token_id, left=True)
         text = teacher.rows_kept(ids, mask)
         where = {"text": text, "bos": mask.bool() & ~text, "padding": ~mask.bool()}
         for site, values in teacher.run_to(layer, ids, mask, sites).items():
