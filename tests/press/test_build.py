@@ -125,6 +125,32 @@ def test_a_damaged_copy_of_a_chapter_is_named(tmp_path, monkeypatch):
     assert f"fault {job.executed} is damaged; delete it" in out.getvalue()
 
 
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "/a/b"), shutil.Error([("/x", "/a/b", str(FULL))])]
+)
+def test_a_disk_that_is_full_while_pages_are_laid_out_is_named(tmp_path, monkeypatch, error):
+    def stage(*_):
+        raise error
+
+    monkeypatch.setattr(build, "stage", stage)
+    monkeypatch.setattr(execution, "run", lambda *_: [])
+    out = io.StringIO()
+    assert build.make([], "quick", Console(file=out, width=300), tmp_path) == 1
+    assert "fault /a/b: " in out.getvalue() and "No space left on device; allowed: " in out.getvalue()
+
+
+def test_a_disk_that_is_full_while_pages_are_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "_build" / "stage").mkdir(parents=True)
+    failed = subprocess.CompletedProcess((), returncode=1)
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    (said,) = build.build(tmp_path)
+    assert "No space left on device; allowed: a disk with room" in said
+
+
 def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
     stage, html = tmp_path / "_build" / "stage", tmp_path / "_build" / "html"
     stage.mkdir(parents=True)
