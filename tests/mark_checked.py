@@ -23,7 +23,7 @@ def mark(cell: nbformat.NotebookNode) -> None:
     if "keep_output" in tags and cell.outputs:
         cell.execution_count = 1
     if "idea" not in tags:
-        cell.metadata["tags"] = sorted(tags | {"hide-input"})
+        cell.metadata["tags"] = sorted(tags if "hide-cell" in tags else tags | {"hide-input"})
         cell.metadata["jupyter"] = cell.metadata.get("jupyter", {}) | {"source_hidden": True}
 
 

@@ -79,10 +79,20 @@ class Chapter:
         options = {name: given.get(name) for name in ("teacher", "results_dir")} | options
         return cls(slug, given, **options)
 
+    whose = "your run"
+    """Who made the numbers, as figures say it."""
+
+    @property
+    def leading(self) -> Chapter | Results:
+        """The run that the figures show: the book's kept one, unless this is a run of the reader's own choice."""
+        kept = reference(self.slug)
+        return kept if kept and settings.profile() == "quick" else self
+
     @property
     def cells(self) -> Path | None:
         """Where a long run keeps each finished cell of a study, as files that go with the book; else None."""
-        return REFERENCE / "cells" / self.slug if settings.profile() == "long" else None
+        long = re.fullmatch(r"long(-\w+)?", settings.profile())
+        return REFERENCE / "cells" / (self.slug + (long[1] or "")) if long else None
 
     def record(
         self,
@@ -339,6 +349,11 @@ class Results(BaseModel):
     records: list[Record]
     controls: list[Control] = []
     points: dict[str, list[dict[str, Any]]] = {}
+
+    @property
+    def whose(self) -> str:
+        """Who made the numbers, as figures say it."""
+        return "the book's run"
 
     @property
     def origin(self) -> str:

@@ -37,9 +37,12 @@ def number(value: float, ci: tuple[float, float] | None = None) -> str:
     return f"{value_shown} [{low_shown}, {high_shown}]{unit}" if ci else value_shown + unit
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as an HTML table, numbers set to the right; strings are HTML. Scrolls by itself on a narrow screen."""
-    columns = {name: all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]}
+def table(rows: Sequence[dict[str, Any]], numeric: dict[str, bool] | None = None) -> str:
+    """Rows as an HTML table, numbers set to the right; strings are HTML. Scrolls by itself on a narrow screen.
+
+    `numeric` says which columns hold numbers where their values are written already.
+    """
+    columns = numeric or {name: all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]}
     kinds = {name: ' class="number"' if numeric else "" for name, numeric in columns.items()}
     head = "".join(f'<th scope="col"{kinds[name]}>{html.escape(name)}</th>' for name in columns)
     body = ["<tr>" + "".join(f"<td{kinds[name]}>{_cell(row[name])}</td>" for name in columns) + "</tr>" for row in rows]

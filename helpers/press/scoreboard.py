@@ -67,15 +67,24 @@ class Board:
     verdicts: dict[str, Verdict]
 
     @classmethod
+    def of_build(cls, profile: str, root: Path = settings.ROOT) -> Board:
+        """What stands on the pages of a profile: its results, the kept runs, and others on this machine."""
+        results = root / "_build" / "results" / profile
+        others = sorted(other for other in results.parent.glob("*/") if other.name not in (profile, "nbval"))
+        return cls.read(results, root / "results", others)
+
+    @classmethod
     def read(cls, results: Path, reference: Path = REFERENCE, others: Iterable[Path] = ()) -> Board:
         """From folders of results; raises `ValueError` for some of the first two that the register no longer knows.
 
-        Of `others` those runs count that a reader changed (`…+custom`) or that are about another model; they have
+        Folders in `reference` hold the kept runs on further model families, which count as the first one's do. Of
+        `others` those runs count that a reader changed (`…+custom`) or that are about another model; they have
         columns of their own and decide no verdict. What is stale there is passed over.
         """
         book, runs, of = register(), [], {}
-        for mark, folder in ((LONG, reference), (BUILD, results)):
-            runs += [(mark, *each) for each in load_results(folder, book)]
+        families = [folder for folder in sorted(Path(reference).glob("*/")) if folder.name != "cells"]
+        for mark, folders in ((LONG, [reference, *families]), (BUILD, [results])):
+            runs += [(mark, *each) for folder in folders for each in load_results(folder, book)]
             of[mark] = [record for kind, _, records in runs if kind == mark for record in records]
         for folder in others:
             with suppress(ValueError):
@@ -147,7 +156,7 @@ def place(check: Check, value: float, scale: float = 1.0) -> float:
     return max(-1.0, min(1.0, far))
 
 
-def _placed(drawn: Sequence[tuple[Check, Shown]]) -> list[tuple[Check, Shown, list[float]]]:
+def on_lines(drawn: Sequence[tuple[Check, Shown]]) -> list[tuple[Check, Shown, list[float]]]:
     """Each record with the left end, the dot and the right end of its line."""
     largest, placed = Counter(), []
     for check, shown in drawn:
@@ -215,21 +224,11 @@ def tidy(note: str) -> str:
     return re.sub(r"(?<=\w)[=_](?=\w)", " ", note).replace(", :", ":")
 
 
-def pages(
-    profile: str = "quick",
-    *,
-    results: Path | None = None,
-    reference: Path = REFERENCE,
-    notebooks: Path = settings.ROOT / "notebooks",
-) -> dict[str, str]:
+def pages(board: Board, profile: str = "quick", *, notebooks: Path = settings.ROOT / "notebooks") -> dict[str, str]:
     """Files made from the records, by name: the scoreboard as a MyST page, `.csv` and `.json`; a small one to include.
 
-    Reads `_build/results/<profile>` (or `results`) and, marked apart, `reference`. Raises `ValueError` for results
-    that the register no longer knows, and for a chapter that the book no longer has.
+    Raises `ValueError` for a chapter that the book no longer has.
     """
-    results = results or settings.ROOT / "_build" / "results" / profile
-    others = sorted(other for other in results.parent.glob("*/") if other.name not in (results.name, "nbval"))
-    board = Board.read(results, reference, others)
     chapters = {path.stem for path in Path(notebooks).glob("*.ipynb")}
     for _, run, _ in board.runs:
         gone = f"results of chapter {run.chapter!r}, which the book does not have"
@@ -308,7 +307,7 @@ def _table(board: Board, chapters: set[str]) -> str:
 
 
 def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], order: int) -> str:
-    verdict, placed = board.verdicts[claim.id], _placed(board.drawn(claim))
+    verdict, placed = board.verdicts[claim.id], on_lines(board.drawn(claim))
     weakest = min((at[0] for *_, at in placed), default=-2.0)
     held = sum(shown.record.verdict in ("reproduced", "holds here") for _, shown, _ in placed)
     words = f"{held} of {len(placed)} numbers hold: {verdict}" if placed else "no number yet"

@@ -1,0 +1,165 @@
+"""The head and the foot of a chapter's page: its verdicts with their numbers, and how a reader's own run compares."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import nbformat
+
+from helpers.press.pages import number, table
+from helpers.press.rules import Check, Claim
+from helpers.press.scoreboard import BUILD, LONG, Board, Shown, anchor, badge, on_lines, rich
+from helpers.press.verdicts import Verdict
+
+HERO, OWN = "hero", "own"
+"""Tags of the cell that draws the finding from the book's run, and of the last one, which draws this run alike."""
+SIDES: dict[Verdict, str] = {
+    "reproduced": "holds",
+    "holds here": "holds",
+    "fails here": "fails",
+    "not reproduced": "fails",
+}
+Word = Literal["agrees", "differs", "cannot tell"]
+
+
+class Compared(NamedTuple):
+    """One check of a chapter in the book's run and in the reader's."""
+
+    claim: Claim
+    check: Check
+    book: list[Shown]
+    own: list[Shown]
+
+    @property
+    def word(self) -> Word:
+        """Two runs differ where one holds and the other fails; what is open in one of them only says nothing."""
+        sides = [_side(self.book), _side(self.own)]
+        if sides[0] == sides[1]:
+            return "agrees"
+        return "differs" if set(sides) == {"holds", "fails"} else "cannot tell"
+
+
+def _side(records: Sequence[Shown]) -> str:
+    found = {SIDES.get(shown.record.verdict, "open") for shown in records}
+    return found.pop() if len(found) == 1 else "open"
+
+
+def compared(slug: str, board: Board) -> list[Compared]:
+    """Every check that both runs of a chapter recorded; of the book's runs the one on the same teacher, if there is."""
+    found, teachers = [], [(mark, run.parameters.get("teacher")) for mark, run, _ in board.runs if run.chapter == slug]
+    own = next((teacher for mark, teacher in teachers if mark == BUILD), None)
+    wanted = own if (LONG, own) in teachers else next((teacher for mark, teacher in teachers if mark == LONG), None)
+    for claim in board.book.claims:
+        for name, check in claim.checks.items():
+            of = {LONG: [], BUILD: []}
+            for shown in board.of(claim, name):
+                other = shown.mark == LONG and shown.run.parameters.get("teacher") != wanted
+                if shown.run.chapter == slug and shown.mark in of and not other:
+                    of[shown.mark].append(shown)
+            if of[LONG] and of[BUILD]:
+                found.append(Compared(claim, check, of[LONG], of[BUILD]))
+    return found
+
+
+def page(notebook: nbformat.NotebookNode, slug: str, board: Board) -> nbformat.NotebookNode:
+    """The chapter with its verdicts under the hero figure, and the reader's own run beside the book's at the foot.
+
+    Where the run is not the quick one that comes with the book, its own figure leads, and a line under the title says
+    how it differs from the book's.
+    """
+    rows, run = compared(slug, board), next((run for mark, run, _ in board.runs if _is_own(mark, run, slug)), None)
+    heroes = [place for place, cell in enumerate(notebook.cells) if HERO in cell.metadata.get("tags", [])]
+    if run and run.profile != "quick":
+        _swap(notebook.cells)
+        notebook.cells[0].source = _with_banner(notebook.cells[0].source, run.profile, run.parameters, rows)
+    at = heroes[0] + 1 if heroes else 1
+    if chips := _verdicts(slug, board, rows):
+        notebook.cells.insert(at, nbformat.v4.new_markdown_cell(f"```{{raw}} html\n{chips}\n```"))
+    if rows:
+        notebook.cells.append(nbformat.v4.new_markdown_cell(_foot(rows, run.seconds)))
+    return notebook
+
+
+def _is_own(mark: str, run: Any, slug: str) -> bool:
+    return mark == BUILD and run.chapter == slug
+
+
+def _swap(cells: list[nbformat.NotebookNode]) -> None:
+    """The reader's own figure takes the place of the book's, and the other way round."""
+    pair = {tag: cell for cell in cells for tag in (HERO, OWN) if tag in cell.metadata.get("tags", [])}
+    if len(pair) == 2:
+        pair[HERO].outputs, pair[OWN].outputs = pair[OWN].outputs, pair[HERO].outputs
+        pair[OWN].metadata.setdefault("mystnb", {})["code_prompt_show"] = "The book's own run in the same figure"
+
+
+def _with_banner(source: str, profile: str, parameters: dict[str, Any], rows: Sequence[Compared]) -> str:
+    title, _, rest = source.partition("\n")
+    model = f", teacher {parameters['teacher']}" if parameters.get("teacher") else ""
+    said = f"The figure and the numbers beside *your run* are yours (profile {profile}{model}). {summary(rows)}"
+    said += " The text tells the book's finding."
+    return f"{title}\n\n:::{{admonition}} Your own run\n:class: note own-run\n{said}\n:::\n{rest}"
+
+
+def summary(rows: Sequence[Compared]) -> str:
+    """`It agrees with the book on 5 of 7 checks, cannot tell on 1, and differs on 1: gain on activations.`"""
+    words = [row.word for row in rows]
+    if not rows:
+        return "The book's run has no check that yours has."
+    parts = [f"It agrees with the book on {words.count('agrees')} of {len(rows)} checks"]
+    if "cannot tell" in words:
+        parts.append(f"cannot tell on {words.count('cannot tell')}")
+    if "differs" in words:
+        which = "; ".join(row.check.metric for row in rows if row.word == "differs")
+        parts.append(f"differs on {words.count('differs')}: {which}")
+    return ", ".join(parts) + "."
+
+
+def _verdicts(slug: str, board: Board, rows: Sequence[Compared]) -> str:
+    """A line a claim: verdict, what is claimed, the weakest number against its threshold; then one on controls."""
+    lines = list(_lines(slug, board))
+    if not lines:
+        return ""
+    runs = [run for mark, run, _ in board.runs if mark in (LONG, BUILD) and run.chapter == slug]
+    controls = {(c.claim, c.check): c.rejected for run in runs for c in run.controls}
+    about = [f"{sum(controls.values())} of {len(controls)} negative controls rejected"] if controls else []
+    about += [html.escape(f"your run {summary(rows)[3:-1]}")] if rows else []
+    foot = f'<p class="about">{" · ".join(about)}</p>' if about else ""
+    return f'<ul class="findings">{"".join(lines)}</ul>{foot}'
+
+
+def _lines(slug: str, board: Board) -> Iterator[str]:
+    for claim in board.book.claims:
+        deciding = [each for each in board.deciding(claim) if each[1].run.chapter == slug]
+        if not deciding:
+            continue
+        check, shown, _ = min(on_lines(deciding), key=lambda each: (each[2][0], each[2][1]))
+        title = f'<a href="../scoreboard.html#{anchor(claim.id)}">{rich(claim.title or claim.id)}</a>'
+        measured = f'<span class="measured">{number(shown.record.value, shown.record.ci)}</span>'
+        more = f"weakest of {len(deciding)}: " if len(deciding) > 1 else ""
+        whose = "the book's run" if shown.mark == LONG else "this build"
+        small = f"<small>{more}{rich(shown.record.metric)}; asked {html.escape(str(check.rule))}; {whose}</small>"
+        yield f"<li>{badge(board.verdicts[claim.id])}<span>{title}</span>{measured}{small}</li>"
+
+
+def _foot(rows: Sequence[Compared], seconds: float) -> str:
+    """Both runs side by side, folded."""
+    listed = [
+        {
+            "check": rich(row.check.metric),
+            "asked": html.escape(str(row.check.rule)),
+            "the book's run": _numbers(row.book),
+            "your run": _numbers(row.own),
+            "": row.word,
+        }
+        for row in rows
+    ]
+    title = f"Your run ({seconds:.0f} s) beside the book's: {summary(rows)}"
+    return f"## Your run\n\n:::{{dropdown}} {title}\n```{{raw}} html\n{table(listed)}\n```\n:::\n"
+
+
+def _numbers(records: Sequence[Shown]) -> str:
+    shown = [f'<span class="whole">{number(s.record.value, s.record.ci)}</span>' for s in records[:3]]
+    more = [f"and {len(records) - 3} more"] if len(records) > 3 else []
+    return "<br>".join([*shown, *more])

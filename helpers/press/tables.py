@@ -1,0 +1,102 @@
+"""Tables of results as a reader sees them: plain names, aligned decimals, an interval in one column."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from helpers.press.pages import number, table
+from helpers.settings import allowed
+
+NAMES = {
+    "fvu": "FVU",
+    "lr": "learning rate",
+    "ce": "CE",
+    "mcc": "MCC",
+    "k": "k",
+    "n": "n",
+    "d": "d",
+    "ci": "95 %",
+    "largest_rate": "busiest latent",
+    "dead": "dead features",
+    "found": "truths found",
+    "multiply_adds": "multiply-adds",
+    "n_parameters": "parameters",
+}
+"""What a column is called on a page where its name in the code reads badly; every other name loses its underscores."""
+MOST_COLUMNS = 7
+
+
+class Table:
+    """Rows to be shown as the last line of a cell.
+
+    Args:
+        rows: mappings with the same keys. A value is a number, a text, true or false, None (shown as a dash), or what
+            has `value` and `ci`, shown with its interval.
+        names: what columns are called, beside `NAMES`.
+        percent: columns whose numbers are shares, shown in percent.
+
+    Raises `ValueError` for no rows, more than seven columns, rows with different columns, and values that a reader
+    could not read, such as a tuple.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        names: Mapping[str, str] | None = None,
+        percent: Sequence[str] = (),
+    ) -> None:
+        rows, names = [dict(row) for row in rows], NAMES | dict(names or {})
+        allowed(bool(rows), "rows=[]", "at least one row")
+        columns = list(rows[0])
+        allowed(len(columns) <= MOST_COLUMNS, f"rows have {len(columns)} columns", f"up to {MOST_COLUMNS}")
+        allowed(all(list(row) == columns for row in rows), "rows with different columns", f"each of them {columns}")
+        shown = {key: _column([row[key] for row in rows], key, key in percent) for key in columns}
+        self.rows = [
+            {names.get(key, key.replace("_", " ")): shown[key][place] for key in columns} for place in range(len(rows))
+        ]
+
+    def __repr__(self) -> str:
+        return "\n".join(", ".join(f"{name} {value}" for name, value in row.items()) for row in self.rows)
+
+    def _repr_html_(self) -> str:
+        kinds = {name: all(_numeric(row[name]) for row in self.rows) for name in self.rows[0]}
+        return table([{name: html.escape(value) for name, value in row.items()} for row in self.rows], kinds)
+
+
+def _numeric(shown: str) -> bool:
+    return shown in ("–", "") or shown.lstrip("−<>≤≥ ")[:1].isdigit()
+
+
+def _column(values: Sequence[Any], name: str, percent: bool) -> list[str]:
+    """A column's values as text, its plain numbers with the same decimals."""
+    plain = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
+    decimals = _decimals([100 * each for each in plain] if percent else plain)
+    return [_shown(each, name, percent, decimals) for each in values]
+
+
+def _decimals(values: Sequence[float]) -> int:
+    """As many as give the smallest value of ordinary size three digits, and none where all are whole."""
+    finite = [abs(each) for each in values if math.isfinite(each) and each]
+    if not finite or all(each == int(each) for each in finite):
+        return 0
+    return min(4, max(0, 2 - math.floor(math.log10(max(min(finite), max(finite) / 100)))))
+
+
+def _shown(value: Any, name: str, percent: bool, decimals: int) -> str:
+    if hasattr(value, "value") and hasattr(value, "ci"):
+        return number(value.value, value.ci)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        shown = f"{100 * value:.{decimals}f} %" if percent else f"{value:,.{decimals}f}"
+        small = value and not percent and abs(value) < 1e-3
+        return number(value) if small else shown.replace("-", "−")
+    allowed(
+        isinstance(value, str), f"{name}={value!r}", "a number, a text, true or false, None, or a value with its ci"
+    )
+    return value
