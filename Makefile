@@ -1,7 +1,7 @@
 # make book    set up .venv, run the chapters that changed, build _build/html/index.html   (PROFILE=quick)
 # make test    the same, then every check that CI runs
 # make verify  run a cheap cell of each long run in results/ again, and compare
-# make soak    the checks that take many minutes: all kills, full disks, model classes, inputs of chapters
+# make soak    the checks that take hours: all kills, full disks, stops, wrong questions, inputs of chapters
 # make lab     open the notebooks in JupyterLab
 # make bench   timings beside peers, into benchmarks/results/
 # make numbers write the numbers in prose anew from results/
@@ -84,7 +84,7 @@ browser: .venv/.ready-dev
 
 # Of each of these `make test` runs a sample.
 soak: .venv/.ready-dev
-	$(BIN)/python -m pytest tests -m soak -rs --timeout=0
+	$(BIN)/python -m benchmarks.soak
 
 lab: .venv/.ready
 	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(BIN)/python -m jupyter lab notebooks/start.md

@@ -279,9 +279,12 @@ def contents(*folders: Path) -> str:
     return kept.digest(*(part for path in files if path.is_file() for part in (path.name, path.read_bytes())))
 
 
+STAGE = "/_build/stage/"
+
+
 def files_of(cache: Path) -> list[Path]:
-    """Files under their names; hidden ones are being written, or locks."""
-    every = sorted(path for path in cache.rglob("*") if path.is_file())
+    """Files under their names; hidden ones are being written, or locks, and a stage is laid anew by every build."""
+    every = sorted(path for path in cache.rglob("*") if path.is_file() and STAGE not in str(path))
     return [path for path in every if not any(part.startswith(".") for part in path.relative_to(cache).parts)]
 
 
@@ -308,14 +311,19 @@ def broken(cache: Path) -> list[str]:
     return found + [f"{place} has no seal" for place in models if not (place / kept.SEAL).is_file()]
 
 
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def left_over(cache: Path) -> list[str]:
     """What is neither kept nor a lock."""
-    return [str(p) for p in cache.rglob(".*") if p.is_dir() or p.suffix == ".part"]
+    hidden = (path for path in cache.rglob(".*") if STAGE not in str(path))
+    return [str(path) for path in hidden if path.is_dir() or path.suffix == ".part"]
 
 
 # -- the faults --------------------------------------------------------------------------------------------------------
 
-NOT_KEPT = re.compile(r"cannot be written|are free")
+NOT_KEPT = re.compile(r"cannot be written|are free|No space left on device; allowed")
 SENTENCES = re.compile(r"damaged|not what it was")
 
 
@@ -326,10 +334,12 @@ class Trials:
         self.work, self.base, self.scratch, self.draw, self.bad = work, base, scratch, draw, []
         self.whole = self.fresh("whole")
         attempt = self.start(self.whole, log=scratch / "alone")
-        self.digest = attempt.ended()["digest"]
+        told = attempt.ended()
+        settings.allowed("digest" in told, f"{scratch.name}: {told}", "a work that comes to its end")
+        self.digest = told["digest"]
         self.seconds = time.monotonic() - attempt.started
-        self.before = sum(path.stat().st_size for path in files_of(base / work.from_)) if work.from_ else 0
-        self.bytes = sum(path.stat().st_size for path in files_of(self.whole)) - self.before
+        self.before = size(base / work.from_) if work.from_ else 0
+        self.bytes = size(self.whole) - self.before
         self.row: dict[str, Any] = {"seconds": self.seconds}
 
     def fresh(self, name: str) -> Path:
@@ -394,7 +404,8 @@ class Trials:
             with disk(self.fresh("disk"), room) as (cache, options, grow):
                 self.fill(cache)
                 told = self.start(cache, **options).ended()
-                named = "digest" in told or told["kind"] in OURS and NOT_KEPT.search(told["error"])
+                ours = told.get("kind") in OURS and "Traceback" not in told["error"]
+                named = "digest" in told or ours and NOT_KEPT.search(told["error"])
                 self.note("without our sentence", [] if named else [str(told)])
                 self.look(cache)
                 self.note("left over", left_over(cache))
@@ -402,14 +413,15 @@ class Trials:
                 self.end(cache)
 
     def flips(self, times: int) -> None:
-        """One bit of a file of each kind, the other files of the cache there or not."""
+        """One bit of a file of each kind, the other files of the cache there or (where all were made) not."""
+        whole = {str(path.relative_to(self.whole)): path for path in files_of(self.whole) if path.stat().st_size}
         kinds = {
-            re.sub(r"[0-9a-f]{12,}|\d+", "*", str(p.relative_to(self.whole))): p
-            for p in files_of(self.whole)
-            if p.stat().st_size
+            re.sub(r"[0-9a-f]{12,}|\d+", "*", name): path
+            for name, path in whole.items()
+            if re.search(self.work.flips, name)
         }
         for place in kinds.values():
-            for alone in (False, True) * times:
+            for alone in ((False,) if self.work.from_ else (False, True)) * times:
                 cache = self.fresh("flipped") / "cache"
                 shutil.copytree(self.whole, cache)
                 path = cache / place.relative_to(self.whole)

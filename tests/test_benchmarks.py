@@ -7,7 +7,7 @@ import time
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import common, runs, students
+from benchmarks import common, runs, soak, students
 from helpers.press import pages
 
 
@@ -106,3 +106,30 @@ def test_the_gathering_student_is_the_same_function():
 
 def test_a_leading_run_axis_trains_the_same_models():
     assert runs.difference(40, 8, 3, 32) < 1e-4
+
+
+REPORT = """<testsuites><testsuite>
+<testcase name="test_a_run_ends[1]" time="2.5"/>
+<testcase name="test_a_run_ends[2]" time="1"><failure message="no"/></testcase>
+<testcase name="test_a_disk" time="0"><skipped message="no tmpfs"/></testcase>
+<testcase name="test_a_disk[2]" time="1"><error message="set up"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_soak_counts_what_fails_and_names_what_is_skipped(results, tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    found, why = soak.rows(tmp_path / "report.xml")
+    assert found == [
+        {"check": "a run ends", "seconds": 3.5, "passed": 1, "failed": 1, "skipped": 0},
+        {"check": "a disk", "seconds": 1.0, "passed": 0, "failed": 1, "skipped": 1},
+    ]
+    assert why == ["a disk: no tmpfs"]
+    soak.write(found, why)
+    page = pages.performance_markdown(results)
+    assert "cases that fail, of 4" in page and "✗ missed" in page and "Skipped: a disk: no tmpfs" in page
+
+
+def test_the_soak_runs_what_is_marked_and_reads_its_report(tmp_path):
+    soak.run(tmp_path / "report.xml", "tests/press/test_errors.py", "-k", "verify_99")
+    ((row,), why) = soak.rows(tmp_path / "report.xml")
+    assert row["passed"] == 1 and not row["failed"] and not why

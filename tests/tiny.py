@@ -1,12 +1,15 @@
 """Tiny random teachers of every architecture the book names, saved as folders that `teachers.load` reads."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -52,6 +55,27 @@ def save(folder: Path, architecture: str, seed: int = 0) -> str:
     model.save_pretrained(folder)
     tokenizer(architecture not in WITHOUT_BOS).save_pretrained(folder)
     return str(folder)
+
+
+WRAPPERS = {
+    "compile": lambda name: "_orig_mod." + name,
+    "DDP": lambda name: "module." + name,
+    "both": lambda name: "module._orig_mod." + name,
+    "parts": lambda name: re.sub(r"\.(mlp|block_sparse_moe|self_attn|attention)\.", r"._orig_mod.\1.", name),
+    "FSDP": lambda name: "_fsdp_wrapped_module." + re.sub(r"(\.\d+\.)", r"\1_fsdp_wrapped_module.", name),
+}
+"""What training with a wrapper makes of a tensor's name."""
+
+
+def rename(folder: str | Path, new_name: Callable[[str], str]) -> None:
+    """Give every tensor of a checkpoint another name, and its index too."""
+    for path in Path(folder).glob("*.safetensors"):
+        save_file({new_name(name): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    index = Path(folder) / "model.safetensors.index.json"
+    if index.is_file():
+        told = json.loads(index.read_text())
+        told["weight_map"] = {new_name(name): file for name, file in told["weight_map"].items()}
+        index.write_text(json.dumps(told))
 
 
 def text(paragraphs: int, seed: int = 0) -> str:

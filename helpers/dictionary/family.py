@@ -132,6 +132,8 @@ class RankOneDictionary(nn.Module):
         return Trace(output if self.shared is None else output + self.shared(x), codes, scores)
 
     def _encode(self, x: Tensor, score_gradient: bool) -> tuple[SparseCodes, Tensor]:
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise ValueError(f"x has shape {list(x.shape)}; allowed: [batch, {self.d_in}]")
         if not self.k:  # a dense network, all of it shared: nothing to choose from
             nothing = x[:, :0]
             return SparseCodes(nothing.long(), nothing), nothing

@@ -53,8 +53,7 @@ def correlations(
         raise ValueError(f"method={method!r} is unknown; allowed: 'gather', 'dense', None")
     if method == "gather" and not atoms.packed:
         raise ValueError("method='gather' with dense atoms; allowed: packed atoms, or method='dense'")
-    if method is not None:
-        atoms.gathers = method == "gather"
+    atoms.gathers = atoms.gathers if method is None else method == "gather"
     return atoms.correlate(_signals(x, atoms).to(atoms.weight.dtype))
 
 
@@ -65,6 +64,8 @@ class _Atoms:
         if getattr(atoms, "down", None) is not None:
             raise ValueError("atoms are low-rank rows (down is given); allowed: rows whose weight is the atoms")
         self.weight = (atoms if isinstance(atoms, Tensor) else atoms.weight).detach()
+        if self.weight.ndim != 2:
+            raise ValueError(f"atoms have shape {list(self.weight.shape)}; allowed: [n, length]")
         self.packed = isinstance(atoms, Packed)
         self.rows = atoms.rows.long() if self.packed else None
         self.width = atoms.width if self.packed else self.weight.shape[1]
@@ -131,8 +132,8 @@ class _Atoms:
 
 
 def _signals(x: Tensor, atoms: _Atoms) -> Tensor:
-    if x.shape[1] != atoms.width:
-        raise ValueError(f"x has {x.shape[1]} columns; allowed: {atoms.width}, the length of the atoms")
+    if x.ndim != 2 or x.shape[1] != atoms.width:
+        raise ValueError(f"x has shape {list(x.shape)}; allowed: [batch, {atoms.width}], rows as long as the atoms")
     if not torch.isfinite(x).all():
         raise ValueError("x has entries that are infinite or not a number; allowed: finite ones")
     return x if x.is_floating_point() else x.to(atoms.weight.dtype)
@@ -370,12 +371,11 @@ def least_squares(
     """
     atoms = _Atoms(atoms).scaled()
     x, size = _at_unit_size(x, atoms)
-    if len(indices) != len(x):
-        raise ValueError(f"indices has {len(indices)} rows; allowed: {len(x)}, as x has")
+    if indices.ndim != 2 or len(indices) != len(x):
+        raise ValueError(f"indices has shape {list(indices.shape)}; allowed: [{len(x)}, k], a row for each of x")
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(atoms):
-        raise ValueError(
-            f"indices run from {int(indices.min())} to {int(indices.max())}; allowed: 0 to {len(atoms) - 1}"
-        )
+        given = f"indices run from {int(indices.min())} to {int(indices.max())}"
+        raise ValueError(f"{given}; allowed: 0 to {len(atoms) - 1}")
     values = x.new_zeros(indices.shape)
     if indices.numel():
         for part, at, to in zip(x.split(chunk), indices.split(chunk), values.split(chunk), strict=True):

@@ -32,11 +32,17 @@ BLOCK = 32
 BLOCK_ROWS = 8192
 
 
+def loss_texts(teacher: Teacher, corpus: str, n_tokens: int, split: str = "test") -> Texts:
+    """Text for a loss: of 30 documents, the units of its interval, or fewer with 64 tokens of each, but five."""
+    documents = min(30, max(corpora.SEVERAL, n_tokens // 64))
+    return texts(teacher, corpus, n_tokens=n_tokens, split=split, documents=documents)
+
+
 def losses(teacher: Teacher, pieces: Texts, splice: Splice | None = None, *, batch_size: int = 8) -> pd.DataFrame:
     """Cross-entropy of texts: one row per piece with `article`, `nats` (sum) and `tokens` (predicted).
 
-    The mean is `nats.sum() / tokens.sum()`; grouped by article it can be resampled. `pieces` come from `texts`: cut
-    once, they serve for every splice.
+    The mean is `nats.sum() / tokens.sum()`; grouped by article it can be resampled. `pieces`, of `loss_texts` or
+    `texts`, are cut once and serve for every splice.
     """
     parts = []
     for batch in settings.progress(pieces.batches(batch_size), desc="cross-entropy", unit="batch", delay=2):
@@ -201,7 +207,7 @@ def harvest(
     A store grows: fewer tokens are the beginning of what is there, and one forward pass, which ends at the last site
     asked for, adds what is missing of all sites and layers. The first n rows are the same bits whatever was asked for
     before. Neither padding nor BOS is in them. A harvest that was killed goes on at its last finished block of text;
-    two processes that want the same one do not work twice. Few tokens are cut shorter, as `corpora.texts` does.
+    two processes that want the same one do not work twice. Fewer than `max_length` come from several documents.
 
     Raises `ValueError` before any work for a layer, site, split, dtype or corpus that is not there or a full
     disk, and for a store that is damaged, naming the file.
@@ -210,7 +216,8 @@ def harvest(
     one_of("store_dtype", store_dtype, STORE_DTYPES)
     allowed(batch_size >= 1, f"batch_size={batch_size} is no batch", "at least 1")
     allowed(n_tokens >= 1, f"n_tokens={n_tokens} is no text", "at least 1")
-    max_length = corpora.spread(teacher, corpus, split, n_tokens, max_length)
+    if n_tokens < max_length:
+        max_length = corpora.spread(teacher, corpus, split, n_tokens, max_length)
     what = _identity(teacher) | {"corpus": corpora.fingerprint(corpus), "split": split, "max_length": max_length}
     what |= {"batch_size": batch_size, "block": BLOCK, "store_dtype": store_dtype}
     makers = Teacher, type(teacher), harvest
@@ -347,8 +354,9 @@ def padded(
     """What a harvest sees that keeps every row of its batches: texts as they come, padded on the LEFT to the longest.
 
     So do the released commands of *Secret mixtures of experts inside your LLM*: batches of 8, texts of 20 tokens or
-    more. The rows depend on how the attention treats a query that may look at nothing, so load the teacher with the
-    `attn_implementation` in question. Kept in the cache.
+    more. Where no batch would have padding, since all texts are as long as what a model reads at once, half of the
+    first one stands before it. The rows depend on how the attention treats a query that may look at nothing, so load
+    the teacher with the `attn_implementation` in question. Kept in the cache.
     """
     teacher.block(layer)
     sites = check_sites(sites)
@@ -356,10 +364,13 @@ def padded(
 
     def run() -> dict:
         pieces = texts(teacher, corpus, n_tokens=n_tokens, split=split, max_length=max_length)
-        long = [i for i, tokens in enumerate(pieces.tokens) if len(tokens) >= min_length]
-        given = f"min_length={min_length}: no text of corpus={corpus!r} is that long"
-        allowed(bool(long), given, "fewer tokens")
-        return _run_padded(teacher, pieces, long, layer, sites, batch_size)
+        long = [tokens for tokens in pieces.tokens if len(tokens) >= min_length]
+        given = f"corpus={corpus!r}, n_tokens={n_tokens} has no text of min_length={min_length} and more"
+        allowed(bool(long), given, "more tokens, or longer texts")
+        batches = [long[i : i + batch_size] for i in range(0, len(long), batch_size)]
+        if all(len(set(map(len, batch))) == 1 for batch in batches):
+            batches[0] = [long[0][: len(long[0]) // 2], *batches[0]]
+        return _run_padded(teacher, batches, pieces.bos, layer, sites)
 
     found = keep("padded", [*what, min_length, batch_size], run, type(teacher), cache_dir=cache_dir)
     moments = {site: {kind: Moments(*m) for kind, m in kinds.items()} for site, kinds in found["moments"].items()}
@@ -369,13 +380,13 @@ def padded(
 KINDS = ("text", "bos", "padding")
 
 
-def _run_padded(teacher: Teacher, pieces: Texts, numbers: list[int], layer: int, sites, batch_size: int) -> dict:
+def _run_padded(teacher: Teacher, batches: Sequence[Sequence[np.ndarray]], bos: int, layer: int, sites) -> dict:
     moments = {site: dict.fromkeys(KINDS, Moments.empty(teacher.d_model)) for site in sites}
     first: dict[str, Tensor] = {}
     spread = dict.fromkeys(sites, 0.0)
-    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
     for batch in settings.progress(batches, desc=f"padded batches, {teacher.attn_implementation} attention"):
-        ids, mask = pieces.padded(batch, teacher.tokenizer.pad_token_id, left=True)
+        pieces = Texts(batch, np.zeros(len(batch), np.int32), bos)
+        ids, mask = pieces.padded(range(len(batch)), teacher.tokenizer.pad_token_id, left=True)
         text = teacher.rows_kept(ids, mask)
         where = {"text": text, "bos": mask.bool() & ~text, "padding": ~mask.bool()}
         for site, values in teacher.run_to(layer, ids, mask, sites).items():

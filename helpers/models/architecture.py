@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,17 @@ BUFFER = re.compile(r"inv_freq|masked_bias|(?:attn|attention)\.bias$")
 _WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 PREFIXES = {rf"^(?:(?:module|{_WRAPPERS})\.)+": "", rf"(?<=\.)(?:{_WRAPPERS})\.": ""}
 """What torch.compile, DDP, FSDP and checkpointing put into the names of tensors."""
+
+
+def unwrapped(tensors: Mapping[str, Any], given: str) -> dict[str, Any]:
+    """Tensors by their names without what wrappers put into them; `ValueError` where two come to have the same."""
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        for prefix, instead in PREFIXES.items():
+            name = re.sub(prefix, instead, name)
+        allowed(name not in found, f"{given} has {name} with a wrapper's prefix and without", "one of them")
+        found[name] = tensor
+    return found
 
 
 class Sum(nn.Module):

@@ -29,6 +29,7 @@ from torch import Tensor
 from helpers import settings
 from helpers.dictionary import SparseCodes
 from helpers.models import sources
+from helpers.models.architecture import unwrapped
 from helpers.models.directions import leading
 from helpers.models.sources import Opener
 from helpers.settings import allowed, one_of
@@ -268,7 +269,10 @@ def principal(layer: MoELayer, rank: int = 1, which: str = "w_down", *, device: 
 
 
 class Checkpoint:
-    """Names, places and shapes of a checkpoint's tensors; headers are read when a tensor of their file is asked for."""
+    """Names, places and shapes of a checkpoint's tensors; headers are read when a tensor of their file is asked for.
+
+    Names are those of the model, without what `torch.compile`, DDP or FSDP put into them.
+    """
 
     def __init__(self, source: str, revision: str | None):
         self.source, self.open = source, sources.opener(source, revision)
@@ -278,6 +282,7 @@ class Checkpoint:
         self.config = config | config.get("text_config", {})
         try:
             files = dict.fromkeys(self._header(SINGLE), SINGLE) if index is None else index.get("weight_map", {})
+            files = unwrapped(files, f"{INDEX} of {source}")
         except FileNotFoundError as error:
             raise ValueError(f"source={source!r} has neither {INDEX} nor {SINGLE}: {error}") from error
         self.file_of: dict[str, str] = files
@@ -312,7 +317,8 @@ class Checkpoint:
             try:
                 header = json.loads(opened.read(length))
                 header.pop("__metadata__", None)
-                entries = {name: Entry.of(file, 8 + length, **tensor) for name, tensor in header.items()}
+                named = unwrapped(header, "it")
+                entries = {name: Entry.of(file, 8 + length, **tensor) for name, tensor in named.items()}
             except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
                 raise ValueError(f"the header of {file} of {self.source} is damaged: {error}") from error
         if size != (expected := max((each.end for each in entries.values()), default=8 + length)):

@@ -265,29 +265,40 @@ class Texts:
         return table
 
 
-def texts(teacher: Teacher, corpus: str, *, n_tokens: int, split: str = "train", max_length: int = 256) -> Texts:
+def texts(
+    teacher: Teacher,
+    corpus: str,
+    *,
+    n_tokens: int,
+    split: str = "train",
+    max_length: int = 256,
+    documents: int = SEVERAL,
+) -> Texts:
     """`n_tokens` tokens of a corpus (BOS not counted), cut to pieces of at most `max_length` with BOS (or the model's
     positions, where they are fewer).
 
     A piece of each document in turn, documents and their paragraphs in a random order that is always the same: no
     document fills a split before the others are used up, and fewer tokens are the beginning of more. The last piece is
-    cut so that the count is exact; a corpus that is too short is used whole, with a warning. Where one piece would be
-    all of it, pieces are as short as `spread` says.
+    cut so that the count is exact; a corpus that is too short is used whole, with a warning. Where fewer than
+    `documents` would be all of it, pieces are as short as `spread` says.
     """
     allowed(n_tokens >= 1, f"n_tokens={n_tokens} is no text", "at least 1")
-    length = spread(teacher, corpus, split, n_tokens, max_length)
+    length = spread(teacher, corpus, split, n_tokens, max_length, documents)
     found = _first(cut(teacher, corpus, split, length), n_tokens)
     check_length(corpus, split, sum(len(ids) for _, ids in found), n_tokens)
     return Texts.of(teacher, found)
 
 
-def spread(teacher: Teacher, corpus: str, split: str, n_tokens: int, max_length: int) -> int:
-    """`max_length`, or, where one piece would be all of the text, a fifth of it, for something to resample."""
-    if n_tokens >= max_length:
+def spread(teacher: Teacher, corpus: str, split: str, n_tokens: int, max_length: int, documents: int = SEVERAL) -> int:
+    """`max_length`, or less where fewer than `documents` (or all there are) would be all of the text: a share for each,
+    for something to resample."""
+    if n_tokens >= documents * max_length:
         return max_length
-    pieces = list(itertools.islice(cut(teacher, corpus, split, max_length), 2))
-    alone = len(pieces) == 2 and len(pieces[0][1]) >= n_tokens and pieces[0][0] != pieces[1][0]
-    return max(2, len(_bos(teacher)) - (-n_tokens // SEVERAL)) if alone else max_length
+    pieces = list(itertools.islice(cut(teacher, corpus, split, max_length), documents))
+    there = len({article for article, _ in pieces})  # the first of each come first
+    left = n_tokens - sum(len(ids) for _, ids in pieces[: there - 1])
+    short = len(_bos(teacher)) - (-n_tokens // max(there, 1))
+    return max_length if there < 2 or left > 0 else max(2, short)
 
 
 def _first(pieces: Iterable[tuple[int, list[int]]], n_tokens: int) -> list[tuple[int, list[int]]]:

@@ -14,6 +14,7 @@ that is the CPU, about four times `checkpoints.BATCH_BYTES` while experts are re
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -103,6 +104,8 @@ class Layerwise(Teacher):
         block is read for a tensor or shard that is missing or of another shape, and for a disk that is too full.
         """
         self.check(max(wanted))
+        for ids in itertools.chain.from_iterable(blocks):
+            self.check_ids(ids)
         what = [self.fingerprint, self.dtype, self.attn_implementation, self.where.type]
         key = kept.digest(json.dumps(kept.described(what)), kept.code_of(Layerwise))
         states = _States(scratch / f"between-blocks-{key}", self.d_model, self.dtype)

@@ -298,7 +298,7 @@ class Scene:
 
     def __init__(self, passage: Passage, teacher: Teacher):
         self.passage, self.teacher = passage, teacher
-        self._pieces = activations.texts(teacher, passage.corpus, n_tokens=passage.n_tokens, split=passage.split)
+        self._pieces = activations.loss_texts(teacher, passage.corpus, passage.n_tokens, passage.split)
         parts: list[Tensor] = []
 
         def look(rows: Tensor) -> Tensor:

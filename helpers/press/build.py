@@ -67,6 +67,9 @@ def make(jobs: list[Job], profile: str, console: Console, root: Path = settings.
         faults = build(root) + list(claims.passing_controls(records)) + list(claims.passing_controls(claims.REFERENCE))
     except ValueError as error:
         faults = [str(error)]
+    except OSError as error:
+        copied = error.args[0][0] if isinstance(error, shutil.Error) else (None, error.filename, error.strerror)
+        faults = [f"{copied[1] or root / '_build'}: {copied[2]}; allowed: a folder of yours with room"]
     for fault in faults:
         console.print(f"[bold red]fault[/] {escape(fault)}")
     if not faults:
@@ -107,6 +110,8 @@ def build(root: Path) -> list[str]:
     command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(folder), "--path-output", str(folder), *strict]
     with log.open("w", encoding="utf-8") as stream:
         status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+    if status and shutil.disk_usage(folder).free < 2**20:
+        return [f"{folder}: No space left on device; allowed: a disk with room"]
     if status:
         lines = strip_color(log.read_text(encoding="utf-8", errors="replace")).splitlines()
         wrong = [line for line in lines if "WARNING" in line or "ERROR" in line]

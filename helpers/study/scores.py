@@ -81,8 +81,8 @@ def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluati
         inputs, targets: [rows, d] tensors or memory-mapped arrays; `targets` defaults to `inputs`.
     """
     targets = inputs if targets is None else targets
-    if len(inputs) != len(targets):
-        raise ValueError(f"targets has {len(targets)} rows; allowed: {len(inputs)}, as many as inputs")
+    if not len(inputs) or len(inputs) != len(targets):
+        raise ValueError(f"inputs has {len(inputs)} rows, targets {len(targets)}; allowed: as many, at least one")
     where = next(model.parameters())
     first = as_tensor(targets, slice(1)).to(where.dtype).double()  # from which a constant differs by exact zeros
     beyond = sum(

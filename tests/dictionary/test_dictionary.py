@@ -238,6 +238,15 @@ def test_bad_parameters_are_named(make, message):
         make()
 
 
+@pytest.mark.parametrize("shape", [(5,), (1, 2, 5), (2, 4)])
+@pytest.mark.parametrize("dense", [False, True])
+def test_inputs_that_are_no_batch_are_refused(shape, dense):
+    g = generator(0)
+    model = dictionary.dense_mlp(5, 4, 3, generator=g) if dense else dictionary.topk_sae(5, 6, 2, generator=g)
+    with pytest.raises(ValueError, match=rf"x has shape \[{', '.join(map(str, shape))}\]; allowed: \[batch, 5\]"):
+        model._encode(torch.zeros(shape), score_gradient=False)  # without the types that are checked while tests run
+
+
 def test_secret_moe_trains_every_part():
     model = dictionary.secret_moe(5, 4, 12, 3, generator=generator(0), router_rank=2, dtype=torch.float64)
     model(random(400, 5)).square().sum().backward()

@@ -1,5 +1,7 @@
 """Batched matching pursuit against scikit-learn, against plain NumPy, and where signals and dictionaries are bad."""
 
+from inspect import unwrap
+
 import numpy as np
 import pytest
 import torch
@@ -372,13 +374,13 @@ def test_bad_parameters_are_named(options, told):
 
 def test_bad_signals_and_supports_are_named():
     x, atoms = problem()
-    with pytest.raises(ValueError, match="x has 31 columns; allowed: 32"):
+    with pytest.raises(ValueError, match=r"x has shape \[20, 31\]; allowed: \[batch, 32\]"):
         pursuit.omp(x[:, 1:], atoms, 3)
     with pytest.raises(ValueError, match="not a number"):
         pursuit.omp(x / 0, atoms, 3)
     with pytest.raises(ValueError, match="run from 0 to 100; allowed: 0 to 99"):
         pursuit.least_squares(x, atoms, torch.tensor([[0, 100]]).expand(len(x), 2))
-    with pytest.raises(ValueError, match="indices has 3 rows"):
+    with pytest.raises(ValueError, match=r"indices has shape \[3, 2\]; allowed: \[20, k\]"):
         pursuit.least_squares(x, atoms, torch.zeros(3, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="low-rank"):
         pursuit.omp(x, Rows(atoms[:, :4], down=torch.randn(4, 32)), 3)
@@ -386,6 +388,21 @@ def test_bad_signals_and_supports_are_named():
         pursuit.correlations(x, atoms, method="gather")
     with pytest.raises(ValueError, match="method='fast' is unknown"):
         pursuit.correlations(x, atoms, method="fast")
+
+
+def test_one_signal_alone_is_no_batch():
+    """Without the types that are checked while tests run."""
+    x, atoms = problem()
+    support = torch.zeros(len(x), 2, dtype=torch.long)
+    omp, least_squares, correlations = map(unwrap, (pursuit.omp, pursuit.least_squares, pursuit.correlations))
+    for shape, signal in {r"\[32\]": x[0], r"\[1, 20, 32\]": x[None], r"\[20, 1, 32\]": x[:, None]}.items():
+        for ask in (omp, least_squares, correlations):
+            with pytest.raises(ValueError, match=rf"x has shape {shape}; allowed: \[batch, 32\]"):
+                ask(signal, atoms, *{omp: (3,), least_squares: (support,)}.get(ask, ()))
+    with pytest.raises(ValueError, match=r"atoms have shape \[32\]; allowed: \[n, length\]"):
+        omp(x, atoms[0], 3)
+    with pytest.raises(ValueError, match=r"indices has shape \[20\]; allowed: \[20, k\]"):
+        least_squares(x, atoms, support[:, 0])
 
 
 def test_the_cheaper_way_is_taken():

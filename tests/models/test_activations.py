@@ -528,6 +528,19 @@ def test_padded_run_counts_every_row_of_left_padded_batches(corpus, tmp_path, at
     assert torch.equal(again.of("mlp_in").cov, run.of("mlp_in").cov) and again.share == run.share
 
 
+@pytest.mark.parametrize(("n_tokens", "batch_size"), [(150, 8), (135, 8), (30, 8), (75, 2), (15, 8)])
+def test_texts_that_are_all_full_get_padding(tmp_path, n_tokens, batch_size):
+    """Also where the last of them is a batch by itself, and where there is one alone."""
+    long, teacher = tmp_path / "long.jsonl", teachers.load(tiny.save(tmp_path / "model", "llama"), device="cpu")
+    texts = (tiny.text(60, i).replace("\n\n", " ") for i in range(20 if n_tokens > 15 else 1))
+    long.write_text("\n".join(json.dumps({"text": each, "split": "train"}) for each in texts))
+    options = {"n_tokens": n_tokens, "max_length": 16}
+    assert {len(tokens) for tokens in activations.texts(teacher, str(long), **options).tokens} in ({16}, {7})
+    options |= {"layer": LAYER, "min_length": 6, "batch_size": batch_size, "cache_dir": tmp_path}
+    run = activations.padded(teacher, str(long), **options)
+    assert 0 < run.share < 0.4 and run.padding_row.keys() == run.padding_spread.keys() == {"mlp_in", "mlp_out"}
+
+
 def test_padded_run_without_long_texts(teacher, corpus, tmp_path):
-    with pytest.raises(ValueError, match="min_length=99: no text of corpus"):
+    with pytest.raises(ValueError, match="n_tokens=50 has no text of min_length=99 and more; allowed: more tokens"):
         activations.padded(teacher, corpus, layer=0, n_tokens=50, min_length=99, cache_dir=tmp_path)

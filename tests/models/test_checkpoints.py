@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.models import checkpoints, directions, sources
 from helpers.models.directions import TOLERANCE
+from tests import tiny
 
 D = 16
 BASE = dict(vocab_size=64, hidden_size=D, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2)
@@ -254,6 +255,29 @@ def test_shards_of_other_layers_need_not_be_there(tmp_path):
 def test_a_single_file_needs_no_index(tmp_path):
     build("olmoe").save_pretrained(tmp_path / "m")
     assert not (tmp_path / "m" / checkpoints.INDEX).exists() and len(checkpoints.read(tmp_path / "m")) == 3
+
+
+@pytest.mark.parametrize("wrapper", tiny.WRAPPERS)
+@pytest.mark.parametrize("shards", [True, False])
+@pytest.mark.parametrize("name", ["olmoe", "granite", "gpt-oss"])
+def test_prefixes_that_wrappers_put_into_names_are_understood(name, shards, wrapper, tmp_path):
+    folder = tmp_path / "m"
+    build(name).save_pretrained(folder, max_shard_size="8KB" if shards else "1GB")
+    assert (folder / checkpoints.INDEX).exists() == shards
+    before = checkpoints.read(folder)
+    expected, routers = [all_of(layer) for layer in before], [layer.router for layer in before]
+    tiny.rename(folder, tiny.WRAPPERS[wrapper])
+    found = checkpoints.read(folder)
+    assert len(found) == len(expected)
+    for layer, router, experts in zip(found, routers, expected, strict=True):
+        assert torch.equal(layer.router, router) and np.array_equal(all_of(layer), experts)
+
+
+def test_two_tensors_of_one_name_are_refused(deepseek):
+    tensors = load_file(shard_of(deepseek, DOWN))
+    save_file(tensors | {"module." + DOWN: tensors[DOWN].clone()}, shard_of(deepseek, DOWN))
+    with pytest.raises(ValueError, match=f"has {DOWN} with a wrapper's prefix and without"):
+        checkpoints.read(deepseek)
 
 
 def test_modules_after_the_last_layer_are_no_layers(deepseek):

@@ -426,7 +426,7 @@ def test_pieces_are_a_prefix_and_all_of_the_text(reader, tmp_path):
     corpus = documents(tmp_path, 3_000, 10, 700, 1, 45)
     whole = corpora.texts(reader, corpus, n_tokens=3_756, max_length=20)
     assert shares(whole) == {0: 3_000, 1: 10, 2: 700, 3: 1, 4: 45}
-    for n in (21, 40, 500, 3_755):
+    for n in (100, 101, 500, 3_755):
         part = corpora.texts(reader, corpus, n_tokens=n, max_length=20)
         assert part.n_tokens == n and np.array_equal(part.articles, whole.articles[: len(part.tokens)])
         for ours, theirs in zip(part.tokens, whole.tokens, strict=False):
@@ -479,14 +479,26 @@ def long_words(n: int) -> str:
         ("article.txt", "\n\n".join(f"{i} {long_words(300)}" for i in range(12)).encode()),
     ],
 )
-@pytest.mark.parametrize("n_tokens", [150, 250])
+@pytest.mark.parametrize("n_tokens", [150, 250, 400, 900])
 def test_few_tokens_come_from_several_documents(reader, tmp_path, name, content, n_tokens):
     corpus = write(tmp_path, name, content)
     for split in corpora.SPLITS[1:]:
         pieces = corpora.texts(reader, corpus, n_tokens=n_tokens, split=split)
         losses = activations.losses(reader, pieces).groupby("article")[["nats", "tokens"]].sum().to_numpy()
-        assert pieces.n_tokens == n_tokens and len(losses) >= 2
+        documents = len(set(corpora.load(corpus, split)["article"]))
+        assert pieces.n_tokens == min(n_tokens, 420 if name == "short.jsonl" else n_tokens)
+        assert len(losses) >= min(documents, corpora.SEVERAL)
         t_interval(losses, lambda sums: float(sums[:, 0].sum() / sums[:, 1].sum()))
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "documents"), [(100, 5), (319, 5), (640, 10), (2_000, 30), (7_000, 30), (9_000, 36)]
+)
+def test_a_loss_has_units_enough(reader, tmp_path, n_tokens, documents):
+    """At most 256 tokens of each of 30 documents, and fewer where they are enough."""
+    corpus = write(tmp_path, "long.jsonl", lines({"text": f"{i} {long_words(2_000)}"} for i in range(400)))
+    pieces = activations.loss_texts(reader, corpus, n_tokens)
+    assert pieces.n_tokens == n_tokens and len(set(pieces.articles)) == documents
 
 
 @pytest.mark.parametrize("n_tokens", [3, 100, 200])

@@ -146,6 +146,29 @@ def test_store_is_that_of_the_whole_model(name, original, harvest, tmp_path):
             torch.testing.assert_close(ours.tensor(site), theirs.tensor(site), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrapper", tiny.WRAPPERS)
+@pytest.mark.parametrize("name", ["mixtral", "deepseek", "dense qwen3"])
+def test_prefixes_that_wrappers_put_into_names_are_understood(name, wrapper, harvest, tmp_path):
+    folder = save(name, tmp_path / "model")
+    expected = harvest(load(folder), layer=2)
+    tiny.rename(folder, tiny.WRAPPERS[wrapper])
+    found = harvest(load(folder), layer=2)
+    assert found.folder != expected.folder
+    for site in found.sites:
+        assert np.array_equal(found[site], expected[site])
+
+
+def test_a_token_without_an_embedding_is_named_before_a_block_is_read(harvest, filled, tmp_path):
+    folder = Path(save("mixtral", tmp_path / "model"))
+    file = folder / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["model"]["vocab"]["bread"] = 64
+    file.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"token 64 \('bread'\) has no row in its embedding; allowed: 0 to 63"):
+        harvest(load(str(folder)), layer=2)
+    assert not filled and not between(tmp_path)
+
+
 def test_deepseek_is_the_slow_reference(harvest, tmp_path):
     teacher = load(save_deepseek(tmp_path / "model"))
     tensors = {name: tensor.numpy() for name, tensor in deepseek_tensors().items()}

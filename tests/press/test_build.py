@@ -2,8 +2,11 @@
 
 import io
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
@@ -11,6 +14,8 @@ from rich.console import Console
 
 from helpers import settings
 from helpers.press import build, chapters, execution
+from tests import tiny
+from tests.press.house import House
 
 PAGE = "<html><head>{head}</head><body><article>{body}</article></body></html>"
 
@@ -112,6 +117,32 @@ def test_a_damaged_copy_of_a_chapter_is_named(tmp_path, monkeypatch):
     assert f"fault {job.executed} is damaged; delete it" in out.getvalue()
 
 
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "/a/b"), shutil.Error([("/x", "/a/b", str(FULL))])]
+)
+def test_a_disk_that_is_full_while_pages_are_laid_out_is_named(tmp_path, monkeypatch, error):
+    def stage(*_):
+        raise error
+
+    monkeypatch.setattr(build, "stage", stage)
+    monkeypatch.setattr(execution, "run", lambda *_: [])
+    out = io.StringIO()
+    assert build.make([], "quick", Console(file=out, width=300), tmp_path) == 1
+    assert "fault /a/b: " in out.getvalue() and "No space left on device; allowed: " in out.getvalue()
+
+
+def test_a_disk_that_is_full_while_pages_are_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "_build" / "stage").mkdir(parents=True)
+    failed = subprocess.CompletedProcess((), returncode=1)
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    (said,) = build.build(tmp_path)
+    assert "No space left on device; allowed: a disk with room" in said
+
+
 def test_a_strict_build_names_the_warning_and_keeps_the_former_pages(tmp_path):
     stage, html = tmp_path / "_build" / "stage", tmp_path / "_build" / "html"
     stage.mkdir(parents=True)
@@ -145,3 +176,80 @@ def test_what_builds_the_pages_ends_with_who_asked_for_them(tmp_path):
     asked.kill()
     assert asked.stdout.read() == "", "the pipe closes when the last process that holds it has ended"
     asked.wait()
+
+
+SLOW_SPHINX = """import pathlib, sys, time
+
+
+def main():
+    html = pathlib.Path(sys.argv[sys.argv.index("--path-output") + 1], "_build", "html")
+    html.mkdir(parents=True)
+    (html / "index.html").write_text("half a pa")
+    print("begun", flush=True)
+    time.sleep(600)
+"""
+"""Stands for what makes pages, and never comes to its end."""
+
+
+@pytest.fixture
+def shelf():
+    """A house with a book of one chapter."""
+    house = House()
+    shutil.rmtree(house.root)
+    tiny.repository(house.root)
+    yield house
+    house.remove()
+
+
+def slow_sphinx(root):
+    (root / "jupyter_book" / "cli").mkdir(parents=True)
+    for package in ("jupyter_book", "jupyter_book/cli"):  # without it the installed one wins
+        (root / package / "__init__.py").touch()
+    (root / "jupyter_book" / "cli" / "main.py").write_text(SLOW_SPHINX)
+
+
+def stopped(house, number, begun) -> bool:
+    """Start a build, stop it by a signal when `begun()`; it says so, and no process and no other page is left. Whether
+    it was still at work then."""
+    html, started = house.root / "_build" / "html", time.perf_counter()
+    before = {path: path.read_bytes() for path in html.rglob("*") if path.is_file()}
+    process = house.start(["book"])
+    while not begun() and process.poll() is None:
+        assert time.perf_counter() < started + 120
+        time.sleep(0.05)
+    process.send_signal(number)
+    done = house.ended(process, started)
+    if not done.code:
+        return False
+    assert done.code == 128 + number and f"stopped by {signal.Signals(number).name}" in done.said, done.said
+    assert "Traceback" not in done.said and not house.left()
+    assert {path: path.read_bytes() for path in html.rglob("*") if path.is_file()} == before
+    assert not [path.name for path in html.parent.glob(".html.*")]
+    return True
+
+
+def test_a_stop_while_pages_are_made_leaves_the_former_ones_and_no_process(shelf):
+    html, log = shelf.root / "_build" / "html", shelf.root / "_build" / "book.log"
+    html.mkdir(parents=True)
+    (html / "index.html").write_text("former")
+    slow_sphinx(shelf.root)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        assert stopped(shelf, number, lambda: log.is_file() and "begun" in log.read_text())
+        log.unlink()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_can_be_stopped_at_any_moment(shelf, number):
+    begun, stops = time.perf_counter(), 0
+    assert not shelf.run("book").code
+    whole = time.perf_counter() - begun
+    for part in range(1, 10):
+        (shelf.root / "book" / "glossary.md").write_text(f"# Glossary {part}\n")
+        for stamp in (shelf.root / "_build").rglob("00_how_to_read.run.json"):
+            stamp.unlink()
+        at = time.perf_counter() + part / 10 * whole
+        stops += stopped(shelf, number, lambda at=at: time.perf_counter() > at)
+    assert stops > 5
+    done = shelf.run("book")
+    assert not done.code and "the book is at" in done.said, done.said

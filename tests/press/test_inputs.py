@@ -85,6 +85,7 @@ def rows(count: int, length: int) -> str:
 
 TEXTS = {
     "book.txt": lambda: tiny.text(400),
+    "note.txt": lambda: tiny.text(31),
     "lines.txt": lambda: "\n".join(words(40, i) for i in range(120)),
     "short.jsonl": lambda: rows(200, 20),
     "five.jsonl": lambda: rows(5, 3_000),
@@ -99,12 +100,17 @@ CASES = [
     for mlp in (("",) if chapter.slug in BOOK_MODELS else ("llama", "gpt-neox"))  # a gated MLP, and one without gates
 ]
 QUICK = ("00_how_to_read", "02_what_an_mlp_sees", "05_distilling_an_mlp", "06_ablations", "10_the_sae_inside")
-SAMPLE = [
-    (chapter, text, mlp)
-    for chapter, text, mlp in CASES
-    if text == "one.jsonl" and mlp != "gpt-neox" or text == "five.jsonl" and mlp != "llama" and chapter.slug in QUICK
-]
-"""Every chapter on the text that is too short, and the quick ones on the fewest documents: within a minute."""
+PLAIN = ("06_ablations", "13_how_few_numbers")
+
+
+def sampled(chapter: chapters.Chapter, text: str, mlp: str) -> bool:
+    """Every chapter on the text that is too short, the quick ones on the fewest documents, and two on a plain text."""
+    if text == "five.jsonl":
+        return mlp != "llama" and chapter.slug in QUICK
+    return mlp != "gpt-neox" and (text == "one.jsonl" or text == "book.txt" and chapter.slug in PLAIN)
+
+
+SAMPLE = [case for case in CASES if sampled(*case)]
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,10 @@ def test_evaluation_equals_a_dense_recount():
     assert result.dense == pytest.approx(float(((codes != 0).double().mean(0) > 0.1).double().mean()))
     assert result.largest_rate == pytest.approx(float(result.rates.max()))
     assert result.chosen_but_zero == pytest.approx(1 - float((codes != 0).sum()) / (700 * 4))
-    with pytest.raises(ValueError, match="targets has 3 rows.*700"):
-        scores.evaluate(model, x, x[:3])
+    for inputs, targets in ((x, x[:3]), (x[:0], x[:0])):
+        told = f"inputs has {len(inputs)} rows, targets {len(targets)}; allowed: as many, at least one"
+        with pytest.raises(ValueError, match=told):
+            scores.evaluate(model, inputs, targets)
 
 
 def test_ce_recovered():
