@@ -209,6 +209,8 @@ def _of_experts(teacher: Teacher, experts: list[inside.MoELayer], args: argparse
 
 
 def _view(teacher: Teacher, shown: Dictionary, store: ActivationStore, args: argparse.Namespace, about: dict) -> View:
+    kind = "experts" if shown.unit == "expert" else f"SAE at {about['site']}"
+    about |= {"title": f"{Path(args.teacher).name}, layer {about['layer']}: {kind}"}
     what = {"unit": shown.unit, "n": shown.n, "teacher": args.teacher, "corpus": args.corpus, "split": args.split}
     what |= {"n_tokens": store.n, "note": NOTES.get(args.corpus, ""), "command": args.command}
     logits = NO_LENS if about["site"] == "mlp_in" else promoted(teacher, shown.writes)

@@ -303,4 +303,8 @@ def test_the_committed_data_is_small_and_whole():
     sae = pages["smollm2"]
     assert sae["about"]["teacher"] == "smollm2-135m" and sae["about"]["n"] >= 500
     assert sum(count > 0 for count in sae["counts"]) >= 500
-    assert all(page["about"]["corpus"] == "book-texts" and page["about"]["note"] for page in pages.values())
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in pages.values():
+        assert page["about"]["corpus"] == "book-texts" and page["about"]["note"]
+        command = page["about"]["command"].removeprefix("python -m helpers.parts.explorer --to data/explorer ")
+        assert f"$(EXPLORE) {command}\n" in make
