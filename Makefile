@@ -5,6 +5,8 @@
 # make lab     open the notebooks in JupyterLab
 # make bench   timings beside peers, into benchmarks/results/
 # make numbers write the numbers in prose anew from results/
+# make dist    the rendered book and the executed notebooks in one archive, _build/dist
+# make pdf     the whole book as one PDF, there too (needs Chromium)
 # make strip   clear the notebooks' outputs before a commit
 # make explorer  write data/explorer anew: what the latents of an SAE and the mixture's experts fire on
 # make setup   only make .venv
@@ -22,7 +24,7 @@ export GOMP_SPINCOUNT ?= 10000
 export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit verify nbval browser soak lab bench numbers strip explorer setup clean
+.PHONY: help book test lint unit verify nbval browser soak lab bench numbers dist pdf strip explorer setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -93,6 +95,12 @@ bench: .venv/.ready-bench
 
 numbers: .venv/.ready
 	$(BIN)/python -m helpers.press.numbers
+
+dist: .venv/.ready
+	$(BIN)/python -m helpers.press.publish
+
+pdf: .venv/.ready-dev
+	$(BIN)/python -m helpers.press.paper
 
 strip: .venv/.ready-dev
 	$(BIN)/nbstripout notebooks/*.ipynb

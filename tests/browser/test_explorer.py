@@ -5,13 +5,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.browser.test_pages import HTML, browser, open_page, requested  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("browser")
+from tests.browser.chromium import HTML, open_page, requested
 
 
 @pytest.fixture
-def page(browser):  # noqa: F811
+def page(browser):
     open_page(browser, "explorer")
     yield browser
     assert [each for each in browser.get_log("browser") if each["level"] in ("SEVERE", "WARNING")] == []
@@ -148,7 +146,7 @@ def test_it_fits_a_narrow_screen(page, width):
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_without_a_script_it_is_plain_text(browser):  # noqa: F811
+def test_without_a_script_it_is_plain_text(browser):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         browser.get((HTML / "explorer.html").as_uri())
