@@ -6,6 +6,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.browser.chromium import HTML, open_page, requested
+from tests.browser.test_access import axe, violations  # noqa: F401
 
 
 @pytest.fixture
@@ -146,11 +147,21 @@ def test_it_fits_a_narrow_screen(page, width):
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nobody_is_shut_out_of_a_latent(page, axe, scheme):  # noqa: F811
+    for each in ("mode", "theme"):
+        page.execute_script(f"document.documentElement.dataset.{each} = arguments[0]", scheme)
+    for name in ("smollm2/40", "book-moe-0/3"):
+        go(page, name)
+        heading(page, name.replace("smollm2/", "latent ").replace("book-moe-0/", "expert "))
+        assert violations(page, axe) == []
+
+
 def test_without_a_script_it_is_plain_text(browser):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         browser.get((HTML / "explorer.html").as_uri())
-        assert "without it, read the same as plain text" in browser.find_element(By.ID, "explorer").text
+        assert "The same can be read as plain text" in browser.find_element(By.ID, "explorer").text
         links = browser.find_elements(By.CSS_SELECTOR, "p.about a[href$='.txt']")
         assert len(links) >= 5
         names = [link.get_attribute("href").rpartition("_static/")[2] for link in links]
