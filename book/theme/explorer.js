@@ -19,17 +19,13 @@
   const percent = (share) => (share === 0 ? "never" : share < 1e-4 ? "< 0.01 %" : `${(100 * share).toPrecision(2) * 1} %`);
   const number = (value) => (value < 1000 ? value.toPrecision(3) : comma(Math.round(value)));
   const visible = (word) => word.replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
-  const seen = (word) => visible(word.trim() || word.replace(/ /g, "␣"));
-
-  // -- data -----------------------------------------------------------------------------------------------------------
+  const seen = (word) => visible(word.trim() || word.replace(/ /g, "␣")); // without the blank before it
 
   const load = (about) =>
     new Promise((good, bad) => {
       if (data[about.name]) return good();
       const script = make("script", { src: `${base}${about.name}.js`, charset: "utf-8" });
-      script.addEventListener("load", good);
-      script.addEventListener("error", bad);
-      document.head.append(script);
+      document.head.append(Object.assign(script, { onload: good, onerror: bad }));
     });
   const prepare = (about) => {
     const page = data[about.name];
@@ -43,20 +39,15 @@
       for (const each of some.map(seen)) times.set(each, (times.get(each) ?? 0) + 1);
       return [...times].sort((a, b) => b[1] - a[1])[0]?.[0] ?? "";
     });
-    const lists = peaks.map((some, j) => [...some, ...(page.promoted?.[j] ?? []).map((i) => tokens[i])]);
-    const sought = lists.map((some) => some.join("\n").toLowerCase());
+    const promoted = (j) => (page.promoted?.[j] ?? []).map((i) => tokens[i]);
+    const sought = peaks.map((some, j) => [...some, ...promoted(j)].join("\n").toLowerCase());
     const rank = [];
     [...fires].sort((a, b) => counts[b] - counts[a] || a - b).forEach((j, i) => (rank[j] = i + 1));
     return { ...about, page, rates, fires, usual, sought, rank, order: [] };
   };
   const windowOf = (row) => {
     const { starts, text, window: [before, after] } = now.page;
-    let piece = 0;
-    for (let high = starts.length; high - piece > 1; ) {
-      const middle = (piece + high) >> 1;
-      if (starts[middle] <= row) piece = middle;
-      else high = middle;
-    }
+    const piece = starts.findLastIndex((start) => start <= row);
     const end = starts[piece + 1] ?? text.length;
     return { piece, from: Math.max(starts[piece], row - before), to: Math.min(end, row + after + 1) };
   };
@@ -64,7 +55,7 @@
   // -- the list -------------------------------------------------------------------------------------------------------
 
   const picks = make("div", { class: "picks", role: "group", "aria-label": "Dictionaries" });
-  const list = make("section", { class: "list", "aria-label": "Latents" });
+  const list = make("section", { class: "list" });
   const detail = make("section", { class: "detail", "aria-label": "The one that was picked" });
   const filter = make("input", { type: "search", id: "explorer-filter", placeholder: "whale, or a number" });
   const sort = make("select", { id: "explorer-sort" });
@@ -76,7 +67,7 @@
     rarest: (a, b) => !now.rates[a] - !now.rates[b] || now.rates[a] - now.rates[b],
     number: (a, b) => a - b,
   };
-  for (const name of Object.keys(SORTS)) sort.add(new Option(name));
+  sort.append(...Object.keys(SORTS).map((name) => new Option(name)));
   const fill = (most = MOST) => {
     const wanted = filter.value.trim().toLowerCase();
     const matches = (j) => !wanted || String(j) === wanted || now.sought[j].includes(wanted);
@@ -97,15 +88,18 @@
     }
     mark();
   };
-  const mark = () => {
-    for (const link of rows.querySelectorAll("a")) {
-      if (link.hash === `#${now.name}/${now.latent}`) link.setAttribute("aria-current", "true");
+  const current = (links, address) => {
+    for (const link of links) {
+      if (link.hash === address) link.setAttribute("aria-current", "true");
       else link.removeAttribute("aria-current");
     }
-    rows.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
   };
-  filter.addEventListener("input", () => fill());
-  sort.addEventListener("change", () => fill());
+  const mark = () => {
+    current(rows.querySelectorAll("a"), `#${now.name}/${now.latent}`);
+    const [row, all] = [rows.querySelector("[aria-current]"), rows].map((each) => each?.getBoundingClientRect());
+    if (row && (row.top < all.top || row.bottom > all.bottom)) rows.scrollTop += row.top - all.top - all.height / 2;
+  };
+  for (const box of [filter, sort]) box.addEventListener("input", () => fill());
   rows.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     const links = [...rows.querySelectorAll("a, button")];
@@ -196,17 +190,15 @@
     now.latent = j;
     const { page, unit, order } = now;
     const at = order.indexOf(j);
-    const step = (to, name, text) => {
-      if (order[to] === undefined) return make("span", {}, text);
-      return make("a", { href: `#${now.name}/${order[to]}`, class: name }, text);
-    };
+    const link = (to, name, text) => make("a", { href: `#${now.name}/${order[to]}`, class: name }, text);
+    const step = (to, name, text) => (to in order ? link(to, name, text) : make("span", {}, text));
     const [tokens, weight] = [comma(page.text.length), unit === "expert" ? "router weight" : "activation"];
     const own = now.rates[j]
       ? `Fires on ${percent(now.rates[j])} of ${tokens} tokens (${comma(page.counts[j])}), rank ` +
         `${comma(now.rank[j])} of ${comma(now.fires.length)} by rate. Largest ${weight} ${number(page.largest[j])}.`
       : `Never fires on these ${tokens} tokens: a dead ${unit}, here.`;
     const parts = [make("h2", {}, `${unit} ${j} `, make("small", {}, now.title))];
-    const steps = [step(at - 1, "back", "← previous"), step(at < 0 ? undefined : at + 1, "next", "next →")];
+    const steps = [step(at - 1, "back", "← previous"), step(at < 0 ? -1 : at + 1, "next", "next →")];
     parts.push(make("p", { class: "steps" }, ...steps), make("p", {}, own));
     if (now.rates[j]) {
       parts.push(make("ol", { class: "contexts" }, ...page.contexts[j].map(context)));
@@ -221,23 +213,19 @@
     mark();
   };
 
-  // -- addresses ------------------------------------------------------------------------------------------------------
-
   const say = (text) => detail.replaceChildren(make("p", { class: "none" }, text));
+  const asked = () => location.hash.slice(1).split("/");
   const route = async () => {
-    const [name, latent] = decodeURIComponent(location.hash.slice(1)).split("/");
+    const [name, latent] = asked();
     const about = index.find((each) => each.name === name);
-    for (const link of picks.children) link.toggleAttribute("aria-current", link.hash === `#${name}`);
+    current(picks.children, `#${name}`);
     list.hidden = !about;
     if (!about) return say(name ? `There is no dictionary ${name} here.` : "Pick a dictionary.");
     if (now?.name !== name) {
       say("Reading …");
-      try {
-        await load(about);
-      } catch {
-        return say(`${about.name}.js could not be read.`);
-      }
-      if (decodeURIComponent(location.hash.slice(1)).split("/")[0] !== name) return; // another one was picked meanwhile
+      const there = await load(about).then(() => true, () => false);
+      if (!there) return say(`${name}.js could not be read.`);
+      if (asked()[0] !== name) return; // another one was picked meanwhile
       now = prepare(about);
       list.setAttribute("aria-label", `${now.unit}s`);
       filter.value = "";
