@@ -62,10 +62,10 @@
   const count = make("output", {});
   const rows = make("ol", { class: "rows" });
   const SORTS = {
+    number: (a, b) => a - b,
     "largest activation": (a, b) => now.page.largest[b] - now.page.largest[a],
     "most frequent": (a, b) => now.rates[b] - now.rates[a],
     rarest: (a, b) => !now.rates[a] - !now.rates[b] || now.rates[a] - now.rates[b],
-    number: (a, b) => a - b,
   };
   sort.append(...Object.keys(SORTS).map((name) => new Option(name)));
   const fill = (most = MOST) => {

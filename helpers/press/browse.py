@@ -30,6 +30,7 @@ def stage(root: Path, folder: Path) -> None:
         index.append(content["about"] | {"own": own, "bytes": path.stat().st_size})
         shutil.copy(path, target / path.name)
         (target / f"{name}.txt").write_text("\n".join(plain(content)) + "\n", encoding="utf-8")
+    index.sort(key=lambda about: (about["own"], about["unit"] == "expert"))
     script = f"window.explorer = {{data: {{}}, index: {json.dumps(index, ensure_ascii=False)}}};\n"
     (target / "index.js").write_text(script, encoding="utf-8")
     links = (f'<a href="_static/explorer/{each["name"]}.txt">{html.escape(each["title"])}</a>' for each in index)

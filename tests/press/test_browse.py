@@ -1,6 +1,7 @@
 """The explorer's data as it is staged: whose file it is, the index, the plain text, and damaged files."""
 
 import json
+import re
 
 import pytest
 
@@ -87,6 +88,20 @@ def test_a_damaged_file_is_named(house, content):
     path.write_text(path.read_text("utf-8").replace('"c"', '"d"', 1) if content is None else content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"c\.js is damaged: .*; delete it, or make it anew"):
         browse.stage(house, house / "_build" / "stage")
+
+
+def test_the_examples_of_the_page_are_in_the_data():
+    """What a latent is said to fire on is the word of its strongest contexts; a reader's link leads to something."""
+    text = (settings.ROOT / "book" / "explorer.md").read_text(encoding="utf-8")
+    examples = re.findall(r'<li><a href="#([\w-]+)/(\d+)">.*?(?:<em>(\w+)</em>.*)?</li>', text)
+    assert len(examples) == text.count("<li>") == 4
+    for name, number, word in examples:
+        page = browse.read(settings.ROOT / "data" / "explorer" / f"{name}.js")
+        peaks = [page["tokens"][page["text"][row]].strip() for row, *_ in page["contexts"][int(number)]]
+        if word:
+            assert word == max(peaks, key=peaks.count)
+        else:
+            assert {row for row, *_ in page["contexts"][int(number)]} <= set(page["starts"])
 
 
 def test_the_committed_files_can_be_read_as_plain_text():
