@@ -85,20 +85,20 @@ METHODS = {
 
 LADDER = {
     "implicit": ("implicit SAE", "implicit"),
-    "shuffled": ("experts shuffled between router rows", "shuffled"),
-    "other_token": ("choice made for another token", "dense"),
-    "random_router": ("random router, trained directions", "random_router"),
-    "second": ("second component of W_down", "dense"),
-    "w_up": ("first component of W_up", "dense"),
-    "w_gate": ("first component of W_gate", "dense"),
-    "random_directions": ("trained router, random directions", "random_directions"),
+    "shuffled": ("experts shuffled", "shuffled"),
+    "other_token": ("another token's choice", "dense"),
+    "random_router": ("random router", "random_router"),
+    "second": ("2nd component of W_down", "dense"),
+    "w_up": ("1st component of W_up", "dense"),
+    "w_gate": ("1st component of W_gate", "dense"),
+    "random_directions": ("random directions", "random_directions"),
     "random": ("all random", "random"),
-    "pca": ("k fixed principal components", "pca"),
-    "sae": ("trained TopK SAE's choice", "sae"),
-    "sae_own": ("trained TopK SAE, its own codes", "sae"),
-    "fitted_directions": ("router's choice, fitted directions", "fitted_directions"),
-    "omp": ("trained directions, matching pursuit's choice", "omp"),
-    "all_directions": ("all n directions at once", "dense"),
+    "pca": ("k principal components", "pca"),
+    "sae": ("TopK SAE's choice", "sae"),
+    "sae_own": ("TopK SAE's own codes", "sae"),
+    "fitted_directions": ("fitted directions", "fitted_directions"),
+    "omp": ("matching pursuit's choice", "omp"),
+    "all_directions": ("all n directions", "dense"),
 }
 """Controls of chapters 10 and 11 in the order in which `forest` shows them: label, and method of the mark."""
 
@@ -225,10 +225,10 @@ def forest(ax: Axes, rows: Iterable[Mapping[str, Any]], lines: Mapping[str, tupl
             ax.plot([low, high], [place] * 2, color=look.colour, lw=1.4)
         fill = look.colour if row["filled"] else "white"
         ax.plot(max(value, 0.0), place, look.marker, color=look.colour, mfc=fill, ms=6)
-        beside = {"xycoords": ("axes fraction", "data"), "fontsize": 7, "va": "center", "ha": "left"}
+        beside = {"xycoords": ("axes fraction", "data"), "fontsize": 11, "va": "center", "ha": "left"}
         ax.annotate(row["note"], (1.01, place), **beside)
     ax.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 1))
-    ax.set_yticks(range(len(order)), [label for label, _ in lines.values()], fontsize=8)
+    ax.set_yticks(range(len(order)), [label for label, _ in lines.values()])
 
 
 def label_lines(ax: Axes, gap: float = 14.0, **text: Any) -> None:

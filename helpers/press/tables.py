@@ -66,6 +66,13 @@ class Table:
         return table([{name: html.escape(value) for name, value in row.items()} for row in self.rows], kinds)
 
 
+def outcomes(predictions: Mapping[str, bool | None]) -> Table:
+    """A row for each prediction with what became of it; None is an interval that holds the threshold."""
+    words = {True: "as predicted", False: "not as predicted", None: "undecided"}
+    rows = [{"prediction": text, "outcome": words[None if o is None else bool(o)]} for text, o in predictions.items()]
+    return Table(rows)
+
+
 def _numeric(shown: str) -> bool:
     return shown in ("–", "") or shown.lstrip("−<>≤≥ ")[:1].isdigit()
 

@@ -96,6 +96,11 @@ def test_a_table_names_its_columns_and_aligns_its_decimals():
     assert "<td" in shown._repr_html_() and "nan" not in shown._repr_html_().lower()
 
 
+def test_predictions_stand_beside_what_became_of_them():
+    rows = tables.outcomes({"a": True, "b": False, "c": None}).rows
+    assert [row["outcome"] for row in rows] == ["as predicted", "not as predicted", "undecided"]
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
