@@ -33,6 +33,7 @@ def slider(
     dpi: int = 160,
 ) -> Slider:
     """A figure with one slider for each entry of `values`, e.g. `{"k": [1, 2, 4, 8]}`; two entries make a grid.
+    An entry whose values are names has buttons in its place.
 
     `draw(*point)` returns the Matplotlib figure at a point of the grid, `alt(*point)` what it shows, in words.
     `label` names a slider for the reader (a mapping when there are several), `start` is where it stands at first,
@@ -94,29 +95,20 @@ class Slider:
         knobs = []
         for (name, choices), place in zip(self.values.items(), self.at, strict=True):
             options = [(_text(choice), i) for i, choice in enumerate(choices)]
-            wide = {"description_width": "initial"}
-            layout = ipywidgets.Layout(width="min(100%, 32em)")
-            knob = ipywidgets.SelectionSlider(
-                options=options, value=place, description=self.labels[name], style=wide, layout=layout
-            )
-            knobs.append(knob)
+            look = {"description": self.labels[name], "style": {"description_width": "initial"}}
+            if not _named(choices):
+                look["layout"] = ipywidgets.Layout(width="min(100%, 32em)")
+            kind = ipywidgets.ToggleButtons if _named(choices) else ipywidgets.SelectionSlider
+            knobs.append(kind(options=options, value=place, **look))
         for knob in knobs:
             knob.observe(lambda _: setattr(picture, "value", self.image([k.value for k in knobs])), "value")
         return ipywidgets.VBox([picture, *knobs])
 
     def html(self) -> str:
-        """The form for a page: `<input type=range>` over the frames, and a few lines of script; needs no kernel."""
+        """The form for a page: `<input>`s over the frames, and a few lines of script; needs no kernel."""
         name = f"book-slider-{next(_numbers)}"
-        knobs = "".join(
-            _KNOB.format(
-                id=f"{name}-{knob}",
-                label=html.escape(self.labels[knob]),
-                last=len(choices) - 1,
-                at=place,
-                text=html.escape(_text(choices[place])),
-            )
-            for (knob, choices), place in zip(self.values.items(), self.at, strict=True)
-        )
+        places = zip(self.values.items(), self.at, strict=True)
+        knobs = "".join(self._knob(f"{name}-{knob}", knob, choices, place) for (knob, choices), place in places)
         data = {
             "images": self.images,
             "order": self.order,
@@ -130,6 +122,18 @@ class Slider:
             caption=f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else "",
             data=json.dumps(data).replace("<", "\\u003c"),  # nothing in it ends or nests a script
         )
+
+    def _knob(self, name: str, knob: str, choices: Sequence[Any], at: int) -> str:
+        """Buttons for names, and a slider for all else."""
+        label, texts = html.escape(self.labels[knob]), [html.escape(_text(choice)) for choice in choices]
+        if not _named(choices):
+            return _KNOB.format(id=name, label=label, last=len(choices) - 1, at=at, text=texts[at])
+        chosen = [" checked" if i == at else "" for i in range(len(texts))]
+        buttons = "".join(
+            f'<label><input type="radio" name="{name}" value="{i}"{chosen[i]}> {text}</label>'
+            for i, text in enumerate(texts)
+        )
+        return f'\n<fieldset class="book-choice"><legend>{label}</legend>{buttons}</fieldset>'
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """Both forms at once: Jupyter prefers the widget, `helpers.press.build` keeps the HTML."""
@@ -148,15 +152,15 @@ _PAGE = """<figure class="book-slider" id="{id}">{image}{knobs}{caption}
 <script>(() => {{
   const root = document.getElementById("{id}");
   const data = JSON.parse(root.querySelector("script").textContent);
-  const image = root.querySelector("img"), knobs = [...root.querySelectorAll("input")];
+  const image = root.querySelector("img"), knobs = [...root.querySelectorAll(".book-slider-knob, .book-choice")];
   const show = () => {{
-    const row = knobs.reduce((r, k, i) => r * data.values[i].length + Number(k.value), 0);
+    const inputs = knobs.map((k) => k.querySelector("input:checked, input[type=range]"));
+    const row = inputs.reduce((r, k, i) => r * data.values[i].length + Number(k.value), 0);
     image.src = data.images[data.order[row]];
     image.alt = data.alts[row];
-    knobs.forEach((k, i) => {{
-      const text = data.values[i][Number(k.value)];
-      k.setAttribute("aria-valuetext", text);
-      k.parentElement.querySelector("output").textContent = text;
+    inputs.forEach((k, i) => {{
+      const text = data.values[i][Number(k.value)], output = knobs[i].querySelector("output");
+      if (output) {{ k.setAttribute("aria-valuetext", text); output.textContent = text; }}
     }});
   }};
   knobs.forEach((k) => k.addEventListener("input", show));
@@ -191,6 +195,10 @@ def _frame(figure: Any, dpi: int, point: tuple[Any, ...]) -> tuple[str, tuple[in
     inches = figure.get_size_inches()
     address = "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode()
     return address, (round(inches[0] * 100), round(inches[1] * 100))
+
+
+def _named(choices: Sequence[Any]) -> bool:
+    return all(isinstance(choice, str) for choice in choices)
 
 
 def _text(value: Any) -> str:

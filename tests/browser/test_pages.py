@@ -64,6 +64,12 @@ def test_sliders_obey_the_keyboard(browser, page):
         image = figure.find_element(By.TAG_NAME, "img")
         for knob in figure.find_elements(By.CSS_SELECTOR, ".book-slider-knob"):
             move(browser, figure, image, knob)
+        for choice in figure.find_elements(By.CSS_SELECTOR, ".book-choice"):
+            buttons = choice.find_elements(By.TAG_NAME, "input")
+            buttons[0].send_keys(Keys.SPACE)
+            before = image.get_attribute("alt")
+            buttons[0].send_keys(Keys.ARROW_RIGHT)
+            assert buttons[1].is_selected() and image.get_attribute("alt") != before
 
 
 def move(browser, figure, image, knob):

@@ -86,6 +86,24 @@ def test_two_sliders_make_a_grid_whose_equal_frames_are_kept_once():
     assert "2 times 4" in picture.value
 
 
+def test_names_have_buttons_in_both_forms():
+    made = slider.slider(
+        lambda site, k: draw(k), {"site": ["in", "<out>"], "k": [1, 5]}, alt="{} {}".format, label={"site": "read at"}
+    )
+    choice = page(made).find("fieldset")
+    assert choice.legend.text == "read at" and [each.text.strip() for each in choice.find_all("label")] == [
+        "in",
+        "<out>",
+    ]
+    buttons = choice.find_all("input")
+    assert [b["type"] for b in buttons] == ["radio"] * 2 and len({b["name"] for b in buttons}) == 1
+    assert [b.has_attr("checked") for b in buttons] == [True, False]
+    assert len(page(made).find_all(type="range")) == 1
+    picture, site, k = made.widget().children
+    site.value, k.value = 1, 1
+    assert 'alt="&lt;out&gt; 5"' in picture.value
+
+
 def test_several_sliders_on_a_page_have_different_ids(one):
     both = BeautifulSoup(one.html() + one.html(), "html.parser")
     ids = [e["id"] for e in both.find_all(id=True)]
