@@ -14,11 +14,9 @@ UNMARKED = {
     "01_topk_sae_is_rank1_moe.ipynb": 1,
     "03_gaussian_has_nothing_sparse.ipynb": 5,
     "04_sparse_inputs_sparse_experts.ipynb": 1,
-    "05_distilling_an_mlp.ipynb": 3,
     "07_a_benchmark_with_known_truth.ipynb": 2,
     "10_the_sae_inside.ipynb": 12,
     "12_three_gaps.ipynb": 1,
-    "16_training_the_mixture.ipynb": 11,
     "glossary.md": 1,
     "index.md": 2,
 }
