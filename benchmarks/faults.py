@@ -461,7 +461,7 @@ def disk(place: Path, room: int | str) -> Iterator[tuple[Path, dict, Callable[[]
         try:
             yield place, {}, lambda: subprocess.run(["mount", "-o", "remount,size=4g", place], check=True)
         finally:
-            subprocess.run(["umount", place], check=True)
+            subprocess.run(["umount", "-l", place], check=True)
     else:
         yield place, {"largest": room}, lambda: None
 
