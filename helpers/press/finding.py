@@ -69,6 +69,7 @@ def page(notebook: nbformat.NotebookNode, slug: str, board: Board) -> nbformat.N
     Where the run is not the quick one that comes with the book, its own figure leads, and a line under the title says
     how it differs from the book's.
     """
+    notebook.cells = list(_joined(notebook.cells))
     rows, run = compared(slug, board), next((run for mark, run, _ in board.runs if _is_own(mark, run, slug)), None)
     heroes = [place for place, cell in enumerate(notebook.cells) if HERO in cell.metadata.get("tags", [])]
     if run and run.profile != "quick":
@@ -80,6 +81,22 @@ def page(notebook: nbformat.NotebookNode, slug: str, board: Board) -> nbformat.N
     if rows:
         notebook.cells.append(nbformat.v4.new_markdown_cell(_foot(rows, run.seconds)))
     return notebook
+
+
+def _joined(cells: Sequence[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNode]:
+    """Folded cells of code that show nothing are one with the folded cell after them: one line to click, not four."""
+    before: list[nbformat.NotebookNode] = []
+    for cell in cells:
+        if cell.metadata.get("tags") == ["hide-input"] and cell.cell_type == "code":
+            cell.source = "\n\n\n".join(each.source for each in [*before, cell])
+            before = [] if cell.outputs else [cell]
+            if before:
+                continue
+        else:
+            yield from before
+            before = []
+        yield cell
+    yield from before
 
 
 def _is_own(mark: str, run: Any, slug: str) -> bool:

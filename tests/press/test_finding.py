@@ -71,6 +71,25 @@ def test_a_chapter_without_a_kept_run_shows_its_own_numbers(board, tmp_path):
     assert len(read.runs) == 2 and len(page.cells) == 5 and "this build" in page.cells[2].source
 
 
+def test_folded_cells_that_show_nothing_are_one_with_the_next():
+    code, text, shown = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell, nbformat.v4.new_output("stream")
+
+    def cell(source, *tags, outputs=()):
+        return code(source, metadata={"tags": list(tags)}, outputs=list(outputs))
+
+    cells = [cell("a", "hide-input"), cell("b", "hide-input"), cell("c", "hide-input", outputs=[shown])]
+    cells += [
+        cell("d", "hide-input"),
+        text("words"),
+        cell("e", "hide-input"),
+        cell("f", "idea"),
+        cell("g", "hide-input"),
+    ]
+    joined = list(finding._joined(cells))
+    assert [each.source for each in joined] == ["a\n\n\nb\n\n\nc", "d", "words", "e", "f", "g"]
+    assert joined[0].outputs == [shown]
+
+
 def test_every_chapter_with_a_hero_draws_it_from_both_runs():
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
