@@ -12,21 +12,20 @@ from helpers.press.build import toc_files
 from helpers.settings import ROOT
 
 BEGINS = """
-import json, os, sys
-from IPython.core.interactiveshell import InteractiveShell
+import ast, json, os, sys
 for path in sys.argv[2:]:
-    shell = InteractiveShell.instance()
-    shell.reset(new_session=True)
+    names = {"__name__": "__main__"}
     cells = [cell for cell in json.load(open(path, encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    for cell in cells:
-        source = "".join(cell["source"])
+    while "log" not in names and cells:
+        cell = cells.pop(0)
+        statements = ast.parse("".join(cell["source"])).body
+        for statement in statements:
+            if "log" not in names:  # what follows harvests and trains
+                exec(compile(ast.Module([statement], []), path, "exec"), names)
         if "parameters" in cell["metadata"].get("tags", []):
-            source += f"\\ncache_dir = results_dir = {sys.argv[1]!r}"
-        result = shell.run_cell(source, silent=True)
-        result.raise_error()
-        if "claims.Chapter.of" in source:
-            break
-    print(os.path.basename(path), "begins")
+            names["cache_dir"] = names["results_dir"] = sys.argv[1]
+    assert names["log"].__class__.__name__ == "Chapter"
+    print(os.path.basename(path), "begins", flush=True)
 """
 
 

@@ -24,7 +24,7 @@ LEFT = ("*.map", "*/fontawesome/*/js", "*/fontawesome/*/webfonts/*.ttf", "*/fa-b
 
 ACCESS = (
     # a head of a column that says nothing is a cell
-    (r"<th[^>]*>\s*(?:<p>\s*</p>\s*)?</th>", "<td></td>"),
+    (r"<th\b[^>]*>(?:\s|&nbsp;|\xa0|<p>\s*</p>)*</th>", "<td></td>"),
     # a button is called what it shows
     (r'(<button class="btn search-button-field[^>]*?) title="Search" aria-label="Search"', r"\1"),
     (r'<summary aria-label="[^"]*"', "<summary"),

@@ -21,7 +21,7 @@ PAGE = """<html><head><meta name="viewport" content="a" /><meta name="viewport" 
 <i class="fas fa-bars fa-lg" data-mode="x"></i></div>
 <div id="jb-print-docs-body"><h1>A claim</h1></div><div id="searchbox"></div>
 <article><h1>A claim</h1><p>Its <em>answer</em> at \\(k = 4\\) &amp; so on.</p><p>More.</p>
-<table><tr><th></th><th>k</th></tr></table></article></body></html>"""
+<table><thead><tr><th></th><th class="blank">&nbsp;</th><th>k</th></tr></thead></table></article></body></html>"""
 
 
 def page(where, name="notebooks/01_topk_sae_is_rank1_moe"):
@@ -102,7 +102,7 @@ def test_a_page_says_nothing_twice_and_shuts_nobody_out():
     assert "<title>Rank-One Experts</title>" in polish.mended(index, "index", lambda icon: "", None)
     assert "all.min.js" not in text and "f.woff2" not in text and 'as="script" href="a.js"' in text
     assert '<svg class="fas fa-bars fa-lg" id="bars" data-mode="x"></svg>' in text
-    assert "<td></td><th>k</th>" in text
+    assert "<thead><tr><td></td><td></td><th>k</th></tr></thead>" in text
     assert 'role="region" aria-label="Book" class="bd-sidebar-primary bd-sidebar"' in text
 
 
