@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.dictionary.packed import Packed
-from helpers.dictionary.rows import Rows, SparseCodes, Trace, as_parameter
+from helpers.dictionary.rows import Rows, Scaled, SparseCodes, Trace, as_parameter
 from helpers.dictionary.select import Select
 
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -228,7 +228,7 @@ class RankOneDictionary(nn.Module):
         """The model's place in the family, for tables and for cache keys."""
         router = "tied" if self.router is self.encoder else "dense" if self.router.down is None else "low-rank"
         if self.router is not self.encoder and self.router.weight is self.encoder.weight:
-            router = "shared parameters"
+            router = "tied in direction" if isinstance(self.encoder, Scaled) else "shared parameters"
         return {
             "router": router,
             "select": self.select.knobs,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from helpers.dictionary.family import RankOneDictionary, check_k
 from helpers.dictionary.packed import Packed
-from helpers.dictionary.rows import Rows
+from helpers.dictionary.rows import Rows, Scaled
 from helpers.dictionary.select import Select
 
 
@@ -44,6 +44,26 @@ def topk_sae(
     encoder = Rows(atoms.clone(), atoms.new_zeros(n_features))
     options = {"b_dec": b_dec, "activation": activation, "selection_bias": selection_bias, "select": select}
     return as_sae(encoder, encoder if tied else Rows(atoms), k, **options)
+
+
+def gated_sae(
+    d_model: int,
+    n_features: int,
+    k: int,
+    *,
+    generator: torch.Generator,
+    b_dec: Float[Tensor, " d_model"] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> RankOneDictionary:
+    """A Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): rows that choose, others in their directions.
+
+    y = b_dec + Σ_{j: w_j·(x − b_dec) + γ_j > 0} ReLU(e^{r_j} w_j·(x − b_dec) + μ_j) d_j. It starts as `topk_sae` does,
+    with r = γ = μ = 0, and `training.remedies.Gate` is its loss. `k` says how many codes one expects, and chooses none.
+    """
+    sae = topk_sae(d_model, n_features, k, generator=generator, b_dec=b_dec, select=Select("positive"), dtype=dtype)
+    sae.router, zeros = sae.encoder, torch.zeros_like(sae.encoder.bias)
+    sae.encoder = Scaled(sae.router, zeros, zeros.clone())
+    return sae
 
 
 def expander_sae(

@@ -268,6 +268,41 @@ class Rows(nn.Module):
         return x if self.down is None else F.linear(x, self.down)
 
 
+class Scaled(Rows):
+    """Rows in the directions of others (Gated SAEs): e^{r_j} w_j, with biases of their own.
+
+    Args:
+        rows: the w_j, whose parameter this object shares.
+        log_scale: the r_j.
+        bias: [n], added to the scores.
+    """
+
+    def __init__(self, rows: Rows, log_scale: Float[Tensor, " n"], bias: Float[Tensor, " n"]):
+        super().__init__(rows.weight, bias)
+        if rows.down is not None or log_scale.shape != bias.shape:
+            raise ValueError("rows of low rank, or scales that are not one a row; allowed: full rows, one scale each")
+        self.log_scale = as_parameter(log_scale)
+
+    def scores(self, x: Float[Tensor, "batch d"], only: Int[Tensor, " n"] | None = None) -> Float[Tensor, "batch n"]:
+        only = slice(None) if only is None else only
+        return linear(x, self.weight[only], None) * self.log_scale[only].exp() + self.bias[only]
+
+    def chosen(
+        self, x: Float[Tensor, "batch d"], indices: Int[Tensor, "batch k"], known: Tensor | None = None
+    ) -> Float[Tensor, "batch k"]:
+        return gather_dots(x, self.weight, indices) * self.log_scale.exp()[indices] + self.bias[indices]
+
+    def combine(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> Float[Tensor, "batch d"]:
+        return super().combine(values * self.log_scale.exp()[indices], indices)
+
+    def vectors(self, only: Tensor | None = None) -> Float[Tensor, "n d"]:
+        only = slice(None) if only is None else only
+        return self.weight[only] * self.log_scale[only].exp()[:, None]
+
+    def twin(self) -> Scaled:
+        return Scaled(Rows(self.weight), self.log_scale, self.bias)
+
+
 def as_parameter(value: Tensor | None) -> nn.Parameter | None:
     """A parameter as it is (so that two modules can share it), a tensor wrapped, None as None."""
     return value if value is None or isinstance(value, nn.Parameter) else nn.Parameter(value)

@@ -7,6 +7,8 @@
     atom       feature choice (Ayonrinde 2024)   expert choice (Zhou et al. 2022): each expert takes its m best tokens
     groups     Switch SAE (Mudide et al. 2024)   group-limited routing (DeepSeek-V2): best groups first, k inside them
     always     dense latents                     shared experts (DeepSeek-MoE): the first few, and k − few of the rest
+    positive   ReLU; with gate rows Gated        ReLU routing without thresholds: every score above zero
+    magnitude  AbsTopK (arXiv 2510.00404)        token choice by |score|
 
 A rule turns scores [batch, n] into indices [batch, K] and a mask of the same shape that says which of them are chosen:
 where inputs have different numbers of codes, K is the largest of them, and the rest of a row has value 0.
@@ -152,6 +154,14 @@ def _always(select: Select, scores: Tensor, k: int) -> Chosen:
     return torch.cat([first, rest], dim=1), None
 
 
+def _positive(select: Select, scores: Tensor, k: int) -> Chosen:
+    return _best(scores, (scores > 0).sum(1))
+
+
+def _magnitude(select: Select, scores: Tensor, k: int) -> Chosen:
+    return _token(select, scores.abs(), k)
+
+
 def _best(scores: Tensor, counts: Tensor, most: Tensor | None = None) -> Chosen:
     """The `counts[b]` best of each row, padded to the largest of them (or of `most`) by the next best."""
     width = max(1, int((counts if most is None else most).max()))
@@ -166,6 +176,8 @@ RULES: dict[str, Callable[[Select, Tensor, int], Chosen]] = {
     "atom": _atom,
     "groups": _groups,
     "always": _always,
+    "positive": _positive,
+    "magnitude": _magnitude,
 }
 
 

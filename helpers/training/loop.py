@@ -294,7 +294,8 @@ class Run:
         loss = normalised_mse(trace.output.to(targets.dtype), targets, self.variance)
         silent = self.silent[name].add_(1)
         silent[trace.codes.indices[trace.codes.fires]] = 0
-        now = Moment(student, inputs, targets, trace, loss, silent, step, recipe.steps, optimiser, self.stream)
+        more = recipe.steps, optimiser, self.stream, self.variance
+        now = Moment(student, inputs, targets, trace, loss, silent, step, *more)
         if step % self.log_every == 0 or step == recipe.steps - 1:
             fit.steps.append(step)
             fit.loss.append(float(loss.detach()))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers import settings
 from helpers.dictionary import ACTIVATIONS
-from helpers.dictionary.rows import unit
+from helpers.dictionary.rows import unit, weighted_sum
 from helpers.settings import allowed
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Moment:
 
     `loss` is the reconstruction loss of this batch; `silent` counts, for each atom, the steps since it last fired,
     this one included (since the start, if it never did). `optimiser` is there for what resets its state, `stream` for
-    what more than rows there is to a batch.
+    what more than rows there is to a batch, `variance`, of the targets, for losses beside `normalised_mse`.
     """
 
     dictionary: RankOneDictionary
@@ -51,6 +51,7 @@ class Moment:
     steps: int
     optimiser: torch.optim.Optimizer | None = None
     stream: Any = None
+    variance: float = 1.0
 
     @property
     def residual(self) -> Float[Tensor, "batch d_out"]:
@@ -269,6 +270,58 @@ class AuxK(Balance):
 
 
 @dataclass(frozen=True)
+class Gated(Balance):
+    """What trains a Gated SAE's gates (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 8): the π_j = ReLU(w_j·x + γ_j)
+    shall be few and rebuild the input by themselves.
+
+    L = sparsity · mean_b Σ_j π_bj / σ + mean_b ‖x − b_dec − Σ_j π_bj d_j‖² / σ², σ² the targets' variance, so that
+    `sparsity` has no unit. The decoder and b_dec of this second output carry no gradient (`frozen`), as published;
+    SAELens lets them.
+    """
+
+    sparsity: float
+    frozen: bool = True
+
+    def __post_init__(self):
+        _positive(sparsity=self.sparsity)
+
+    def loss(self, now: Moment) -> Tensor:
+        model, indices = now.dictionary, now.trace.codes.indices
+        gated = model.select.rule == "positive" and model.router is not model.encoder and model.expert_rank == 1
+        allowed(gated, f"{self} with {model.knobs}", "what gated_sae makes")
+        x = now.inputs if model.b_in is None else now.inputs - model.b_in
+        gates = model.router.chosen(x, indices, now.trace.scores.gather(1, indices)).relu()  # all that are above zero
+        write, bias = model.decoder.vectors(), now.inputs.new_zeros(()) if model.b_out is None else model.b_out
+        write, bias = (write.detach(), bias.detach()) if self.frozen else (write, bias)
+        guess = weighted_sum(gates, indices, write) + bias
+        sparsity = self.sparsity * gates.sum() / (len(x) * now.variance**0.5)
+        return sparsity + normalised_mse(guess, now.target, now.variance)
+
+
+@dataclass(frozen=True)
+class Nested(Balance):
+    """Matryoshka (Bussmann et al. 2025, arXiv 2503.17547): the errors of the first atoms alone, as many as `widths`.
+
+    The choice is that of the whole dictionary, whose own error is the loss that is there already.
+    """
+
+    widths: tuple[int, ...]
+
+    def __post_init__(self):
+        good = bool(self.widths) and self.widths == tuple(sorted({*self.widths})) and self.widths[0] > 0
+        allowed(good, f"widths={self.widths}", "a tuple of whole numbers that rise, from 1 on")
+
+    def loss(self, now: Moment) -> Tensor:
+        codes, model = now.trace.codes, now.dictionary
+        allowed(self.widths[-1] < model.n_atoms, f"widths={self.widths}", f"less than {model.n_atoms}, all atoms")
+        total = now.loss.new_zeros(())
+        for width in self.widths:
+            behind = model.decoder.combine(codes.values.where(codes.indices >= width, 0), codes.indices)
+            total = total + normalised_mse(now.trace.output - behind, now.target, now.variance)
+        return total
+
+
+@dataclass(frozen=True)
 class Ghost(Balance):
     """Ghost gradients (Jermyn & Templeton 2024): dead atoms predict the residual through an exponential.
 
@@ -337,9 +390,11 @@ class Resample(Balance):
         model.decoder.weight[dead] = rows[able]
         if model.encoder is not model.decoder:
             model.encoder.weight[dead] = self.scale * lengths.mean() * same[able]
-        if model.encoder.bias is not None:
-            model.encoder.bias[dead] = 0
-        for parameter in (model.decoder.weight, model.encoder.weight, model.encoder.bias):
+        same_rows = [rows for rows in (model.encoder, model.router) if rows.weight is model.encoder.weight]
+        biases = [rows.bias for rows in same_rows if rows.bias is not None]
+        for bias in biases:
+            bias[dead] = 0
+        for parameter in (model.decoder.weight, model.encoder.weight, *biases):
             state = {} if now.optimiser is None else now.optimiser.state.get(parameter, {})
             for name in {"exp_avg", "exp_avg_sq"} & set(state):
                 state[name][dead] = 0

@@ -1,7 +1,6 @@
 """The family against a slow NumPy version, its two primitives against autograd, and the conversions both ways."""
 
 import copy
-import json
 import subprocess
 import sys
 import textwrap
@@ -245,51 +244,6 @@ def test_secret_moe_trains_every_part():
     assert {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0} == set()
 
 
-# -- SAELens -----------------------------------------------------------------------------------------------------------
-
-
-def test_saelens_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
-    sae_lens = pytest.importorskip("sae_lens")
-    ours = dictionary.topk_sae(6, 20, 4, generator=generator(0))
-    for parameter in ours.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator(1))
-    x = random(16, 6, dtype=torch.float32)
-    theirs = sae_lens.SAE.load_from_disk(str(dictionary.save_saelens(ours, tmp_path / "ours")))
-    torch.testing.assert_close(theirs(x), ours(x), rtol=1e-5, atol=1e-6)
-    theirs.save_model(tmp_path / "theirs")
-    back = dictionary.load_saelens(tmp_path / "theirs")
-    for (name, a), b in zip(ours.state_dict().items(), back.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
-@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
-def test_rescaled_saelens_checkpoints_are_folded_exactly(tmp_path, apply_b_dec_to_input):
-    sae_lens = pytest.importorskip("sae_lens")
-    config = sae_lens.TopKSAEConfig(
-        d_in=6, d_sae=20, k=4, rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=apply_b_dec_to_input
-    )
-    theirs = sae_lens.TopKSAE(config)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(random(*parameter.shape, dtype=torch.float32))
-    theirs.save_model(tmp_path)
-    ours = dictionary.load_saelens(tmp_path)
-    x = random(16, 6, dtype=torch.float32)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
-
-
-def test_saelens_folders_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(ValueError, match="has no cfg.json"):
-        dictionary.load_saelens(tmp_path)
-    dictionary.save_saelens(dictionary.topk_sae(4, 6, 2, generator=generator(0)), tmp_path)
-    config = json.loads((tmp_path / "cfg.json").read_text())
-    (tmp_path / "cfg.json").write_text(json.dumps(config | {"architecture": "gated"}))
-    with pytest.raises(ValueError, match="architecture='gated'"):
-        dictionary.load_saelens(tmp_path)
-    with pytest.raises(ValueError, match="router='dense'"):
-        dictionary.save_saelens(member("dense", "hard", "relu"), tmp_path / "no")
-
-
 def test_dictionary_stands_alone():
     """`dictionary` imports nothing of the project, so that it can be lifted out of it."""
     code = """
@@ -371,23 +325,6 @@ def test_indices_outside_are_refused(bad, dtype):
     x, weight, indices = torch.ones(2, 3, dtype=dtype), torch.ones(6, 3, dtype=dtype), torch.tensor([[0, 5], [1, bad]])
     with pytest.raises(ValueError, match=r"indices run from -?\d+ to \d+; allowed: 0 to 5"):
         dictionary.gather_dots(x, weight, indices)
-
-
-def test_a_saelens_checkpoint_may_have_decoder_rows_of_zeros(tmp_path):
-    """A dead latent, choosing by |d_j|·z_j: it adds nothing."""
-    sae = dictionary.topk_sae(6, 12, 10, generator=generator(0))
-    with torch.no_grad():
-        sae.decoder.weight.mul_(torch.arange(12)[:, None])
-    dictionary.save_saelens(sae, tmp_path)
-    config = json.loads((tmp_path / "cfg.json").read_text()) | {"rescale_acts_by_decoder_norm": True}
-    (tmp_path / "cfg.json").write_text(json.dumps(config))
-    read = dictionary.load_saelens(tmp_path)
-    x = random(30, 6).float()
-    z = (sae.encoder.scores(x - sae.b_in)).clamp_min(0).detach()
-    chosen = torch.zeros_like(z).scatter(1, (z * torch.arange(12)).topk(10).indices, 1)
-    expected = (chosen * z) @ sae.decoder.weight + sae.b_out
-    torch.testing.assert_close(read(x), expected, rtol=1e-5, atol=1e-5)
-    assert read.unit_norm and not read.decoder.weight[0].any()
 
 
 def every_model() -> dict[str, RankOneDictionary]:

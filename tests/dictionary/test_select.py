@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.dictionary import RULES, RankOneDictionary, Rows, Select, topk_sae
+from helpers.dictionary import RULES, RankOneDictionary, Rows, Scaled, Select, gated_sae, topk_sae
+from helpers.training import remedies
+from helpers.training.remedies import Moment, normalised_mse
 from tests.reference import select_numpy as reference
 
 
@@ -103,7 +105,15 @@ def test_ties_and_extremes_leave_numbers_finite(rule):
         assert torch.isfinite(output).all()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     flat = torch.zeros(4, 9, dtype=torch.float64)
-    wanted = {"token": 24, "groups": 24, "always": 24, "batch": 24, "atom": 27}  # three inputs an atom: 6·4/9, rounded
+    wanted = {
+        "positive": 0,
+        "magnitude": 24,
+        "token": 24,
+        "groups": 24,
+        "always": 24,
+        "batch": 24,
+        "atom": 27,
+    }  # three inputs an atom: 6·4/9, rounded
     if rule in wanted:
         assert len(chosen(model.select, flat, 6)) == wanted[rule]
 
@@ -139,6 +149,76 @@ def test_numbers_that_no_input_can_meet_are_named():
     ]:
         with pytest.raises(ValueError, match=words):
             topk_sae(4, 12, 5, generator=torch.Generator().manual_seed(0), select=select)
+
+
+# -- gates of their own ------------------------------------------------------------------------------------------------
+
+
+def gated(n=9, d=5, seed=0):
+    model = gated_sae(d, n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    parts = [model.router.weight, model.router.bias, model.encoder.log_scale, model.encoder.bias, model.b_out]
+    for i, part in enumerate(parts):
+        part.data += 0.5 * random(*part.shape, seed=seed + 60 + i)
+    return model
+
+
+@pytest.mark.parametrize("gates", ["some", "none", "all", "ties"])
+def test_a_gated_sae_is_its_numpy_version_with_gradients(gates):
+    model, x = gated(), random(8, 5, seed=40)
+    model.router.bias.data += {"none": -50.0, "all": 50.0}.get(gates, 0.0)
+    if gates == "ties":  # scores of exactly 0, which are not above it
+        model.router.bias.data.zero_()
+        x = model.b_in.detach().expand(8, 5).clone()
+    w, gamma, r, mu = model.router.weight, model.router.bias, model.encoder.log_scale, model.encoder.bias
+    with torch.no_grad():
+        pairs = reference.pairs(model.router.scores(x - model.b_in).numpy(), 3, "positive")
+    assert len(pairs) == {"none": 0, "ties": 0, "all": 72}.get(gates, len(pairs))
+    np.testing.assert_allclose(model(x).detach().numpy(), reference.output(model, x.numpy(), pairs), atol=1e-10)
+    y = random(8, 5, seed=41)
+    (model(x) - y).square().sum().backward()
+    sparse = {name: p.grad for name, p in model.named_parameters()}
+    assert sparse.pop("router.bias") is None  # a hard gate passes nothing on
+    sparse = {name: grad.clone() for name, grad in sparse.items()}
+    model.zero_grad()
+    centred = x - model.b_in
+    acts = ((centred @ w.T).detach() + gamma.detach() > 0) * (centred @ (w * r.exp()[:, None]).T + mu).relu()
+    (acts @ model.decoder.weight + model.b_out - y).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in sparse:
+            torch.testing.assert_close(sparse[name], parameter.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_a_gated_sae_is_a_jumprelu_with_other_numbers():
+    """w·x + γ > 0 is e^r w·x + μ > μ − e^r γ; where that is below 0 the ReLU decides."""
+    model, x = gated(40, 12), random(200, 12, seed=3)
+    with torch.no_grad():
+        select = Select("threshold", 40)
+        select.threshold.data = model.encoder.bias - model.encoder.log_scale.exp() * model.router.bias
+        rows = Rows(model.encoder.vectors(), model.encoder.bias)
+        jump = RankOneDictionary(rows, model.decoder, k=3, b_in=model.b_in, b_out=model.b_out, select=select)
+        torch.testing.assert_close(model(x), jump(x), rtol=1e-12, atol=1e-12)
+        assert torch.equal(model.encode(x).to_dense(40) != 0, jump.encode(x).to_dense(40) != 0)
+
+
+def test_scaled_rows_do_what_rows_do():
+    rows = gated().encoder
+    plain, x, only = Rows(rows.vectors(), rows.bias.detach()), random(7, 5, seed=1), torch.tensor([4, 0, 8])
+    indices, values = torch.tensor([[0, 3]] * 7), random(7, 2, seed=2)
+    for call in (
+        lambda r: r.scores(x),
+        lambda r: r.scores(x, only),
+        lambda r: r.chosen(x, indices),
+        lambda r: r.chosen(x, indices, r.scores(x).detach().gather(1, indices)),
+        lambda r: r.combine(values, indices),
+        lambda r: r.vectors(only),
+        lambda r: r.twin().scores(x),
+    ):
+        torch.testing.assert_close(call(rows), call(plain), rtol=1e-12, atol=1e-12)
+    assert rows.twin().weight is rows.weight
+    with pytest.raises(ValueError, match="allowed: full rows, one scale each"):
+        Scaled(Rows(random(9, 2), down=random(2, 5)), random(9), random(9))
+    with pytest.raises(ValueError, match="bias has shape"):
+        Scaled(rows, random(8), random(8))
 
 
 # -- against SAELens ---------------------------------------------------------------------------------------------------
@@ -192,6 +272,83 @@ def test_batchtopk_and_its_threshold_are_those_of_saelens():
     torch.testing.assert_close(ours.encode(x).to_dense(n), above, rtol=1e-12, atol=1e-12)
 
 
+def step_of(theirs, x, **coefficients):
+    """Losses and gradients of one training step of theirs, and the variance that ours are divided by."""
+    from sae_lens.saes.sae import TrainStepInput
+
+    step = theirs.training_forward_pass(TrainStepInput(x, coefficients, None, 0, False))
+    step.loss.backward()
+    return step.losses, float((x - x.mean(0)).square().sum(1).mean())
+
+
+def step_of_ours(model, x, balance, variance):
+    trace = model.trace(x)
+    loss = normalised_mse(trace.output, x, variance)
+    now = Moment(model, x, x, trace, loss, torch.zeros(model.n_atoms, dtype=torch.long), 0, 1, variance=variance)
+    more = balance.loss(now)
+    (loss + more).backward()
+    return float(loss.detach()) * variance, float(more.detach()) * variance
+
+
+def across(gradient, rows):
+    """Without what lies along the rows, which a decoder of unit length does not follow."""
+    return gradient - (gradient * rows).sum(1, keepdim=True) * rows
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_step_of_a_gated_sae_is_that_of_saelens(frozen):
+    """Theirs passes the second output's gradient on to the decoder; as published it is frozen."""
+    from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
+
+    n, d, l1 = 40, 12, 0.3
+    ours, x = gated(n, d), 2 * random(64, d, seed=5)
+    theirs = GatedTrainingSAE(GatedTrainingSAEConfig(d_in=d, d_sae=n, dtype="float64"))
+    roles = {
+        "W_enc": ours.router.weight, "b_gate": ours.router.bias, "r_mag": ours.encoder.log_scale,
+        "b_mag": ours.encoder.bias, "W_dec": ours.decoder.weight, "b_dec": ours.b_out,
+    }  # fmt: skip
+    for name, part in roles.items():
+        getattr(theirs, name).data = (part.data.T if name == "W_enc" else part.data).clone()
+    losses, variance = step_of(theirs, x, l1=l1)
+    found = step_of_ours(ours, x, remedies.Gated(l1 / variance**0.5, frozen=frozen), variance)
+    assert found[0] == pytest.approx(float(losses["mse_loss"].detach()), rel=1e-12)
+    assert found[1] == pytest.approx(sum(float(losses[name].detach()) for name in losses if name != "mse_loss"))
+    for name, part in roles.items():
+        one, other = part.grad * variance, getattr(theirs, name).grad
+        other = other.T if name == "W_enc" else other
+        if name == "W_dec":
+            one, other = across(one, part.data), across(other, part.data)
+        same = torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+        assert same != (frozen and name in ("W_dec", "b_dec")), name
+
+
+@pytest.mark.parametrize("widths", [(5, 12), (19,)])
+def test_a_step_of_a_matryoshka_sae_is_that_of_saelens(widths):
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+    )
+
+    d, n, k = 6, 20, 3
+    sizes = {"d_in": d, "d_sae": n, "k": k, "dtype": "float64", "rescale_acts_by_decoder_norm": False}
+    config = MatryoshkaBatchTopKTrainingSAEConfig(**sizes, matryoshka_widths=[*widths, n])
+    theirs = MatryoshkaBatchTopKTrainingSAE(config)
+    ours = topk_sae(d, n, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64, select=Select("batch"))
+    ours.encoder.weight.data += 0.3 * random(n, d, seed=1)
+    roles = {"W_enc": ours.encoder.weight, "b_enc": ours.encoder.bias, "W_dec": ours.decoder.weight}
+    roles["b_dec"] = ours.b_out
+    for name, part in roles.items():
+        getattr(theirs, name).data = (part.data.T if name == "W_enc" else part.data).clone()
+    x = random(32, d, seed=2)
+    losses, variance = step_of(theirs, x)
+    found = step_of_ours(ours, x, remedies.Nested(widths), variance)
+    inner = sum(float(value.detach()) for name, value in losses.items() if name.startswith("inner"))
+    assert found == pytest.approx((float(losses["mse_loss"].detach()), inner), rel=1e-12)
+    for name, part in roles.items():
+        wanted = getattr(theirs, name).grad
+        torch.testing.assert_close(part.grad * variance, wanted.T if name == "W_enc" else wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_what_an_input_gets_depends_on_the_batch_only_under_batch_rules():
     """Token choice, thresholds, groups and shared experts are causal; the batch's best and expert choice are not."""
     leaks = {}
@@ -220,3 +377,40 @@ def test_thresholds_are_moved_to_the_number_of_codes_asked_for_and_stay_above_ze
     assert float(codes) == pytest.approx(target, rel=0.25) and (sae.select.threshold >= 0).all()
     with pytest.raises(ValueError, match="target=0"):
         TargetL0(0)
+
+
+def sparse_world(n=16, d=12, rows=1000):
+    """Few atoms on at a time: what an SAE is for."""
+    g = torch.Generator().manual_seed(3)
+    atoms = torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=1)
+    on = torch.rand(rows, n, generator=g) < 2 / n
+    return (on * (1 + torch.rand(rows, n, generator=g))) @ atoms
+
+
+def test_a_gated_sae_learns_and_its_weight_sets_how_many_gates_open():
+    from helpers.training import Shuffled, fit
+
+    x, codes, errors = sparse_world(), [], []
+    for sparsity in (0.1, 0.6):
+        sae = gated_sae(12, 24, 4, generator=torch.Generator().manual_seed(0))
+        start = sae.router.bias.clone()
+        done = fit(sae, Shuffled(x, batch_size=100), steps=200, lr=1e-2, balance=remedies.Gated(sparsity))
+        codes.append(float(sae.encode(x).fires.sum(1).float().mean()))
+        errors.append(done.loss[-1])
+        assert done.loss[-1] < 0.5 * done.loss[0] and not torch.equal(sae.router.bias, start)
+        assert sae.router.weight is sae.encoder.weight and sae.encoder.log_scale.any()
+    assert codes[1] < 0.8 * codes[0] and errors[1] > errors[0]
+
+
+def test_nested_prefixes_do_by_themselves_what_a_plain_dictionary_cannot():
+    from helpers.training import Shuffled, fit
+
+    x, alone = sparse_world(), {}
+    for name, balance in {"plain": None, "nested": remedies.Nested((6,))}.items():
+        sae = topk_sae(12, 24, 3, generator=torch.Generator().manual_seed(0), select=Select("batch"))
+        fit(sae, Shuffled(x, batch_size=100), steps=200, lr=1e-2, balance=balance)
+        codes = sae.eval().encode(x)
+        inside = codes.values.where(codes.indices < 6, 0)
+        prefix = sae.decoder.combine(inside, codes.indices) + sae.b_out
+        alone[name] = float((x - prefix.detach()).square().sum() / (x - x.mean(0)).square().sum())
+    assert alone["nested"] < 0.9 * alone["plain"]

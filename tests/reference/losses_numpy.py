@@ -89,6 +89,43 @@ def auxk(p, x, residual, dead, k_aux, coefficient):
     return coefficient * error / variance
 
 
+def gated(p, x, sparsity, variance, d=None, b=None):
+    """Rajamanoharan et al. (2024), eq. 8, without its first term; `d` and `b` where the decoder is frozen.
+
+    Here w and gamma are the gate's rows and biases. Σπ over the batch, and its reconstruction of x by itself.
+    """
+    d, b = p["d"] if d is None else d, p["b"] if b is None else b
+    total = 0.0
+    for sample in x:
+        gates = [max(0.0, float(w @ (sample - p["b"]) + g)) for w, g in zip(p["w"], p["gamma"], strict=True)]
+        rest = sample - b - sum(gate * row for gate, row in zip(gates, d, strict=True))
+        total += sparsity * sum(gates) / variance**0.5 + float(rest @ rest) / variance
+    return total / len(x)
+
+
+def gated_output(p, x):
+    """b + Σ over open gates of ReLU(e^r w·(x − b) + mu) d."""
+    rows = []
+    for sample in x:
+        y = p["b"].copy()
+        for w, gamma, r, mu, d in zip(*(p[name] for name in ("w", "gamma", "r", "mu", "d")), strict=True):
+            if w @ (sample - p["b"]) + gamma > 0:
+                y = y + max(0.0, math.exp(r) * float(w @ (sample - p["b"])) + mu) * d
+        rows.append(y)
+    return np.stack(rows)
+
+
+def nested(p, x, k, widths, variance):
+    """Bussmann et al. (2025): errors of the codes that lie among the first atoms; TopK chooses among all."""
+    total = 0.0
+    for sample, z in zip(x, scores(p, x), strict=True):
+        chosen = sorted(range(len(z)), key=lambda j, z=z: -z[j])[:k]
+        for width in widths:
+            rest = sample - p["b"] - sum((max(0.0, z[j]) * decoder(p)[j] for j in chosen if j < width), 0 * p["b"])
+            total += float(rest @ rest) / variance
+    return total / len(x)
+
+
 def ghosts(p, x, dead):
     return np.stack([sum(math.exp(pre_activation(p, s, j)) * decoder(p)[j] for j in dead) for s in x])
 

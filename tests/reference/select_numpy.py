@@ -28,6 +28,10 @@ def pairs(scores: np.ndarray, k: int, rule: str, **numbers) -> set[tuple[int, in
         for b in range(batch):
             found |= {(b, j) for j in [*first, *(j for j in best[b] if j not in first)][:k]}
         return found
+    if rule == "positive":
+        return {(b, j) for b in range(batch) for j in range(n) if scores[b, j] > 0}
+    if rule == "magnitude":
+        return {(b, j) for b, row in enumerate(scores) for j in sorted(range(n), key=lambda j, r=row: -abs(r[j]))[:k]}
     raise ValueError(rule)
 
 
@@ -51,6 +55,6 @@ def output(model, x: np.ndarray, chosen: set[tuple[int, int]]) -> np.ndarray:
                 "softmax before": np.exp(scores[j]) / np.exp(scores).sum(),
                 "sigmoid": (1 / (1 + np.exp(-scores[j]))) / (1 / (1 + np.exp(-scores[own]))).sum(),
             }[model.gate]
-            z = array(encoder.weight)[j] @ sample + array(encoder.bias)[j]
+            z = array(encoder.vectors())[j] @ sample + array(encoder.bias)[j]
             y[b] += gate * (max(z, 0) if model.activation == "relu" else z) * array(decoder.weight)[j]
     return y

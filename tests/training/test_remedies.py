@@ -13,6 +13,7 @@ from helpers.dictionary import (
     SparseCodes,
     Trace,
     expander_sae,
+    gated_sae,
     sae_to_moe,
     secret_moe,
     topk_sae,
@@ -45,7 +46,7 @@ def moment(model, silent=SILENT, x=None, step=0, steps=100, optimiser=None, dens
     x = normal(BATCH, D, seed=5) if x is None else x
     trace = model.trace(x, score_gradient=dense)
     loss = normalised_mse(trace.output, x, VARIANCE)
-    return Moment(model, x, x, trace, loss, silent.clone(), step, steps, optimiser)
+    return Moment(model, x, x, trace, loss, silent.clone(), step, steps, optimiser, variance=VARIANCE)
 
 
 def arrays(model):
@@ -191,6 +192,60 @@ def test_auxk_clips_dead_pre_activations_at_zero():
     assert float(value.detach()) == pytest.approx(0.7 * float(e.square().sum() / (e - e.mean(0)).square().sum()))
     value.backward()
     assert model.encoder.weight.grad is None or not model.encoder.weight.grad.any()
+
+
+def gated(seed=0):
+    """A Gated SAE away from its start, and its numbers by name."""
+    model = gated_sae(D, N, K, generator=generator(seed), b_dec=normal(D, seed=seed + 2), dtype=torch.float64)
+    router, encoder = model.router, model.encoder
+    parts = {"w": router.weight, "gamma": router.bias, "r": encoder.log_scale, "mu": encoder.bias}
+    with torch.no_grad():
+        for i, part in enumerate(parts.values()):
+            part.add_(normal(*part.shape, seed=seed + 10 + i, scale=0.4))
+    return model, parts | {"d": model.decoder.weight, "b": model.b_out}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("gates", ["some", "none", "all"])
+@pytest.mark.parametrize("seed", range(3))
+def test_gated_and_its_gradient(seed, gates, frozen):
+    model, parts = gated(seed)
+    with torch.no_grad():
+        parts["gamma"].add_({"some": 0.0, "none": -50.0, "all": 50.0}[gates])
+    now, remedy = moment(model, dense=False), remedies.Gated(0.7, frozen=frozen)
+    p = {name: part.detach().numpy().copy() for name, part in parts.items()}
+    fixed = {"d": p["d"].copy(), "b": p["b"].copy()} if frozen else {}
+    x = now.inputs.numpy()
+
+    def expected(p):
+        error = ((x - slow.gated_output(p, x)) ** 2).sum() / (len(x) * VARIANCE)
+        return error + slow.gated(p, x, 0.7, VARIANCE, **fixed)
+
+    value = now.loss + remedy.loss(now)
+    assert float(value.detach()) == pytest.approx(expected(p), rel=1e-10)
+    value.backward()
+    for name, numerical in slow.gradients(expected, p).items():
+        analytic = np.zeros_like(p[name]) if parts[name].grad is None else parts[name].grad.numpy()
+        np.testing.assert_allclose(analytic, numerical, atol=2e-6, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("k", [1, 3, N])
+@pytest.mark.parametrize("widths", [(1,), (2, 5), tuple(range(1, N))])
+def test_nested_and_its_gradient(widths, k):
+    model = sae(k=k)
+    now = moment(model)
+    value = remedies.Nested(widths).loss(now)
+    check(model, value, lambda p: slow.nested(p, now.inputs.numpy(), k, widths, VARIANCE))
+
+
+def test_nested_counts_what_sees_every_input():
+    """A shared part belongs to every prefix."""
+    model = secret_moe(D, D, N, K, generator=generator(0), dtype=torch.float64)
+    now = moment(model)
+    prefix = now.trace.codes.values.where(now.trace.codes.indices < 4, 0)
+    output = model.decoder.combine(prefix, now.trace.codes.indices) + model.shared(now.inputs)
+    expected = normalised_mse(output, now.target, VARIANCE)
+    torch.testing.assert_close(remedies.Nested((4,)).loss(now), expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -357,6 +412,17 @@ def test_resampling_a_mixture_with_shared_parameters_moves_its_router_too():
 # -- k-annealing, and combinations -------------------------------------------------------------------------------------
 
 
+def test_resampling_a_gated_sae_opens_its_gates_too():
+    model, parts = gated()
+    before = {name: part.detach().clone() for name, part in parts.items()}
+    now = moment(model, step=249, steps=10_000, dense=False)
+    remedies.Resample(every=250, seed=1).after_step(now)
+    dead = torch.tensor([4, 8])  # silent for 125 steps
+    for name in ("gamma", "mu"):
+        assert not parts[name][dead].any() and torch.equal(parts[name][0], before[name][0])
+    assert not torch.equal(parts["w"][dead], before["w"][dead])
+
+
 def test_annealing_falls_from_its_start_to_k():
     remedy = remedies.Anneal(4, over=0.5)
     assert [remedy.k_at(8, done) for done in (0.0, 0.25, 0.5, 0.75, 1.0)] == [32, 20, 8, 8, 8]
@@ -447,6 +513,12 @@ def test_a_balance_does_nothing_by_default():
         (lambda: remedies.Anneal(start=0.5), "start=0.5"),
         (lambda: remedies.Anneal(over=0.0), "over=0.0"),
         (lambda: remedies.Anneal(over=1.5), "over=1.5"),
+        (lambda: remedies.Gated(0.0), "sparsity=0.0"),
+        (lambda: remedies.Gated(1.0).loss(moment(sae())), r"Gated\(sparsity=1.0.*'select': 'token'"),
+        (lambda: remedies.Nested(()), r"widths=\(\)"),
+        (lambda: remedies.Nested((4, 4)), r"widths=\(4, 4\)"),
+        (lambda: remedies.Nested((0, 4)), r"widths=\(0, 4\)"),
+        (lambda: remedies.Nested((4, N)).loss(moment(sae())), r"widths=\(4, 9\).*less than 9"),
         (lambda: remedies.During(remedies.Switch(), 0.5, 0.5), "start=0.5, stop=0.5"),
         (lambda: remedies.During(remedies.Switch(), -0.1, 0.5), "start=-0.1"),
         (lambda: remedies.During(remedies.Switch(), 0.1, 1.1), "stop=1.1"),
