@@ -157,7 +157,8 @@ def book_sae(teacher: Teacher, args: argparse.Namespace) -> RankOneDictionary:
         split: activations.harvest(teacher, args.corpus, n_tokens=n, split=split, **options)
         for split, n in sizes.items()
     }
-    problem = SiteRows({split: str(store.folder) for split, store in stores.items()}, args.site, args.steps)
+    folders = {split: str(store.folder) for split, store in stores.items()}
+    problem = SiteRows(folders, args.site, args.steps, min(1024, stores["train"].n))
     arm = Arm("SAE", Sae(args.features, args.k, centred=True), Switch(SWITCH), LR)
     sae = trained(problem, arm, 0, device=args.device).student
     with torch.no_grad():  # TopK and ReLU commute with a factor

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from helpers import dictionary
-from helpers.models import activations, teachers
+from helpers.models import activations
 from helpers.models.activations import ActivationStore
-from helpers.parts import explorer, inside, latents, lens
+from helpers.parts import explorer, latents, lens
 from helpers.settings import ROOT
 from tests import tiny
+from tests.parts.test_inside import scene as mixture  # noqa: F401
 
 N, K, LAYER = 24, 3, 1
 
@@ -168,27 +169,27 @@ def test_saedashboard_finds_its_fields(scene, dense):
             assert each["values"][each["qualifying_token_index"]] == max(each["values"]) <= each["bin_max"] + 1e-3
 
 
-def test_the_experts_of_the_mixture(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK1_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(explorer, "FITTING", 300)
-    asked = ["--experts", "--teacher", "book-moe", "--layer", "0", "--name", "moe", "--tokens", "400"]
-    assert explorer.main([*asked, "--to", str(tmp_path), "--export", "neuronpedia"]) == 0
-    name, page = read(tmp_path / "moe-0.js")
-    assert name == "moe-0" and (tmp_path / "moe-0" / "batch-0.json").is_file()
-    assert page["about"]["unit"] == "expert" and page["about"]["n"] == len(page["counts"]) == 32
-    assert "CC BY-SA" in page["about"]["note"] and "--layer 0" in page["about"]["command"]
-    assert sum(page["counts"]) == 4 * page["about"]["n_tokens"] == 4 * 400
-    assert {source for _, source in page["documents"]} <= {"Wikipedia", "State of the Union", "Moby Dick"}
-    teacher = teachers.load("book-moe", device="cpu")
-    stores = [activations.harvest(teacher, "book-texts", layer=0, n_tokens=n, split=split)
-              for split, n in (("train", explorer.FITTING), ("test", 400))]  # fmt: skip
-    bench = inside.LayerRows(inside.read("book-moe", [0])[0], *stores)
-    weights = bench.choice().to_dense(32).numpy()
+def test_the_experts_of_a_mixture(mixture, tmp_path, monkeypatch):  # noqa: F811
+    teacher, corpus, bench = mixture
+    monkeypatch.setenv("RANK1_CACHE", str(corpus.parent))
+    monkeypatch.setattr(explorer, "FITTING", bench.fitting.n)
+    asked = ["--experts", "--teacher", teacher.name, "--layer", "1", "--name", "moe", "--corpus", str(corpus)]
+    asked += ["--split", "validation", "--tokens", str(bench.judging.n), "--to", str(tmp_path)]
+    assert explorer.main([*asked, "--export", "neuronpedia"]) == 0
+    name, page = read(tmp_path / "moe-1.js")
+    assert name == "moe-1" and (tmp_path / "moe-1" / "batch-0.json").is_file()
+    assert page["about"]["unit"] == "expert" and page["about"]["n"] == len(page["counts"]) == 6
+    assert page["about"]["k"] == 2 and "--experts" in page["about"]["command"]
+    assert sum(page["counts"]) == 2 * page["about"]["n_tokens"] == 2 * bench.judging.n
+    weights = bench.choice().to_dense(6).numpy()
     assert np.allclose(page["largest"], weights.max(0), rtol=1e-3)
     assert [contexts[0][0] for contexts in page["contexts"]] == weights.argmax(0).tolist()
     logits = lens.lens(teacher, lens.oriented(bench))
     known = latents.words(teacher.tokenizer, logits.argmax(1).tolist())
     assert [page["tokens"][some[0]] for some in page["promoted"]] == known
+    cosines = torch.nn.functional.normalize(bench.moe.router, dim=1)
+    cosines = cosines @ cosines.T - 2 * torch.eye(6)
+    assert [some[0] for some in page["reads"]] == cosines.argmax(1).tolist()
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -298,8 +299,8 @@ def test_the_committed_data_is_small_and_whole():
     assert sum(path.stat().st_size for path in files) <= 6e6
     pages = dict(map(read, files))
     assert all(name == path.stem for name, path in zip(pages, files, strict=True))
-    mixture = [page for page in pages.values() if page["about"]["teacher"] == "book-moe"]
-    assert sum(page["about"]["n"] for page in mixture) == 4 * 32
+    experts = [page for page in pages.values() if page["about"]["teacher"] == "book-moe"]
+    assert sum(page["about"]["n"] for page in experts) == 4 * 32
     sae = pages["smollm2"]
     assert sae["about"]["teacher"] == "smollm2-135m" and sae["about"]["n"] >= 500
     assert sum(count > 0 for count in sae["counts"]) >= 500
