@@ -91,7 +91,8 @@ class Chapter:
     @property
     def cells(self) -> Path | None:
         """Where a long run keeps each finished cell of a study, as files that go with the book; else None."""
-        return REFERENCE / "cells" / self.slug if settings.profile() == "long" else None
+        long = re.fullmatch(r"long(-\w+)?", settings.profile())
+        return REFERENCE / "cells" / (self.slug + (long[1] or "")) if long else None
 
     def record(
         self,

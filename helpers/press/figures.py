@@ -202,7 +202,7 @@ def panels(titles: Iterable[str], *, height: float = 3.3, **options: Any) -> tup
 
 def signed(figure: Figure, run: Any) -> Figure:
     """The figure with, at its upper right, whose run it shows (`run.whose` of `claims`)."""
-    figure.suptitle(run.whose, x=0.995, ha="right", fontsize=10, fontweight="normal", color=SLATE)
+    figure.suptitle(run.whose, x=0.995, ha="right", fontsize=12, fontweight="normal", color=SLATE)
     return figure
 
 

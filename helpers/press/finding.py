@@ -47,13 +47,16 @@ def _side(records: Sequence[Shown]) -> str:
 
 
 def compared(slug: str, board: Board) -> list[Compared]:
-    """Every check that both runs of a chapter recorded."""
-    found = []
+    """Every check that both runs of a chapter recorded; of the book's runs the one on the same teacher, if there is."""
+    found, teachers = [], [(mark, run.parameters.get("teacher")) for mark, run, _ in board.runs if run.chapter == slug]
+    own = next((teacher for mark, teacher in teachers if mark == BUILD), None)
+    wanted = own if (LONG, own) in teachers else next((teacher for mark, teacher in teachers if mark == LONG), None)
     for claim in board.book.claims:
         for name, check in claim.checks.items():
             of = {LONG: [], BUILD: []}
             for shown in board.of(claim, name):
-                if shown.run.chapter == slug and shown.mark in of:
+                other = shown.mark == LONG and shown.run.parameters.get("teacher") != wanted
+                if shown.run.chapter == slug and shown.mark in of and not other:
                     of[shown.mark].append(shown)
             if of[LONG] and of[BUILD]:
                 found.append(Compared(claim, check, of[LONG], of[BUILD]))

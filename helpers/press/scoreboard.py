@@ -77,12 +77,14 @@ class Board:
     def read(cls, results: Path, reference: Path = REFERENCE, others: Iterable[Path] = ()) -> Board:
         """From folders of results; raises `ValueError` for some of the first two that the register no longer knows.
 
-        Of `others` those runs count that a reader changed (`…+custom`) or that are about another model; they have
+        Folders in `reference` hold the kept runs on further model families, which count as the first one's do. Of
+        `others` those runs count that a reader changed (`…+custom`) or that are about another model; they have
         columns of their own and decide no verdict. What is stale there is passed over.
         """
         book, runs, of = register(), [], {}
-        for mark, folder in ((LONG, reference), (BUILD, results)):
-            runs += [(mark, *each) for each in load_results(folder, book)]
+        families = [folder for folder in sorted(Path(reference).glob("*/")) if folder.name != "cells"]
+        for mark, folders in ((LONG, [reference, *families]), (BUILD, [results])):
+            runs += [(mark, *each) for folder in folders for each in load_results(folder, book)]
             of[mark] = [record for kind, _, records in runs if kind == mark for record in records]
         for folder in others:
             with suppress(ValueError):

@@ -332,6 +332,8 @@ def test_only_a_long_run_keeps_its_finished_cells_with_the_book(log, monkeypatch
     assert log.cells is None
     monkeypatch.setenv("RANK1_PROFILE", "long")
     assert log.cells == settings.ROOT / "results" / "cells" / SLUG
+    monkeypatch.setenv("RANK1_PROFILE", "long-smollm2")
+    assert log.cells == settings.ROOT / "results" / "cells" / f"{SLUG}-smollm2"
 
 
 def test_a_cell_run_twice_records_once_and_other_numbers_are_kept(book, log):

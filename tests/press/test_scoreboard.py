@@ -102,11 +102,18 @@ def test_another_model_and_a_readers_own_run_have_columns_and_decide_nothing(tmp
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "09.json").write_text('{"records": "stale"}')
     others = [tmp_path / name for name in ("smollm2", "quick+custom", "long", "old")]
-    alone, board = (scoreboard.Board.read(tmp_path / "quick", reference=tmp_path, others=some) for some in ([], others))
+    alone, board = (
+        scoreboard.Board.read(tmp_path / "quick", reference=tmp_path / "none", others=some) for some in ([], others)
+    )
     assert board.columns == ["Gemma 3", "SmolLM2", "your run"] and board.verdicts == alone.verdicts
     claim = board.book["dead.lm"]
     assert [shown.run.profile for _, shown in board.drawn(claim)] == ["quick", "smollm2", "quick+custom"]
     made = scoreboard.pages(board)["scoreboard.md"]
+    for folder in ("kept", "kept/smollm2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "09.json").write_text((tmp_path / "smollm2" / "09.json").read_text())
+    both = scoreboard.Board.read(tmp_path / "none", tmp_path / "kept")
+    assert [shown.mark for _, shown in both.deciding(claim)] == [scoreboard.LONG] * 2, "each family's kept run decides"
     row = BeautifulSoup(made.split('id="claim-dead-lm"')[1].split("</tr>")[0], "html.parser")
     assert len(row.select(".ours")) == 3 and len(row.select(".dot")) == 2 and len(row.select("circle")) == 1
 
