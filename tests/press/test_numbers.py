@@ -10,10 +10,6 @@ from helpers.press import numbers
 # Decimal numbers that stand in prose without a mark: the papers' own, sizes and definitions may; results may not, and
 # the chapters that still have some are lowered here as they are marked.
 UNMARKED = {
-    "00_how_to_read.ipynb": 1,
-    "01_topk_sae_is_rank1_moe.ipynb": 1,
-    "03_gaussian_has_nothing_sparse.ipynb": 5,
-    "04_sparse_inputs_sparse_experts.ipynb": 1,
     "07_a_benchmark_with_known_truth.ipynb": 2,
     "10_the_sae_inside.ipynb": 12,
     "12_three_gaps.ipynb": 1,
