@@ -209,8 +209,7 @@ def harvest(
     before. Neither padding nor BOS is in them. A harvest that was killed goes on at its last finished block of text;
     two processes that want the same one do not work twice. Fewer than `max_length` come from several documents.
 
-    Raises `ValueError` before any work for a layer, site, split, dtype or corpus that is not there or a full
-    disk, and for a store that is damaged, naming the file.
+    Raises `ValueError` before any work for what is not there or a full disk; for a damaged store, naming the file.
     """
     layers, sites = _layers(teacher, layer), check_sites(sites)
     one_of("store_dtype", store_dtype, STORE_DTYPES)

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import nbformat
 
-from helpers.press.pages import number, table
 from helpers.press.rules import Check, Claim
 from helpers.press.scoreboard import BUILD, LONG, Board, Shown, anchor, badge, on_lines, rich
+from helpers.press.tables import number, table
 from helpers.press.verdicts import Verdict
 
 HERO, OWN = "hero", "own"

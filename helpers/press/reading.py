@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from helpers.press.chapters import Chapter, Job
-from helpers.press.pages import table
+from helpers.press.tables import table
 
 PATHS = {
     "researcher": ("an interpretability researcher", (0, 1, 7, 8, 9, 13, 14, 15)),

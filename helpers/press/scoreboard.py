@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, get_args
 
 from helpers import settings
 from helpers.press.claims import REFERENCE, Results, load_results
-from helpers.press.pages import machine, number, table
+from helpers.press.pages import machine
 from helpers.press.rules import BETWEEN, Bound, Check, Claim, Identity, IntervalWithin, Register, Trend, register
+from helpers.press.tables import number, table
 from helpers.press.verdicts import TABLE, Control, Record, Verdict, by_chance, counted, overall
 
 SYMBOLS: dict[Verdict, str] = {

@@ -1,4 +1,4 @@
-"""Tables of results as a reader sees them: plain names, aligned decimals, an interval in one column."""
+"""Numbers and tables as a reader sees them: plain names, aligned decimals, an interval in one column."""
 
 from __future__ import annotations
 
@@ -7,8 +7,43 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from helpers.press.pages import number, table
 from helpers.settings import allowed
+
+
+def number(value: float, ci: tuple[float, float] | None = None) -> str:
+    """A value with its interval, all with as many decimals as give the larger of value and half-width three digits."""
+    low, high = ci or (value, value)
+    size = max(abs(value), (high - low) / 2)
+    if size and not 1e-4 <= size < 1e6:
+        power = math.floor(math.log10(size))
+        shown = [f"{each / 10**power:.2g}" for each in (value, low, high)]
+        unit = "×10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    else:
+        whole = all(each == int(each) for each in (value, low, high))
+        decimals = 0 if whole else max(0, 2 - math.floor(math.log10(size)))
+        shown, unit = [f"{each:,.{decimals}f}" for each in (value, low, high)], ""
+    value_shown, low_shown, high_shown = (each.replace("-", "−") for each in shown)
+    return f"{value_shown} [{low_shown}, {high_shown}]{unit}" if ci else value_shown + unit
+
+
+def table(rows: Sequence[dict[str, Any]], numeric: dict[str, bool] | None = None) -> str:
+    """Rows as an HTML table, numbers set to the right; strings are HTML. Scrolls by itself on a narrow screen.
+
+    `numeric` says which columns hold numbers where their values are written already.
+    """
+    columns = numeric or {name: all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]}
+    kinds = {name: ' class="number"' if numeric else "" for name, numeric in columns.items()}
+    head = "".join(f'<th scope="col"{kinds[name]}>{html.escape(name)}</th>' for name in columns)
+    body = ["<tr>" + "".join(f"<td{kinds[name]}>{_cell(row[name])}</td>" for name in columns) + "</tr>" for row in rows]
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table>"
+    return f'<div class="wide-table" tabindex="0" role="group" aria-label="table">{table}</div>'
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
 
 NAMES = {
     "fvu": "FVU",

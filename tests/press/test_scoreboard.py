@@ -10,8 +10,8 @@ from bs4 import BeautifulSoup
 from pydantic import TypeAdapter
 
 from helpers.press import scoreboard
-from helpers.press.pages import number, table
 from helpers.press.rules import Check, Rule, register
+from helpers.press.tables import number, table
 from helpers.press.verdicts import Record
 
 
