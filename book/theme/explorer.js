@@ -213,7 +213,6 @@
     if (at < rows.querySelectorAll("a").length) mark();
     else fill(at + MOST);
   };
-
   const say = (text) => detail.replaceChildren(make("p", { class: "none" }, text));
   const asked = () => location.hash.slice(1).split("/");
   const route = async () => {
