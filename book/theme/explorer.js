@@ -1,7 +1,7 @@
 // Looking into a dictionary: a list of its latents, and what one fires on, writes and resembles.
 // A dictionary's data is a script of its own, loaded when it is picked; `#NAME/12` in the address picks latent 12.
 (() => {
-  const root = document.getElementById("explorer");
+  const root = document.querySelector(".explorer");
   const { data, index } = window.explorer;
   const base = document.currentScript.src.replace(/[^/]*$/, "explorer/");
   const MOST = 300; // rows of the list before one asks for all
@@ -83,7 +83,7 @@
     rows.replaceChildren(...links);
     if (all > most) {
       const more = make("button", { type: "button" }, `show all ${comma(all)}`);
-      more.addEventListener("click", () => fill(Infinity));
+      more.onclick = () => fill(Infinity);
       rows.append(make("li", {}, more));
     }
     mark();
@@ -204,15 +204,15 @@
       parts.push(make("ol", { class: "contexts" }, ...page.contexts[j].map(context)));
       parts.push(pair(`Rate, among all ${unit}s`, distribution(j), "Rate by place in the text", places(j)));
     }
-    const { promoted, suppressed, writes, reads, about } = page;
+    const { promoted, suppressed, writes, reads } = page;
     if (promoted) parts.push(pair("Raises the logit of", chips(promoted[j]), "Lowers the logit of", chips(suppressed[j])));
-    else parts.push(make("p", { class: "none" }, about.lens));
+    else parts.push(make("p", { class: "none" }, page.about.lens));
     const near = unit === "expert" ? ["Writes a direction like", "Router row like"] : ["Decoder row like", "Encoder row like"];
     parts.push(pair(near[0], neighbours(writes[j]), near[1], neighbours(reads[j])));
     detail.replaceChildren(...parts);
-    mark();
+    if (at < rows.querySelectorAll("a").length) mark();
+    else fill(at + MOST);
   };
-
   const say = (text) => detail.replaceChildren(make("p", { class: "none" }, text));
   const asked = () => location.hash.slice(1).split("/");
   const route = async () => {

@@ -64,7 +64,7 @@ def test_a_link_leads_to_a_latent_and_back(page):
     heading(page, "expert 30")
     page.refresh()
     heading(page, "expert 30")
-    page.find_element(By.CSS_SELECTOR, ".pair ul a").click()
+    page.execute_script("document.querySelector('.pair ul a').click()")
     neighbour = page.execute_script("return location.hash").rpartition("/")[2]
     heading(page, f"expert {neighbour}")
     go(page, "book-moe-2/99")
@@ -83,7 +83,8 @@ def test_what_is_shown_is_what_the_data_says(page):
     )
     marked = [each.find_element(By.TAG_NAME, "mark").get_attribute("textContent") for each in contexts]
     assert marked == rows and len(rows) == 8
-    deepest = [float(each.value_of_css_property("--a")) for each in page.find_elements(By.CSS_SELECTOR, "mark")]
+    style = [each.get_attribute("style") for each in page.find_elements(By.CSS_SELECTOR, "mark")]
+    deepest = [float(each.removeprefix("--a:").strip(" ;")) for each in style]
     assert deepest == sorted(deepest, reverse=True) and deepest[0] == 1
     count = page.execute_script(data + "return d.counts[40]")
     assert f"of 16,000 tokens ({count:,})" in said(page)
@@ -99,13 +100,22 @@ def test_the_list_is_filtered_and_sorted(page):
     go(page, "smollm2")
     WebDriverWait(page, 20).until(listed)
     assert len(listed(page)) == 300
-    page.find_element(By.CSS_SELECTOR, ".rows button").click()
+    page.find_element(By.CSS_SELECTOR, ".rows button").send_keys(Keys.ENTER)
     assert sorted(listed(page)) == list(range(1152))
     for way, column in (("largest activation", "largest"), ("most frequent", "counts")):
         page.find_element(By.ID, "explorer-sort").send_keys(way)
         values = page.execute_script(f"return window.explorer.data['smollm2'].{column}")
         shown = [values[j] for j in listed(page)]
         assert shown == sorted(values, reverse=True)[: len(shown)]
+    page.find_element(By.ID, "explorer-sort").send_keys("number")
+    go(page, "smollm2/798")
+    heading(page, "latent 798")
+    row = page.find_element(By.CSS_SELECTOR, ".rows [aria-current]")
+    box = "const {top, bottom} = arguments[0].getBoundingClientRect(); return [top, bottom]"
+    (top, bottom), (high, low) = (
+        page.execute_script(box, each) for each in (row, page.find_element(By.CLASS_NAME, "rows"))
+    )
+    assert high <= top < bottom <= low, "what is picked is in sight"
     box = page.find_element(By.ID, "explorer-filter")
     box.send_keys("17")
     assert 17 in listed(page)
@@ -141,27 +151,28 @@ def test_it_fits_a_narrow_screen(page, width):
         go(page, "smollm2/40")
         heading(page, "latent 40")
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
-        top = page.execute_script("return document.querySelector('.detail').getBoundingClientRect().top")
-        assert 0 <= top < 400, "the page has gone to what was picked"
+        top = "return document.querySelector('.detail').getBoundingClientRect().top"
+        WebDriverWait(page, 10).until(lambda b: 0 <= b.execute_script(top) < 400)
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nobody_is_shut_out_of_a_latent(page, axe, scheme):  # noqa: F811
+def test_nobody_is_shut_out_of_a_latent(browser, axe, scheme):  # noqa: F811
+    open_page(browser, "explorer")
     for each in ("mode", "theme"):
-        page.execute_script(f"document.documentElement.dataset.{each} = arguments[0]", scheme)
+        browser.execute_script(f"document.documentElement.dataset.{each} = arguments[0]", scheme)
     for name in ("smollm2/40", "book-moe-0/3"):
-        go(page, name)
-        heading(page, name.replace("smollm2/", "latent ").replace("book-moe-0/", "expert "))
-        assert violations(page, axe) == []
+        go(browser, name)
+        heading(browser, name.replace("smollm2/", "latent ").replace("book-moe-0/", "expert "))
+        assert violations(browser, axe) == []
 
 
 def test_without_a_script_it_is_plain_text(browser):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         browser.get((HTML / "explorer.html").as_uri())
-        assert "The same can be read as plain text" in browser.find_element(By.ID, "explorer").text
+        assert "The same can be read as plain text" in browser.find_element(By.CLASS_NAME, "explorer").text
         links = browser.find_elements(By.CSS_SELECTOR, "p.about a[href$='.txt']")
         assert len(links) >= 5
         names = [link.get_attribute("href").rpartition("_static/")[2] for link in links]
