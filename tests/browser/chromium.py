@@ -54,6 +54,7 @@ def started():
         for argument in [*QUIET, f"--user-data-dir={profile}"]:
             options.add_argument(argument)
         chrome = Chrome(options=options, service=Service(driver))
+        chrome.set_script_timeout(300)  # axe on a long page, on a busy machine
         yield chrome
         chrome.quit()
 
