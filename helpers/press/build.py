@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from helpers import settings
-from helpers.press import claims, execution, finding, night, pages, polish, reading, scoreboard
+from helpers.press import browse, claims, execution, finding, night, pages, polish, reading, scoreboard
 from helpers.press.chapters import Job
 
 FOR_TOOLS = re.compile(r"[ \t]*# (?:fmt: (?:skip|off|on)|noqa).*$", re.MULTILINE)
@@ -95,6 +95,7 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
     made |= {"map.md": reading.page(jobs), "performance.md": pages.performance_markdown()}
     for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8")
+    browse.stage(root, folder)
 
 
 def build(root: Path) -> list[str]:
