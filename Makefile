@@ -8,7 +8,7 @@
 # make dist    the rendered book and the executed notebooks in one archive, _build/dist
 # make pdf     the whole book as one PDF, there too (needs Chromium)
 # make strip   clear the notebooks' outputs before a commit
-# make explorer  write data/explorer anew: what the latents of an SAE and the mixture's experts fire on
+# make explorer  write book/explorer anew: what the latents of an SAE and the mixture's experts fire on
 # make setup   only make .venv
 # make clean   remove _build (the cache of models and activations, and .venv, stay)
 
@@ -107,7 +107,7 @@ strip: .venv/.ready-dev
 	$(BIN)/python -m tests.mark_checked
 
 # Ten minutes on two cores; a test compares these lines with what the data says of itself.
-EXPLORE := $(BIN)/python -m helpers.parts.explorer --to data/explorer
+EXPLORE := $(BIN)/python -m helpers.parts.explorer --to book/explorer
 explorer: .venv/.ready
 	$(EXPLORE) --experts --name book-moe --teacher book-moe --tokens 24000
 	$(EXPLORE) --sae book --name smollm2 --teacher smollm2-135m --layer 14 --tokens 16000 --train-tokens 24000 --steps 500

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDERS = {"data/explorer": False, "_build/explorer": True}
+FOLDERS = {"book/explorer": False, "_build/explorer": True}
 """Where files of `helpers.parts.explorer` lie, and whether they are the reader's own; of two of one name the later."""
 PLACE = "<!-- dictionaries -->"
 
@@ -23,6 +23,7 @@ def stage(root: Path, folder: Path) -> None:
         return
     target = folder / "theme" / "explorer"
     target.mkdir()
+    shutil.rmtree(folder / "explorer", ignore_errors=True)  # it is no source of pages
     found = {path.stem: (path, own) for part, own in FOLDERS.items() for path in sorted((root / part).glob("*.js"))}
     index = []
     for name, (path, own) in found.items():

@@ -295,7 +295,7 @@ def test_weights_that_are_no_numbers_are_refused(scene):
 
 
 def test_the_committed_data_is_small_and_whole():
-    files = sorted((ROOT / "data" / "explorer").glob("*.js"))
+    files = sorted((ROOT / "book" / "explorer").glob("*.js"))
     assert sum(path.stat().st_size for path in files) <= 6e6
     pages = dict(map(read, files))
     assert all(name == path.stem for name, path in zip(pages, files, strict=True))
@@ -307,5 +307,5 @@ def test_the_committed_data_is_small_and_whole():
     make = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in pages.values():
         assert page["about"]["corpus"] == "book-texts" and page["about"]["note"]
-        command = page["about"]["command"].removeprefix("python -m helpers.parts.explorer --to data/explorer ")
+        command = page["about"]["command"].removeprefix("python -m helpers.parts.explorer --to book/explorer ")
         assert f"$(EXPLORE) {command}\n" in make

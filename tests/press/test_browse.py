@@ -33,9 +33,11 @@ def house(tmp_path):
     """A repository with two committed dictionaries, a reader's own two, and a staged page."""
     stage = tmp_path / "_build" / "stage"
     (stage / "theme").mkdir(parents=True)
+    (stage / "explorer").mkdir()
+    (stage / "explorer" / "README.md").write_text("# No page of the book\n", encoding="utf-8")
     (stage / "explorer.md").write_text(f"As text: {browse.PLACE}.", encoding="utf-8")
     for name in ("a", "b"):
-        put(tmp_path / "data" / "explorer", name, title=f"{name} <of the book>")
+        put(tmp_path / "book" / "explorer", name, title=f"{name} <of the book>")
     for name in ("b", "c"):
         put(tmp_path / "_build" / "explorer", name, title=f"my {name}")
     return tmp_path
@@ -55,6 +57,7 @@ def test_the_index_has_the_books_and_the_readers(house):
         assert (target / f"{each['name']}.js").stat().st_size == each["bytes"]
         assert browse.read(target / f"{each['name']}.js")["about"]["title"] == each["title"]
     text = (house / "_build" / "stage" / "explorer.md").read_text(encoding="utf-8")
+    assert not (house / "_build" / "stage" / "explorer").exists()
     assert text.count("<a href=") == 3 and '"_static/explorer/a.txt">a &lt;of the book&gt;</a>' in text
 
 
@@ -96,7 +99,7 @@ def test_the_examples_of_the_page_are_in_the_data():
     examples = re.findall(r'<li><a href="#([\w-]+)/(\d+)">.*?(?:<em>(\w+)</em>.*)?</li>', text)
     assert len(examples) == text.count("<li>") == 4
     for name, number, word in examples:
-        page = browse.read(settings.ROOT / "data" / "explorer" / f"{name}.js")
+        page = browse.read(settings.ROOT / "book" / "explorer" / f"{name}.js")
         peaks = [page["tokens"][page["text"][row]].strip() for row, *_ in page["contexts"][int(number)]]
         if word:
             assert word == max(peaks, key=peaks.count)
@@ -105,7 +108,7 @@ def test_the_examples_of_the_page_are_in_the_data():
 
 
 def test_the_committed_files_can_be_read_as_plain_text():
-    files = sorted((settings.ROOT / "data" / "explorer").glob("*.js"))
+    files = sorted((settings.ROOT / "book" / "explorer").glob("*.js"))
     assert len(files) == 5
     for path in files:
         page = browse.read(path)
