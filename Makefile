@@ -5,6 +5,8 @@
 # make lab     open the notebooks in JupyterLab
 # make bench   timings beside peers, into benchmarks/results/
 # make numbers write the numbers in prose anew from results/
+# make dist    the rendered book and the executed notebooks in one archive, _build/dist
+# make pdf     the whole book as one PDF, there too (needs Chromium)
 # make strip   clear the notebooks' outputs before a commit
 # make setup   only make .venv
 # make clean   remove _build (the cache of models and activations, and .venv, stay)
@@ -21,7 +23,7 @@ export GOMP_SPINCOUNT ?= 10000
 export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit verify nbval browser soak lab bench numbers strip setup clean
+.PHONY: help book test lint unit verify nbval browser soak lab bench numbers dist pdf strip setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -92,6 +94,12 @@ bench: .venv/.ready-bench
 
 numbers: .venv/.ready
 	$(BIN)/python -m helpers.press.numbers
+
+dist: .venv/.ready
+	$(BIN)/python -m helpers.press.publish
+
+pdf: .venv/.ready-dev
+	$(BIN)/python -m helpers.press.paper
 
 strip: .venv/.ready-dev
 	$(BIN)/nbstripout notebooks/*.ipynb

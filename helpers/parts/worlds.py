@@ -31,6 +31,10 @@ COEFFICIENTS = {
 """Laws of a coefficient, each with mean 0 and variance 1."""
 
 
+MOST_SUPPORTS = 20_000
+"""Supports that a density is summed over."""
+
+
 class CodedRows:
     """What is drawn as codes first and as rows then, with `noise` (its standard deviation per dimension) on top."""
 
@@ -85,19 +89,45 @@ class SparseSource(CodedRows):
         """Mean 0 and covariance E/n · Σ_j a_j a_jᵀ + noise² I, exact: `moments.sample` draws the matched Gaussian."""
         atoms = self.atoms.detach().cpu().double()
         n, d = atoms.shape
-        cov = self.energy / n * atoms.T @ atoms + self.noise**2 * torch.eye(d)
+        cov = self.energy / n * atoms.T @ atoms + self.noise**2 * torch.eye(d, dtype=torch.float64)
         return Moments(n, torch.zeros(d, dtype=torch.float64), cov)
 
-    def whitened(self) -> SparseSource:
-        """The same codes over atoms a_j C^{−½}, C the covariance without noise: without noise, the new one is I.
+    def whitened(self, noise: float = 0.0) -> SparseSource:
+        """The same codes over atoms a_j C^{−½}, C the covariance without noise, made so that with `noise` it is I.
 
-        The matched Gaussian is then N(0, I). Raises `ValueError` when the atoms do not span the space.
+        The matched Gaussian is then N(0, I). Raises `ValueError` when the atoms do not span the space, and for noise
+        that leaves no room for them.
         """
+        allowed(0 <= noise < 1, f"noise={noise}", "0 or more, and below 1")
         values, vectors = torch.linalg.eigh(replace(self, noise=0.0).moments.cov)
         good = values[0] > 1e-10 * values[-1]
         allowed(good, f"{len(self.atoms)} atoms leave directions empty", f"atoms that span all {len(values)}")
-        root = (vectors * values.rsqrt()) @ vectors.T
-        return replace(self, atoms=(self.atoms.double() @ root.to(self.atoms.device)).to(self.atoms.dtype), noise=0.0)
+        root = (vectors * values.rsqrt()) @ vectors.T * (1 - noise**2) ** 0.5
+        return replace(self, atoms=(self.atoms.double() @ root.to(self.atoms.device)).to(self.atoms.dtype), noise=noise)
+
+    def log_density(self, x: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
+        """ln p(x) in float64, exact: a mixture of Gaussians, one for each of the (n choose k) supports S, of covariance
+        σ²I + (E/k) A_Sᵀ A_S. Raises `ValueError` without noise, for other coefficients, and for too many supports.
+        """
+        (n, d), k = self.atoms.shape, self.k
+        good = self.noise > 0 and self.coefficients == "gaussian" and math.comb(n, k) <= MOST_SUPPORTS
+        given = f"noise={self.noise}, coefficients={self.coefficients!r}, {math.comb(n, k):,} supports"
+        allowed(good, given, f"noise above 0, 'gaussian', up to {MOST_SUPPORTS:,} supports")
+        supports = torch.combinations(torch.arange(n), k)
+        atoms, x = self.atoms.double(), x.double()
+        gram = (
+            torch.eye(k)
+            + self.energy / k / self.noise**2 * (atoms @ atoms.T)[supports[:, :, None], supports[:, None, :]]
+        )
+        roots = torch.linalg.cholesky(gram)  # Woodbury and the determinant lemma: k × k in the place of d × d
+        inverse, logs = torch.linalg.inv(roots), []
+        for part in x.split(256):
+            along = (atoms @ part.T)[supports] / self.noise**2  # supports × k × rows
+            gain = self.energy / k * (inverse @ along).square().sum(1)
+            squares = part.square().sum(1) / self.noise**2
+            logs.append(torch.logsumexp((gain - squares) / 2 - roots.diagonal(dim1=1, dim2=2).log().sum(1)[:, None], 0))
+        constant = d * math.log(2 * math.pi * self.noise**2) / 2 + math.log(len(supports))
+        return torch.cat(logs) - constant
 
 
 # -- a world of features -----------------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import colorsys
-import copy
 import os
 import re
 import shutil
@@ -12,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from helpers import settings
-from helpers.press import claims, execution, finding, pages, scoreboard
+from helpers.press import claims, execution, finding, night, pages, polish, reading, scoreboard
 from helpers.press.chapters import Job
 
 FOR_TOOLS = re.compile(r"[ \t]*# (?:fmt: (?:skip|off|on)|noqa).*$", re.MULTILINE)
@@ -38,13 +35,8 @@ LOADED = {
     "audio": "src",
     "embed": "src",
 }
-FONT_AHEAD = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
 REMOTE = re.compile(r"^(https?:)?//")
 REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
-
-HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
-PAPER = "#121212"
-"""A dark page's own."""
 
 JUPYTER_BOOK = """
 import os, threading, time
@@ -99,7 +91,8 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"{job.executed} is damaged; delete it, and its chapter runs again") from error
         nbformat.write(finding.page(notebook, job.chapter.slug, board), folder / "notebooks" / job.executed.name)
-    made = scoreboard.pages(board, profile) | {"performance.md": pages.performance_markdown()}
+    made = scoreboard.pages(board, profile)
+    made |= {"map.md": reading.page(jobs), "performance.md": pages.performance_markdown()}
     for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -118,8 +111,8 @@ def build(root: Path) -> list[str]:
         lines = strip_color(log.read_text(encoding="utf-8", errors="replace")).splitlines()
         wrong = [line for line in lines if "WARNING" in line or "ERROR" in line]
         return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
-    _open_from_disk(folder / "_build" / "html")
-    _day_and_night(folder / "_build" / "html")
+    polish.site(folder / "_build" / "html", root)
+    night.site(folder / "_build" / "html")
     html = root / "_build" / "html"
     for left in html.parent.glob(".html.*"):  # of a killed build
         shutil.rmtree(left, ignore_errors=True)
@@ -151,61 +144,6 @@ def toc_files(node: Any) -> Iterator[str]:
         yield from (str(node[key]) for key in ("root", "file") if key in node)
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         yield from toc_files(child)
-
-
-def _open_from_disk(html: Path) -> None:
-    """The theme fetches its fonts ahead in a way that browsers forbid to pages opened from the disk: take that out."""
-    for path in html.rglob("*.html"):
-        path.write_text(FONT_AHEAD.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def _day_and_night(html: Path) -> None:
-    """Every figure that is an SVG gets a dark version beside it, and a width below which it scrolls instead."""
-    for path in html.rglob("*.html"):
-        soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-        found = soup.select("article .cell_output img[src$='.svg']")
-        for image in found:
-            day = path.parent / image["src"]
-            svg = day.read_text(encoding="utf-8")
-            day.with_suffix(".dark.svg").write_text(night(svg), encoding="utf-8")
-            wide = float(re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)[1]) * 4 / 3
-            least = 350 if wide <= 640 else 0.75 * wide  # letters of 12 points, 9 in a wide one, stay legible
-            image["style"] = f"--wide: {wide:.0f}px; --least: {least:.0f}px"
-            other = copy.copy(image)
-            other["src"] = image["src"].removesuffix(".svg") + ".dark.svg"
-            for each, when in ((image, "by-day"), (other, "by-night")):
-                each["class"] = [*each.get("class", []), when]
-                each["loading"] = "lazy"
-            image.insert_after(other)
-        if found:
-            path.write_text(str(soup), encoding="utf-8")
-
-
-def night(svg: str) -> str:
-    """The figure for dark pages: each colour keeps its hue, and its contrast with the paper."""
-    return HEX.sub(lambda colour: _by_night(colour[0].lower()), svg)
-
-
-@cache
-def _by_night(colour: str) -> str:
-    """The colour of the same hue that stands out from dark paper as this one does from white, or as far as one can."""
-    hue, _, saturation = colorsys.rgb_to_hls(*_parts(colour))
-    wanted, low, high = 1.05 / (_luminance(_parts(colour)) + 0.05), 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        light = (_luminance(colorsys.hls_to_rgb(hue, middle, saturation)) + 0.05) / (_luminance(_parts(PAPER)) + 0.05)
-        low, high = (low, middle) if light > wanted else (middle, high)
-    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, high, saturation))
-
-
-def _parts(colour: str) -> tuple[float, float, float]:
-    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-
-
-def _luminance(parts: tuple[float, float, float]) -> float:
-    """Of sRGB, as WCAG 2 defines it."""
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def _remote(soup: BeautifulSoup) -> Iterator[str]:

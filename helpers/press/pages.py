@@ -47,7 +47,7 @@ def table(rows: Sequence[dict[str, Any]], numeric: dict[str, bool] | None = None
     head = "".join(f'<th scope="col"{kinds[name]}>{html.escape(name)}</th>' for name in columns)
     body = ["<tr>" + "".join(f"<td{kinds[name]}>{_cell(row[name])}</td>" for name in columns) + "</tr>" for row in rows]
     table = f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table>"
-    return f'<div class="wide-table" tabindex="0" role="region" aria-label="table">{table}</div>'
+    return f'<div class="wide-table" tabindex="0" role="group" aria-label="table">{table}</div>'
 
 
 def _cell(value: Any) -> str:

@@ -3,7 +3,7 @@
 import pytest
 from selenium.webdriver.common.by import By
 
-from tests.browser.test_pages import HTML, PAGES, browser, open_page  # noqa: F401
+from tests.browser.chromium import HTML, PAGES, open_page
 
 FIGURES = sorted(path for path in (HTML / "_images").glob("*.svg") if not path.name.endswith(".dark.svg"))
 PHONE, LEAST = 350, 8.9
@@ -23,7 +23,7 @@ return {found, wide: whole.width, high: whole.height};
 
 
 @pytest.mark.parametrize("width", [1440, 820, 500])
-def test_figures_keep_their_proportions(browser, width):  # noqa: F811
+def test_figures_keep_their_proportions(browser, width):
     browser.set_window_size(width, 1000)
     try:
         for page in PAGES:
@@ -62,7 +62,7 @@ def faults(drawn):
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda path: path.stem[:8])
-def test_letters_of_a_figure_can_be_read(browser, figure):  # noqa: F811
+def test_letters_of_a_figure_can_be_read(browser, figure):
     browser.get(figure.as_uri())
     drawn = browser.execute_script(BOXES)
     wrong = list(faults(drawn))

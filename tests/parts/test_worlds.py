@@ -1,5 +1,6 @@
 """Sparse sources and worlds of features: slow draws, closed-form moments, what fires with what, bad parameters."""
 
+import itertools
 import math
 from dataclasses import fields, replace
 
@@ -274,3 +275,41 @@ def test_any_world_is_sound(n_true, d, share, seed, **more):
 def test_a_bad_world_is_named(changes, named):
     with pytest.raises(ValueError, match=named):
         a_world(**changes)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_density_of_a_noisy_source_is_that_of_its_mixture(k):
+    noise = settings.generator(3)
+    source = SparseSource(random_atoms(5, 3, noise, torch.float64), k, energy=2.0, noise=0.4)
+    x, parts = source.sample(300, noise), []
+    for support in itertools.combinations(range(5), k):
+        atoms = source.atoms[list(support)]
+        covariance = 0.16 * torch.eye(3, dtype=torch.float64) + 2.0 / k * atoms.T @ atoms
+        parts.append(torch.distributions.MultivariateNormal(torch.zeros(3).double(), covariance).log_prob(x))
+    slow = torch.logsumexp(torch.stack(parts), 0) - math.log(len(parts))
+    torch.testing.assert_close(source.log_density(x), slow, rtol=1e-12, atol=1e-12)
+
+
+def test_a_whitened_noisy_source_has_covariance_one_and_is_gaussian_with_all_its_atoms():
+    noise = settings.generator(4)
+    atoms = random_atoms(6, 4, noise, torch.float64)
+    for k in (1, 6):
+        source = SparseSource(atoms, k).whitened(0.3)
+        torch.testing.assert_close(source.moments.cov, torch.eye(4).double(), rtol=0, atol=1e-12)
+    x = source.sample(50, noise)
+    standard = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
+    torch.testing.assert_close(source.log_density(x), standard, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"noise": 0.0}, {"noise": 0.1, "coefficients": "signs"}, {"noise": 0.1, "k": 20}], ids=str
+)
+def test_a_density_that_cannot_be_summed_is_refused(wrong):
+    source = SparseSource(random_atoms(60, 8, settings.generator(0)), **{"k": 2} | wrong)
+    with pytest.raises(ValueError, match="allowed: noise above 0, 'gaussian', up to 20,000 supports"):
+        source.log_density(torch.zeros(1, 8))
+
+
+def test_noise_that_leaves_no_room_is_refused():
+    with pytest.raises(ValueError, match="noise=1.0; allowed: 0 or more, and below 1"):
+        SparseSource(random_atoms(6, 4, settings.generator(0)), 2).whitened(1.0)

@@ -83,14 +83,6 @@ def test_a_page_names_its_parameters_and_shows_no_comment_for_a_tool():
     assert second.source == "ks = [2]" and "hide-input" in second.metadata.tags
 
 
-def test_fonts_are_not_fetched_ahead_but_scripts_are(tmp_path):
-    ahead = '<link rel="preload" as="script" href="a.js" />'
-    page = tmp_path / "index.html"
-    page.write_text(f'<link rel="preload" as="font" type="font/woff2" crossorigin href="f.woff2" />\n{ahead}')
-    build._open_from_disk(tmp_path)
-    assert page.read_text() == ahead
-
-
 def test_a_failing_chapter_means_no_book(tmp_path, monkeypatch):
     for folder in ("notebooks", "profiles"):
         (tmp_path / folder).mkdir()

@@ -5,7 +5,7 @@ import json
 import nbformat
 import pytest
 
-from helpers.press import build, claims, finding, rules, tables
+from helpers.press import claims, finding, night, rules, tables
 from helpers.press.scoreboard import Board
 from helpers.settings import ROOT
 from helpers.study.scores import Comparison
@@ -130,14 +130,14 @@ def test_a_table_that_nobody_could_read_is_refused(rows, said):
 
 
 def contrast(one, other):
-    first, second = sorted(build._luminance(build._parts(colour)) + 0.05 for colour in (one, other))
+    first, second = sorted(night._luminance(night._parts(colour)) + 0.05 for colour in (one, other))
     return second / first
 
 
 @pytest.mark.parametrize("colour", ["#1f2328", "#0072b2", "#4b4bc3", "#a87400", "#e5e8eb", "#ffffff"])
 def test_by_night_a_colour_stands_out_as_it_does_by_day(colour):
-    by_night = build.night(f'<path style="fill: {colour}"/>').split()[2][:7]
-    assert contrast(by_night, build.PAPER) == pytest.approx(contrast(colour, "#ffffff"), rel=0.03)
+    by_night = night.night(f'<path style="fill: {colour}"/>').split()[2][:7]
+    assert contrast(by_night, night.PAPER) == pytest.approx(contrast(colour, "#ffffff"), rel=0.03)
 
 
 def test_the_lead_is_the_books_run_unless_the_reader_chose_another(monkeypatch, tmp_path):

@@ -102,7 +102,9 @@ def test_another_model_and_a_readers_own_run_have_columns_and_decide_nothing(tmp
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "09.json").write_text('{"records": "stale"}')
     others = [tmp_path / name for name in ("smollm2", "quick+custom", "long", "old")]
-    alone, board = (scoreboard.Board.read(tmp_path / "quick", reference=tmp_path / "none", others=some) for some in ([], others))
+    alone, board = (
+        scoreboard.Board.read(tmp_path / "quick", reference=tmp_path / "none", others=some) for some in ([], others)
+    )
     assert board.columns == ["Gemma 3", "SmolLM2", "your run"] and board.verdicts == alone.verdicts
     claim = board.book["dead.lm"]
     assert [shown.run.profile for _, shown in board.drawn(claim)] == ["quick", "smollm2", "quick+custom"]

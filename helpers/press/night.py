@@ -1,0 +1,67 @@
+"""Figures for dark pages: a version of each SVG in which every colour stands out as it does by day."""
+
+from __future__ import annotations
+
+import colorsys
+import copy
+import re
+from functools import cache
+from pathlib import Path
+
+from bs4 import BeautifulSoup
+
+HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
+PAPER = "#121212"
+"""A dark page's own."""
+
+
+def site(html: Path) -> None:
+    """Every figure that is an SVG gets a dark version beside it, and a width below which it scrolls instead."""
+    for path in html.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        if ".svg" not in text:
+            continue
+        soup = BeautifulSoup(text, "html.parser")
+        found = soup.select("article .cell_output img[src$='.svg']")
+        for image in found:
+            day = path.parent / image["src"]
+            svg = day.read_text(encoding="utf-8")
+            day.with_suffix(".dark.svg").write_text(night(svg), encoding="utf-8")
+            wide = float(re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)[1]) * 4 / 3
+            least = 350 if wide <= 640 else 0.75 * wide  # letters of 12 points, 9 in a wide one, stay legible
+            image["style"] = f"--wide: {wide:.0f}px; --least: {least:.0f}px"
+            other = copy.copy(image)
+            other["src"] = image["src"].removesuffix(".svg") + ".dark.svg"
+            for each, when in ((image, "by-day"), (other, "by-night")):
+                each["class"] = [*each.get("class", []), when]
+                each["loading"] = "lazy"
+            image.insert_after(other)
+        if found:
+            path.write_text(str(soup), encoding="utf-8")
+
+
+def night(svg: str) -> str:
+    """The figure for dark pages: each colour keeps its hue, and its contrast with the paper."""
+    return HEX.sub(lambda colour: _by_night(colour[0].lower()), svg)
+
+
+@cache
+def _by_night(colour: str) -> str:
+    """The colour of the same hue that stands out from dark paper as this one does from white, or as far as one can."""
+    hue, _, saturation = colorsys.rgb_to_hls(*_parts(colour))
+    wanted, low, high = 1.05 / (_luminance(_parts(colour)) + 0.05), 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        light = (_luminance(colorsys.hls_to_rgb(hue, middle, saturation)) + 0.05) / (_luminance(_parts(PAPER)) + 0.05)
+        low, high = (low, middle) if light > wanted else (middle, high)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, high, saturation))
+
+
+def _parts(colour: str) -> tuple[float, float, float]:
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def _luminance(parts: tuple[float, float, float]) -> float:
+    """Of sRGB, as WCAG 2 defines it."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
