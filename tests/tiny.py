@@ -101,12 +101,15 @@ def harvests(cache: Path) -> dict[str, object]:
 REPOSITORY = {
     "_toc.yml": """format: jb-book
 root: index
-chapters:
-- file: notebooks/00_how_to_read
-- file: scoreboard
-- file: performance
-- file: glossary
-- file: bibliography
+parts:
+- caption: First
+  chapters:
+  - file: notebooks/00_how_to_read
+  - file: map
+  - file: scoreboard
+  - file: performance
+  - file: glossary
+  - file: bibliography
 """,
     "book/index.md": "# A book\n\n```{include} status.md\n```\n",
     "book/claims.yml": """papers: {p: {letter: A, title: t, cite: rank1moe2026, where: w}}
@@ -134,7 +137,7 @@ def repository(root: Path, *cells: str) -> None:
     for name in (
         "_config.yml",
         "requirements.txt",
-        *(f"book/{name}" for name in ("references.bib", "bibliography.md", "scoreboard.md")),
+        *(f"book/{name}" for name in ("references.bib", "bibliography.md", "scoreboard.md", "map.md")),
     ):
         shutil.copy(settings.ROOT / name, root / name)
     for folder in ("notebooks", "profiles", "data", "results"):

@@ -215,8 +215,7 @@ def harvest(
     one_of("store_dtype", store_dtype, STORE_DTYPES)
     allowed(batch_size >= 1, f"batch_size={batch_size} is no batch", "at least 1")
     allowed(n_tokens >= 1, f"n_tokens={n_tokens} is no text", "at least 1")
-    if n_tokens < max_length:
-        max_length = corpora.spread(teacher, corpus, split, n_tokens, max_length)
+    max_length = corpora.spread(teacher, corpus, split, n_tokens, max_length) if n_tokens < max_length else max_length
     what = _identity(teacher) | {"corpus": corpora.fingerprint(corpus), "split": split, "max_length": max_length}
     what |= {"batch_size": batch_size, "block": BLOCK, "store_dtype": store_dtype}
     makers = Teacher, type(teacher), harvest
