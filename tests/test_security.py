@@ -271,7 +271,9 @@ def test_a_slider_shows_html_as_text(text):
     soup = BeautifulSoup(made.html() + "<p>after</p>", "html.parser")
     harmless(soup)
     assert soup.find("figcaption").text == text and soup.find("img")["alt"] == f"{text} of 1"
-    assert soup.find("output").text == text and soup.find("p").text == "after"
+    assert [legend.text for legend in soup.find_all("legend")] == [text]  # names are chosen by buttons
+    assert [label.text.strip() for label in soup.select("fieldset label")] == [text, "b"]
+    assert soup.select_one(".book-slider-knob label").text == f"title {text}" and soup.find("p").text == "after"
     assert len(soup.find_all("script")) == 2 and len(soup.find_all("figure")) == 1
     data = soup.find("script").text
     assert "<" not in data, "a comment with a script in it would go on behind the script's end"
