@@ -34,7 +34,7 @@ def site(html: Path) -> None:
             other["src"] = image["src"].removesuffix(".svg") + ".dark.svg"
             for each, when in ((image, "by-day"), (other, "by-night")):
                 each["class"] = [*each.get("class", []), when]
-                each["loading"] = "lazy"
+            other["loading"] = "lazy"  # not asked for where it is not shown
             image.insert_after(other)
         if found:
             path.write_text(str(soup), encoding="utf-8")

@@ -98,7 +98,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         kinds = {name: all(_numeric(row[name]) for row in self.rows) for name in self.rows[0]}
-        return table([{name: html.escape(value) for name, value in row.items()} for row in self.rows], kinds)
+        shown = table([{name: html.escape(value) for name, value in row.items()} for row in self.rows], kinds)
+        return shown.replace('class="wide-table"', 'class="wide-table mathjax_ignore"', 1)  # a dollar is a dollar
 
 
 def outcomes(predictions: Mapping[str, bool | None]) -> Table:
