@@ -30,6 +30,8 @@ def site(html: Path) -> None:
             wide = float(re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)[1]) * 4 / 3
             least = 350 if wide <= 640 else 0.75 * wide  # letters of 12 points, 9 in a wide one, stay legible
             image["style"] = f"--wide: {wide:.0f}px; --least: {least:.0f}px"
+            if wide > 350 and (box := image.find_parent(class_="cell_output")):  # it scrolls: keys must reach it
+                box["tabindex"], box["role"], box["aria-label"] = "0", "group", "figure"
             other = copy.copy(image)
             other["src"] = image["src"].removesuffix(".svg") + ".dark.svg"
             for each, when in ((image, "by-day"), (other, "by-night")):
