@@ -148,9 +148,3 @@ def above(found: Sequence[float | None], threshold: float) -> bool | None:
     value, low, high = found
     low, high = (value, value) if low is None else (low, high)
     return True if low > threshold else False if high <= threshold else None
-
-
-def graded(predictions: Mapping[str, bool | None]) -> str:
-    """A line for each prediction with what became of it; None is an interval that holds the threshold."""
-    words = {True: "as predicted", False: "NOT as predicted", None: "undecided"}
-    return "\n".join(f"{words[outcome]:17} {text}" for text, outcome in predictions.items())

@@ -15,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
@@ -322,16 +321,6 @@ NAMES = {
 def named(point: Mapping[str, object]) -> str:
     """A point's cell and degree, for a label."""
     return f"{NAMES.get(point['cell'], point['cell'])}, d = {point['degree']}"
-
-
-def table(points: Sequence[Mapping[str, object]], columns: Sequence[str]) -> pd.DataFrame:
-    """Cells in rows: of a value with its interval the value, of a value by seed the mean over seeds."""
-
-    index = pd.Index([NAMES.get(p["cell"], p["cell"]) for p in points], name="cell")
-    shown = pd.DataFrame([{name: p[name] for name in columns} for p in points], index=index)
-    for name in shown.select_dtypes(object):
-        shown[name] = shown[name].map(np.mean) if name.endswith("_by_seed") else shown[name].str[0]
-    return shown.rename(columns=lambda name: name.removesuffix("_by_seed")).round(3)
 
 
 # -- packed experts ----------------------------------------------------------------------------------------------------

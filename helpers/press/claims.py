@@ -170,12 +170,6 @@ class Chapter:
             self.controls.append(result)
         return result
 
-    def sides(self, name: str) -> dict[str, list[dict[str, Any]]]:
-        """`points[name]` of this run, and of the longer run where one is kept, each under what a page calls it."""
-        longer = reference(self.slug)
-        found = {f"{settings.profile()} run, here": self.points[name]}
-        return found | ({longer.origin: longer.points[name]} if longer and longer.points.get(name) else {})
-
     def save(self) -> Chapter:
         """Writes the results file (atomically) and returns the chapter, so that a last line shows its verdicts.
 

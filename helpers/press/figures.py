@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -186,18 +185,6 @@ def points(
         i = int(outside.argmax())
         raise ValueError(f"y={y[i]:g} at x={x[i]:g} is outside its interval [{low[i]:g}, {high[i]:g}]")
     ax.errorbar(x, y, yerr=[y - low, high - y], capsize=3, elinewidth=1.2, **line(method, **changes))
-
-
-def panels(titles: Iterable[str], *, height: float = 3.3, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel for each title, such as a run and a longer one beside it; `options` of `plt.subplots`."""
-    titles = list(titles)
-    if not titles:
-        raise ValueError("titles is empty; allowed: one for each panel")
-    width = 7.0 if len(titles) == 1 else 8.6
-    figure, axes = plt.subplots(1, len(titles), figsize=(width, height), squeeze=False, **options)
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(textwrap.fill(title, 48 if len(titles) > 1 else 90), loc="left", fontsize=9, fontweight="normal")
-    return figure, list(axes[0])
 
 
 def signed(figure: Figure, run: Any) -> Figure:

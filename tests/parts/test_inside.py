@@ -385,8 +385,6 @@ def test_the_interval_over_layers_leaves_layers_out_too():
 def test_predictions_are_graded_by_their_intervals():
     assert explained.above((2, 1.5, 2.5), 1) is True and explained.above((2, 1.5, 2.5), 3) is False
     assert explained.above((2, 1.5, 2.5), 2.2) is None and explained.above((2, None, None), 1) is True
-    lines = explained.graded({"a": True, "b": False, "c": None}).splitlines()
-    assert lines == ["as predicted      a", "NOT as predicted  b", "undecided         c"]
 
 
 def test_participation_ratio_is_that_of_the_covariance(bench):

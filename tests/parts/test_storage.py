@@ -272,13 +272,5 @@ def test_packed_experts_store_as_much_as_dense_ones():
 # -- what a page shows -------------------------------------------------------------------------------------------------
 
 
-def test_a_table_shows_values_and_means_over_seeds():
-    points = [
-        {"cell": "expander", "degree": 7, "encoder_zero": [0.5, 0, 1], "dead_by_seed": [0.1, 0.3]},
-        {"cell": "informed", "degree": 50, "encoder_zero": [0.75, 0, 1], "dead_by_seed": [0.0, 0.5]},
-    ]
-    shown = storage.table(points, ["degree", "encoder_zero", "dead_by_seed"])
-    assert list(shown.columns) == ["degree", "encoder_zero", "dead"]
-    assert list(shown.index) == ["expander", "co-occurrence"]
-    assert shown.to_numpy().tolist() == [[7, 0.5, 0.2], [50, 0.75, 0.25]]
-    assert storage.named(points[1]) == "co-occurrence, d = 50"
+def test_a_point_is_named_by_its_cell_and_degree():
+    assert storage.named({"cell": "informed", "degree": 50}) == "co-occurrence, d = 50"

@@ -97,16 +97,6 @@ def test_spread_keeps_order_and_distance_and_moves_as_little_as_needed(heights):
         assert placed == pytest.approx(heights, abs=1e-9)
 
 
-def test_a_panel_for_each_title():
-    for titles in (["this run"], ["this run", "long run, 2 CPU threads, 2026-01-01, commit 0123456789ab, " * 2]):
-        figure, axes = figures.panels(titles, sharey=True)
-        assert [ax.get_title(loc="left").replace("\n", " ").strip() for ax in axes] == [t.strip() for t in titles]
-        assert all(len(line) <= 90 for ax in axes for line in ax.get_title(loc="left").splitlines())
-        plt.close(figure)
-    with pytest.raises(ValueError, match="titles"):
-        figures.panels([])
-
-
 def test_a_forest_has_a_line_for_each_name_and_marks_of_the_book():
     lines = {"implicit": ("implicit SAE", "implicit"), "w_up": ("first of W_up", "dense")}
     rows = [
