@@ -87,7 +87,7 @@ def _joined(cells: Sequence[nbformat.NotebookNode]) -> Iterator[nbformat.Noteboo
     """Folded cells of code that show nothing are one with the folded cell after them: one line to click, not four."""
     before: list[nbformat.NotebookNode] = []
     for cell in cells:
-        if cell.metadata.get("tags") == ["hide-input"] and cell.cell_type == "code":
+        if set(cell.metadata.get("tags", [])) - {HERO} == {"hide-input"} and cell.cell_type == "code":
             cell.source = "\n\n\n".join(each.source for each in [*before, cell])
             before = [] if cell.outputs else [cell]
             if before:
