@@ -28,18 +28,19 @@ def main(arguments: list[str] | None = None) -> int:
             from helpers.press import verify
 
             return 1 if verify.run_again(args.chapters, console, args.all) else 0
+        at_once = chapters.side_by_side(args.jobs)
         if args.command == "book":
             jobs = chapters.plan((), args.profile)
             chapters.make_ready(jobs)
             from helpers.press import build  # needs jupyter-book, which `run` does not
 
-            return build.make(jobs, args.profile, console)
+            return build.make(jobs, args.profile, console, at_once)
         overrides = {name: chapters.parse_value(name, value) for name, value in args.parameter}
         jobs = chapters.plan(args.chapters, args.profile, overrides)
         chapters.make_ready(jobs)
         from helpers.press import execution  # a second of imports, after all is checked
 
-        failures = execution.run(jobs, console, args.force)
+        failures = execution.run(jobs, console, args.force, at_once)
         return 0 if not failures else 2 if all(failure.asked_wrongly for failure in failures) else 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (run, book):
         command.add_argument("--profile", default="quick", help="a file of profiles/ (default: quick)")
+        command.add_argument("--jobs", type=int, metavar="N", help="chapters side by side (one a core, at most 4)")
     for command in (run, verify):
         command.add_argument("chapters", nargs="*", metavar="CHAPTER", help="number or slug; none means all")
     verify.add_argument("--all", action="store_true", help="also cells that take longer than 20 s")

@@ -50,13 +50,13 @@ main()
 """
 
 
-def make(jobs: list[Job], profile: str, console: Console, root: Path = settings.ROOT) -> int:
+def make(jobs: list[Job], profile: str, console: Console, at_once: int, root: Path = settings.ROOT) -> int:
     """Execute what is not valid any more, then build `_build/html`; 0 when every chapter and page is there.
 
     A chapter that fails does not keep the others from running, but no book is built then.
     """
     started = time.perf_counter()
-    failures = execution.run(jobs, console)
+    failures = execution.run(jobs, console, at_once=at_once)
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
         return 1

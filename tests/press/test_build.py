@@ -97,7 +97,7 @@ def test_a_failing_chapter_means_no_book(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "execute", lambda *_: (_ for _ in ()).throw(execution.ChapterFailed("broken")))
     monkeypatch.setattr(build, "stage", lambda *_: pytest.fail("staged a book with a failed chapter"))
     jobs, out = chapters.plan(root=tmp_path), io.StringIO()
-    assert build.make(jobs, "quick", Console(file=out), tmp_path) == 1
+    assert build.make(jobs, "quick", Console(file=out), 1, tmp_path) == 1
     assert "1 of 1 chapters failed" in out.getvalue()
 
 
@@ -111,9 +111,9 @@ def test_a_damaged_copy_of_a_chapter_is_named(tmp_path, monkeypatch):
     (job,) = jobs = chapters.plan(root=tmp_path)
     job.executed.parent.mkdir(parents=True)
     job.executed.write_text("{")
-    monkeypatch.setattr(execution, "run", lambda *_: [])
+    monkeypatch.setattr(execution, "run", lambda *_, **__: [])
     out = io.StringIO()
-    assert build.make(jobs, "quick", Console(file=out, width=300), tmp_path) == 1
+    assert build.make(jobs, "quick", Console(file=out, width=300), 1, tmp_path) == 1
     assert f"fault {job.executed} is damaged; delete it" in out.getvalue()
 
 
@@ -128,9 +128,9 @@ def test_a_disk_that_is_full_while_pages_are_laid_out_is_named(tmp_path, monkeyp
         raise error
 
     monkeypatch.setattr(build, "stage", stage)
-    monkeypatch.setattr(execution, "run", lambda *_: [])
+    monkeypatch.setattr(execution, "run", lambda *_, **__: [])
     out = io.StringIO()
-    assert build.make([], "quick", Console(file=out, width=300), tmp_path) == 1
+    assert build.make([], "quick", Console(file=out, width=300), 1, tmp_path) == 1
     assert "fault /a/b: " in out.getvalue() and "No space left on device; allowed: " in out.getvalue()
 
 
