@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -132,9 +133,7 @@ def code_of(*makers: Any, root: Path | None = None) -> str:
 
     What is defined elsewhere than in `helpers` (a notebook, a test) counts by its own code and that which it names.
     """
-    modules: set[str] = set()
-    own: dict[Any, str] = {}
-    waiting = list(makers)
+    modules, own, waiting = set(), {}, list(makers)
     while waiting:
         maker = waiting.pop()
         if isinstance(maker, functools.partial | MethodType):
@@ -151,9 +150,8 @@ def code_of(*makers: Any, root: Path | None = None) -> str:
 
 
 def _room(code: Any) -> str:
-    return str(
-        code.__name__ if isinstance(code, ModuleType) else getattr(code, "__module__", None) or "builtins"
-    ).split(".")[0]
+    name = code.__name__ if isinstance(code, ModuleType) else getattr(code, "__module__", None)
+    return str(name or "builtins").partition(".")[0]
 
 
 def _is_own(code: Any) -> bool:
@@ -283,6 +281,25 @@ def _is_text(node: ast.AST) -> bool:
 MAGIC = b"rank1 kept 1\n"
 
 
+MADE = "RANK1_MADE"
+"""Environment variable with a file to which processes add a line of kind and seconds for all that they make."""
+_within = ContextVar("_within", default=False)
+
+
+@contextmanager
+def _noted(kind: str) -> Iterator[None]:
+    """What is made inside counts with it; waiting at a lock does not."""
+    started, within = time.perf_counter(), _within.get()
+    _within.set(True)
+    try:
+        yield
+    finally:
+        _within.set(within)
+        if not within and (place := os.environ.get(MADE)):
+            with open(place, "a", encoding="utf-8") as file:  # short lines are added whole, whoever else adds some
+                file.write(f"{kind} {time.perf_counter() - started:.2f}\n")
+
+
 class Kept:
     """One thing in the cache: where it lies, read and written whole, its lock, and what was asked for.
 
@@ -314,7 +331,8 @@ class Kept:
         try:
             for left in self.folder.glob(f".{self.key}.*.part"):
                 left.unlink(missing_ok=True)
-            yield
+            with _noted(self.folder.name):
+                yield
         finally:
             lock.release()
 

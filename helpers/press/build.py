@@ -73,6 +73,9 @@ def make(jobs: list[Job], profile: str, console: Console, at_once: int, root: Pa
     for fault in faults:
         console.print(f"[bold red]fault[/] {escape(fault)}")
     if not faults:
+        for row in pages.spent(jobs):
+            said = "chapter {chapter:>3}: {seconds:6.0f} s, {computed:5.0f} s of them to compute for good  {of these}"
+            console.print(said.format(**row).rstrip(), markup=False)
         seconds = time.perf_counter() - started
         console.print(f"the book is at {root / '_build/html/index.html'} ({seconds:.0f} s)", markup=False)
     return 1 if faults else 0
@@ -95,7 +98,7 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
             raise ValueError(f"{job.executed} is damaged; delete it, and its chapter runs again") from error
         nbformat.write(finding.page(notebook, job.chapter.slug, board), folder / "notebooks" / job.executed.name)
     made = scoreboard.pages(board, profile)
-    made |= {"map.md": reading.page(jobs), "performance.md": pages.performance_markdown()}
+    made |= {"map.md": reading.page(jobs), "performance.md": pages.performance_markdown(jobs=jobs)}
     for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8")
     browse.stage(root, folder)

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -33,13 +34,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from helpers import settings
+from helpers import kept, settings
 from helpers.press.chapters import Job, digest_files, entries, fingerprint, shortened, stale
 
 LOG_EVERY = 20.0
 """Seconds between lines of progress where there is no terminal to draw a bar on."""
 
 
+WHOLE = "whole.json"
+"""File beside the copies that says how long it took to run all chapters, none of them kept from before."""
 START = 300
 """Seconds that a kernel may take to start, on a machine that is busy."""
 
@@ -123,18 +126,22 @@ def run(jobs: Sequence[Job], console: Console, force: bool = False, at_once: int
                 console.print(f"chapter {job.chapter.number}: unchanged, kept from {executed}", markup=False)
         waiting = [(job, why) for job, why in zip(jobs, reasons, strict=True) if why]
         at_once = min(at_once, len(waiting))
-        desk = Desk(console, max(1, settings.cores() // at_once) if at_once > 1 else None)
+        desk, started = Desk(console, max(1, settings.cores() // at_once) if at_once > 1 else None), time.perf_counter()
         pool = ThreadPoolExecutor(max(1, at_once))
         with desk.in_view():
             numbered = enumerate(waiting, 1)
             ended = [pool.submit(_run, job, why, f"[{i}/{len(waiting)}]", desk) for i, (job, why) in numbered]
             try:
-                return [failure for each in ended if (failure := each.result()) is not None]
+                failures = [failure for each in ended if (failure := each.result()) is not None]
             except KeyboardInterrupt:
                 desk.halted.set()
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)
+        if len(waiting) == len(jobs) and not failures:
+            took = {"seconds": round(time.perf_counter() - started, 1), "at_once": at_once, "cores": settings.cores()}
+            settings.write_json(jobs[0].executed.parent / WHOLE, took)
+    return failures
 
 
 def _run(job: Job, why: Sequence[str], place: str, desk: Desk) -> ChapterFailed | None:
@@ -157,7 +164,7 @@ def execute(job: Job, desk: Desk) -> float:
         _check_syntax(job)
         for old in (job.stamp, job.results):
             old.unlink(missing_ok=True)
-        _papermill(job, partial, desk)
+        made = _papermill(job, partial, desk)
         if not job.results.is_file():
             raise ChapterFailed(f"{job.chapter.slug}: it ended, but wrote no records to {job.results}; copy: {partial}")
         os.replace(partial, job.executed)
@@ -167,6 +174,7 @@ def execute(job: Job, desk: Desk) -> float:
             "parameters": job.parameters,
             "executed": datetime.now().isoformat(sep=" ", timespec="minutes"),
             "seconds": round(seconds, 1),
+            "made": {kind: round(each, 1) for kind, each in made.items()},
             "results": digest_files(job.results),
             "copy": digest_files(job.executed),
         }
@@ -191,11 +199,15 @@ def _check_syntax(job: Job) -> None:
                 raise ChapterFailed(f"{where}, which is\n    {(error.text or '').strip()}\n  {error.msg}") from None
 
 
-def _papermill(job: Job, partial: Path, desk: Desk) -> None:
-    """Run a chapter in a thread: there the notebook client takes no signals, so that they arrive here."""
+def _papermill(job: Job, partial: Path, desk: Desk) -> Counter[str]:
+    """Run a chapter in a thread: there the notebook client takes no signals, so that they arrive here.
+
+    Returns the seconds of what it computed and kept, by kind.
+    """
     where = f"{job.chapter.slug}: {{}}\n  partial notebook: {partial}"
     logging.getLogger("traitlets").setLevel(logging.CRITICAL)  # what it says of a dead kernel is said below
     with TemporaryDirectory(prefix="rank1-kernel-") as folder, desk.begun(job) as running:
+        (Path(folder) / "made").touch()
         specs = _ThisInterpreter(job.profile, folder, desk.share)
         manager = AsyncKernelManager(kernel_spec_manager=specs, connection_file=f"{folder}/kernel.json")
         ended = ThreadPoolExecutor(1).submit(_work, job, partial, manager, running.on_cell_start)
@@ -218,6 +230,11 @@ def _papermill(job: Job, partial: Path, desk: Desk) -> None:
             raise ChapterFailed(where.format(f"the kernel stopped ({error}); was memory enough?")) from None
         except RuntimeError as error:
             raise ChapterFailed(where.format(f"the kernel did not start: {error}")) from None
+        made = Counter()
+        for line in (Path(folder) / "made").read_text(encoding="utf-8").splitlines():
+            kind, seconds = line.split()
+            made[kind] += float(seconds)
+        return made
 
 
 def _work(job: Job, partial: Path, manager: AsyncKernelManager, on_cell_start: Callable[..., None]) -> None:
@@ -245,7 +262,7 @@ class _ThisInterpreter(KernelSpecManager):
         """`folder` is where a kernel may write, also for a user who has no home; `share` its cores, None for all."""
         super().__init__()
         self.variables = {"RANK1_PROFILE": profile, "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        self.variables |= {"JUPYTER_RUNTIME_DIR": folder}
+        self.variables |= {"JUPYTER_RUNTIME_DIR": folder, kept.MADE: f"{folder}/made"}
         if os.path.expanduser("~") == "~":
             self.variables |= {"HOME": folder}
         if share is not None:

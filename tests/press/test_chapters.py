@@ -17,7 +17,7 @@ from rich.console import Console
 
 from helpers import __main__ as command_line
 from helpers import settings
-from helpers.press import chapters, execution
+from helpers.press import chapters, execution, pages
 
 WRITES_RESULTS = """
 import json, os, pathlib
@@ -467,6 +467,24 @@ def test_chapters_side_by_side_are_at_work_together_on_their_share_of_the_cores(
     assert "[4/4] chapter 4" in said
     (tmp_path / "met" / "third").touch()
     assert len(run(root, force=True)[0]) == 1 and "share 6 None" in executed(root, "01_first")
+
+
+def test_the_seconds_of_what_a_chapter_computes_for_good_are_noted(root):
+    makes = (
+        'import os, pathlib\npathlib.Path(os.environ["RANK1_MADE"]).open("a").write("fits 1.5\\nfits 2\\nmoments 3\\n")'
+    )
+    write_chapter(root, "01_first", makes, WRITES_RESULTS)
+    assert run(root)[0] == []
+    (job,) = jobs = chapters.plan(root=root)
+    assert json.loads(job.stamp.read_text())["made"] == {"fits": 3.5, "moments": 3.0}
+    first, every = pages.spent(jobs)
+    assert first["computed"] == every["computed"] == 6.5 and first["of these"] == "fits 4, moments 3"
+    assert "fits 4, moments 3" in pages.performance_markdown(jobs=jobs)
+    whole = job.executed.parent / execution.WHOLE
+    assert json.loads(whole.read_text())["at_once"] == 1
+    whole.unlink()
+    run(root)
+    assert not whole.exists(), "where a chapter is kept from before, no time is the whole book's"
 
 
 def executed(root, slug):
