@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, SparseCodes, topk_sae
@@ -125,10 +126,15 @@ class Sae:
 
 @torch.no_grad()
 def codes_on(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], *, batch_size: int = 4096) -> SparseCodes:
-    """The codes of all rows, found batch by batch on the model's device, held on the CPU."""
+    """The codes of all rows, found batch by batch on the model's device, held on the CPU. Where rows have different
+    numbers of codes, those with fewer are filled up with zeros."""
     where = next(sae.parameters())
     parts = [sae.encode(part.to(where.device, where.dtype)) for part in rows.split(batch_size)]
-    return SparseCodes(torch.cat([p.indices.cpu() for p in parts]), torch.cat([p.values.cpu() for p in parts]))
+    most = max((part.values.shape[1] for part in parts), default=0)
+    both = zip(
+        *((F.pad(each.cpu(), (0, most - each.shape[1])) for each in (p.indices, p.values)) for p in parts), strict=True
+    )
+    return SparseCodes(*map(torch.cat, both))
 
 
 def firings(

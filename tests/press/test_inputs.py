@@ -70,6 +70,9 @@ SMALL = {
     "17_every_rule_is_a_routing_rule": {
         "n_tokens": 600, "n_held_out": 300, "n_features": 32, "k": 4, "steps": 4, "lrs": [1e-2], "seeds": [0, 1],
     },
+    "18_read_your_sae_as_a_mixture": {
+        "n_tokens": 600, "n_held_out": 300, "n_ce": 150, "n_features": 32, "k": 4, "steps": 5, "seeds": [0, 1],
+    },
 }  # fmt: skip
 """Parameters with which a chapter takes seconds."""
 
