@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -228,7 +228,7 @@ def twins(sae: RankOneDictionary, counts: Int[np.ndarray, " n"], seed: int = 0) 
     return float((cosines.amax(1) > ALIKE).double().mean()) if len(vectors) > 1 else 0.0
 
 
-def silent(counts: Float[np.ndarray, "... n"], share: float = 1.0) -> float:
+def silent(counts: Num[np.ndarray, "... n"], share: float = 1.0) -> float:
     """Share of latents that a random part of the text of this size would show as dead: rarefaction."""
     return float(((1 - share) ** np.asarray(counts, dtype=float)).mean())
 
@@ -237,8 +237,8 @@ def unexplained(total: Totals) -> dict[str, float]:
     """What is left unexplained, by each library's formula, from the sums of `measured`.
 
     `mean` is FVU; `offset` forgives the error its mean (dictionary_learning 0.1); `tokens` is the mean of the tokens'
-    own ratios (SAELens before 6, `explained_variance_legacy` today); `scalar` measures from one number, the mean of
-    all entries (overcomplete 0.3); `zero` from the origin; `squared` takes the square of the mean square for that of the
+    own ratios (`explained_variance_legacy` of SAELens and SAEBench); `scalar` measures from one number, the mean of all
+    entries (overcomplete 0.3); `zero` from the origin; `squared` takes the square of the mean square for that of the
     mean (SAEBench 0.6): about zero where rows have length √d, and of no meaning in other units.
     """
     rows, errors, squares = total["rows"], total["errors"], total["squares"]

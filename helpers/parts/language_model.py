@@ -126,15 +126,22 @@ class Sae:
 
 @torch.no_grad()
 def codes_on(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], *, batch_size: int = 4096) -> SparseCodes:
-    """The codes of all rows, found batch by batch on the model's device, held on the CPU. Where rows have different
+    """The codes of all rows, found batch by batch on the model's device, held on the CPU. Where batches have different
     numbers of codes, those with fewer are filled up with zeros."""
     where = next(sae.parameters())
     parts = [sae.encode(part.to(where.device, where.dtype)) for part in rows.split(batch_size)]
     most = max((part.values.shape[1] for part in parts), default=0)
-    both = zip(
-        *((F.pad(each.cpu(), (0, most - each.shape[1])) for each in (p.indices, p.values)) for p in parts), strict=True
-    )
-    return SparseCodes(*map(torch.cat, both))
+    indices = [_filled(part.indices, most, sae.n_atoms).cpu() for part in parts]
+    values = [F.pad(part.values, (0, most - part.values.shape[1])).cpu() for part in parts]
+    return SparseCodes(torch.cat(indices), torch.cat(values))
+
+
+def _filled(indices: Int[Tensor, "rows k"], most: int, n: int) -> Int[Tensor, "rows most"]:
+    """Up to `most` numbers below n in each row, all different."""
+    if indices.shape[1] == most:
+        return indices
+    free = torch.ones(len(indices), n, device=indices.device).scatter_(1, indices, 0)
+    return torch.cat([indices, free.topk(most - indices.shape[1], dim=1).indices], dim=1)
 
 
 def firings(
