@@ -203,7 +203,7 @@ def margins(
 # -- what is said of it ------------------------------------------------------------------------------------------------
 
 
-def load(counts: Int[np.ndarray, " n"], rows: int) -> dict[str, float]:
+def load(counts: Num[np.ndarray, " n"], rows: float) -> dict[str, float]:
     """A mixture's diagnostics from how often each expert served: experts in effect (exp of the load's entropy), max
     violation (Wang et al. 2024: the busiest's load over the mean, less 1), the rate of the busiest, the share of
     experts that take nine tenths of the load, and the shares that are dead or dense."""
@@ -219,7 +219,7 @@ def load(counts: Int[np.ndarray, " n"], rows: int) -> dict[str, float]:
     }
 
 
-def twins(sae: RankOneDictionary, counts: Int[np.ndarray, " n"], seed: int = 0) -> float:
+def twins(sae: RankOneDictionary, counts: Num[np.ndarray, " n"], seed: int = 0) -> float:
     """Share of live atoms that write along another live one: what a mixture calls collapsed experts."""
     vectors = unit(sae.decoder.vectors().detach().cpu().float()[np.asarray(counts) > 0])
     asked = torch.randperm(len(vectors), generator=settings.generator(seed))[:TWINS]
