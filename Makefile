@@ -77,11 +77,11 @@ verify: .venv/.ready-dev
 
 # Its results go to _build/results/nbval, so that they do not replace those the book was built from.
 nbval: .venv/.ready-dev
-	RANK1_PROFILE=nbval TQDM_DISABLE=1 $(BIN)/python -m pytest $(SPREAD) --nbval-lax --nbval-current-env \
-	  --nbval-cell-timeout=600 --timeout=0 notebooks
+	OMP_NUM_THREADS=1 RANK1_CORES=1 RANK1_PROFILE=nbval TQDM_DISABLE=1 $(BIN)/python -m pytest $(SPREAD) \
+	  --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --timeout=0 notebooks
 
 browser: .venv/.ready-dev
-	$(BIN)/python -m pytest -rs tests/browser
+	$(BIN)/python -m pytest -rs $(SPREAD) tests/browser
 
 # Of each of these `make test` runs a sample.
 soak: .venv/.ready-dev

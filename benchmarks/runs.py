@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks import common
 from helpers import dictionary, settings, training
-from helpers.study.sweep import cores, sweep
+from helpers.study.sweep import sweep
 from helpers.training import loop, remedies
 
 ALPHA, RUNS, STEPS = 0.1, 8, 60
@@ -95,7 +95,7 @@ def difference(n: int, d: int, k: int, batch: int, steps: int = 5) -> float:
 
 
 def main(repeats: int = 9) -> None:
-    rows, targets, workers = [], [], cores()
+    rows, targets, workers = [], [], settings.cores()
     for size in SIZES:
         n, d, k, batch = size
         run, stacked = one_by_one(*size), Stacked(*size)

@@ -1,4 +1,5 @@
-"""`run [CHAPTER …]` executes chapters, `book` builds the book, `verify` runs cells of the kept long runs again."""
+"""`run [CHAPTER …]` executes chapters, `book` builds the book, `verify` runs cells of the kept long runs again, `cache`
+says what is kept and frees what no chapter needs."""
 
 from __future__ import annotations
 
@@ -28,18 +29,24 @@ def main(arguments: list[str] | None = None) -> int:
             from helpers.press import verify
 
             return 1 if verify.run_again(args.chapters, console, args.all) else 0
+        if args.command == "cache":
+            from helpers.press import cached
+
+            cached.show(console, args.free)
+            return 0
+        at_once = chapters.side_by_side(args.jobs)
         if args.command == "book":
             jobs = chapters.plan((), args.profile)
             chapters.make_ready(jobs)
             from helpers.press import build  # needs jupyter-book, which `run` does not
 
-            return build.make(jobs, args.profile, console)
+            return build.make(jobs, args.profile, console, at_once)
         overrides = {name: chapters.parse_value(name, value) for name, value in args.parameter}
         jobs = chapters.plan(args.chapters, args.profile, overrides)
         chapters.make_ready(jobs)
         from helpers.press import execution  # a second of imports, after all is checked
 
-        failures = execution.run(jobs, console, args.force)
+        failures = execution.run(jobs, console, args.force, at_once)
         return 0 if not failures else 2 if all(failure.asked_wrongly for failure in failures) else 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,8 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify", help="run a stated cheap cell of each long run in results/ again, and compare"
     )
+    kept = commands.add_parser("cache", help="say what is kept, and how much of it no chapter's last run asked for")
+    kept.add_argument("--free", action="store_true", help="delete that; what is asked for again is made anew")
     for command in (run, book):
         command.add_argument("--profile", default="quick", help="a file of profiles/ (default: quick)")
+        command.add_argument("--jobs", type=int, metavar="N", help="chapters side by side (one a core, at most 4)")
     for command in (run, verify):
         command.add_argument("chapters", nargs="*", metavar="CHAPTER", help="number or slug; none means all")
     verify.add_argument("--all", action="store_true", help="also cells that take longer than 20 s")

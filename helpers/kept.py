@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -132,9 +133,7 @@ def code_of(*makers: Any, root: Path | None = None) -> str:
 
     What is defined elsewhere than in `helpers` (a notebook, a test) counts by its own code and that which it names.
     """
-    modules: set[str] = set()
-    own: dict[Any, str] = {}
-    waiting = list(makers)
+    modules, own, waiting = set(), {}, list(makers)
     while waiting:
         maker = waiting.pop()
         if isinstance(maker, functools.partial | MethodType):
@@ -151,9 +150,8 @@ def code_of(*makers: Any, root: Path | None = None) -> str:
 
 
 def _room(code: Any) -> str:
-    return str(
-        code.__name__ if isinstance(code, ModuleType) else getattr(code, "__module__", None) or "builtins"
-    ).split(".")[0]
+    name = code.__name__ if isinstance(code, ModuleType) else getattr(code, "__module__", None)
+    return str(name or "builtins").partition(".")[0]
 
 
 def _is_own(code: Any) -> bool:
@@ -283,6 +281,22 @@ def _is_text(node: ast.AST) -> bool:
 MAGIC = b"rank1 kept 1\n"
 
 
+_within = ContextVar("_within", default=False)
+
+
+@contextmanager
+def _noted(kind: str) -> Iterator[None]:
+    """What is made inside counts with it; waiting at a lock does not."""
+    started, within = time.perf_counter(), _within.get()
+    _within.set(True)
+    try:
+        yield
+    finally:
+        _within.set(within)
+        if not within:
+            settings.note(f"made {kind} {time.perf_counter() - started:.2f}")
+
+
 class Kept:
     """One thing in the cache: where it lies, read and written whole, its lock, and what was asked for.
 
@@ -300,6 +314,7 @@ class Kept:
         self.key = digest(kind, self.what, code_of(*found), json.dumps(versions()))
         self.folder = settings.cache_dir(cache_dir or None) / kind
         self.path = self.folder / f"{self.key}.kept"
+        settings.note(f"asked {kind} {self.key}")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -314,7 +329,8 @@ class Kept:
         try:
             for left in self.folder.glob(f".{self.key}.*.part"):
                 left.unlink(missing_ok=True)
-            yield
+            with _noted(self.folder.name):
+                yield
         finally:
             lock.release()
 
@@ -388,11 +404,11 @@ SEAL = "kept.json"
 
 def seal(folder: Path, key: str = "") -> None:
     """Note a key, and size, time and checksum of each file of a folder, in it."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    noted = {}
-    for path in files:
-        about = path.stat()
-        noted[path.relative_to(folder).as_posix()] = [about.st_size, about.st_mtime_ns, file_digest(path)]
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    noted = {
+        path.relative_to(folder).as_posix(): [about.st_size, about.st_mtime_ns, file_digest(path)]
+        for path, about in files
+    }
     settings.write_json(folder / SEAL, {"key": key, "files": noted})
 
 

@@ -26,6 +26,29 @@ ROOT = Path(__file__).resolve().parent.parent
 CacheDir = str | Path | None | Literal[False]
 """Where results are kept: None is the user's cache folder, False is nowhere."""
 
+CORES = "RANK1_CORES"
+"""Environment variable with the cores that a process takes as its own, fewer than the machine has."""
+
+
+def cores() -> int:
+    """Cores for this process: all that it may use, or `RANK1_CORES`, which chapters side by side share out."""
+    # macOS has no affinity
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get(CORES) or str(usable)
+    allowed(asked.isdigit() and int(asked) > 0, f"{CORES}={asked!r}", "a whole number, at least 1")
+    return int(asked)
+
+
+NOTES = "RANK1_NOTES"
+"""Environment variable with a file to which processes add lines: `asked kind key`, and `made kind seconds`."""
+
+
+def note(line: str) -> None:
+    """Add a line for whoever runs this process and wants to know; without `RANK1_NOTES` nobody does."""
+    if place := os.environ.get(NOTES):
+        with open(place, "a", encoding="utf-8") as file:  # short lines are added whole, whoever else adds some
+            file.write(f"{line}\n")
+
 
 # -- folders, bars, names ----------------------------------------------------------------------------------------------
 

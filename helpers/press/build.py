@@ -20,9 +20,9 @@ from papermill.exceptions import strip_color
 from rich.console import Console
 from rich.markup import escape
 
-from helpers import settings
-from helpers.press import browse, claims, execution, finding, night, pages, polish, reading, scoreboard
-from helpers.press.chapters import Job
+from helpers import kept, settings
+from helpers.press import browse, claims, execution, finding, night, pages, polish, publish, reading, scoreboard
+from helpers.press.chapters import Job, digest_files
 
 FOR_TOOLS = re.compile(r"[ \t]*# (?:fmt: (?:skip|off|on)|noqa).*$", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -38,6 +38,8 @@ LOADED = {
 REMOTE = re.compile(r"^(https?:)?//")
 REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
 
+SOURCES = ("book", "third_party", "notebooks", "results", "benchmarks/results", "helpers/press")
+SOURCES += ("requirements.txt", "_config.yml", "_toc.yml", "_build/executed", "_build/results", "_build/explorer")
 JUPYTER_BOOK = """
 import os, threading, time
 def end_with_parent(parent=os.getppid()):  # a killed build leaves no one behind who writes in its folder
@@ -50,16 +52,21 @@ main()
 """
 
 
-def make(jobs: list[Job], profile: str, console: Console, root: Path = settings.ROOT) -> int:
+def make(jobs: list[Job], profile: str, console: Console, at_once: int, root: Path = settings.ROOT) -> int:
     """Execute what is not valid any more, then build `_build/html`; 0 when every chapter and page is there.
 
     A chapter that fails does not keep the others from running, but no book is built then.
     """
     started = time.perf_counter()
-    failures = execution.run(jobs, console)
+    failures = execution.run(jobs, console, at_once=at_once)
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
         return 1
+    made, stamp = _made_from(profile, root), root / "_build" / "pages.json"
+    html = root / "_build" / "html"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == f"{made} {digest_files(html)}":
+        console.print(f"nothing changed; the book is at {html / 'index.html'}", markup=False)
+        return 0
     console.print("building the pages (about half a minute)", markup=False)
     records = root / "_build" / "results" / profile
     try:
@@ -73,9 +80,19 @@ def make(jobs: list[Job], profile: str, console: Console, root: Path = settings.
     for fault in faults:
         console.print(f"[bold red]fault[/] {escape(fault)}")
     if not faults:
+        for row in pages.spent(jobs):
+            said = "chapter {chapter:>3}: {seconds:6.0f} s, {computed:5.0f} s of them to compute for good  {of these}"
+            console.print(said.format(**row).rstrip(), markup=False)
+        settings.write(stamp, f"{made} {digest_files(html)}".encode())
         seconds = time.perf_counter() - started
-        console.print(f"the book is at {root / '_build/html/index.html'} ({seconds:.0f} s)", markup=False)
+        console.print(f"the book is at {html / 'index.html'} ({seconds:.0f} s)", markup=False)
     return 1 if faults else 0
+
+
+def _made_from(profile: str, root: Path) -> str:
+    """Hash of all that the pages follow from, where they are published included."""
+    parts = [root / name for name in SOURCES]
+    return kept.digest(profile, str(publish.address(root)), *(digest_files(part) for part in parts if part.exists()))
 
 
 def stage(jobs: list[Job], profile: str, root: Path) -> None:
@@ -95,7 +112,7 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
             raise ValueError(f"{job.executed} is damaged; delete it, and its chapter runs again") from error
         nbformat.write(finding.page(notebook, job.chapter.slug, board), folder / "notebooks" / job.executed.name)
     made = scoreboard.pages(board, profile)
-    made |= {"map.md": reading.page(jobs), "performance.md": pages.performance_markdown()}
+    made |= {"map.md": reading.page(jobs), "performance.md": pages.performance_markdown(jobs=jobs)}
     for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8")
     browse.stage(root, folder)

@@ -195,6 +195,12 @@ def read_profile(name: str, chapters: Sequence[Chapter], root: Path = settings.R
     return found
 
 
+def side_by_side(asked: int | None) -> int:
+    """Chapters at once: one a core, since small models do not fill two, and no more than a laptop's memory holds."""
+    allowed(asked is None or asked > 0, f"jobs={asked}", "a whole number, at least 1")
+    return asked or min(settings.cores(), 4)
+
+
 def plan(
     names: Sequence[str] = (),
     profile: str = "quick",

@@ -10,9 +10,11 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,6 +41,8 @@ LOG_EVERY = 20.0
 """Seconds between lines of progress where there is no terminal to draw a bar on."""
 
 
+WHOLE = "whole.json"
+"""File beside the copies that says how long it took to run all chapters, none of them kept from before."""
 START = 300
 """Seconds that a kernel may take to start, on a machine that is busy."""
 
@@ -49,32 +53,109 @@ class ChapterFailed(RuntimeError):
     asked_wrongly = False
 
 
-def run(jobs: Sequence[Job], console: Console, force: bool = False) -> list[ChapterFailed]:
-    """Run the jobs that are not valid any more; one that fails does not keep the others from running.
+@dataclass
+class Running:
+    """A chapter at work, and what it does now."""
+
+    job: Job
+    started: float = field(default_factory=time.monotonic)
+    begun: int = 0
+    line: str = ""
+
+    def on_cell_start(self, cell: Any, cell_index: int) -> None:
+        if cell.cell_type == "code":
+            self.line = (cell.source.strip().splitlines() or [""])[0][:60]
+            self.begun += 1
+
+    def __str__(self) -> str:
+        total = sum(cell["cell_type"] == "code" for cell in self.job.chapter.cells) + bool(self.job.given)
+        where = f"{time.monotonic() - self.started:.0f} s, in code cell {self.begun} of {total}: {self.line}"
+        return f"      chapter {self.job.chapter.number}: {where}"
+
+
+@dataclass
+class Desk:
+    """Where chapters are worked on side by side, each in a kernel of its own with its share of the cores.
+
+    What two of them need is made once: the second waits at the lock of the first (`helpers.kept`).
+    """
+
+    console: Console
+    share: int | None = None  # cores of a chapter; None for all of them
+    at_work: list[Running] = field(default_factory=list)
+    halted: Event = field(default_factory=Event)
+
+    @contextmanager
+    def begun(self, job: Job) -> Iterator[Running]:
+        self.at_work.append(running := Running(job))
+        try:
+            yield running
+        finally:
+            self.at_work.remove(running)
+
+    @contextmanager
+    def in_view(self) -> Iterator[None]:
+        """A line for each chapter at work, kept up to date on a terminal, else printed now and then."""
+        ended = Event()
+
+        def tell(status: Status) -> None:
+            while not ended.wait(1.0 if self.console.is_terminal else LOG_EVERY):
+                said = "\n".join(map(str, self.at_work))
+                status.update(escape(said))
+                if said and not self.console.is_terminal:
+                    self.console.print(said, markup=False)
+
+        with self.console.status("") as status:
+            Thread(target=tell, args=[status], daemon=True).start()
+            try:
+                yield
+            finally:
+                ended.set()
+
+
+def run(jobs: Sequence[Job], console: Console, force: bool = False, at_once: int = 1) -> list[ChapterFailed]:
+    """Run the jobs that are not valid any more, `at_once` of them side by side; one that fails stops no other.
 
     Returns the failures, each already shown. Raises `ValueError` when another run is busy in the same folder.
     """
-    failures = []
     with _alone(settings.made("_build", jobs[0].executed.parent, to_write=True)):
-        for i, job in enumerate(jobs):
-            name = f"chapter {job.chapter.number}"
-            why = ["forced"] if force else stale(job)
+        reasons = [["forced"] if force else stale(job) for job in jobs]
+        for job, why in zip(jobs, reasons, strict=True):
             if not why:
                 executed = json.loads(job.stamp.read_text(encoding="utf-8"))["executed"]
-                console.print(f"[{i + 1}/{len(jobs)}] {name}: unchanged, kept from {executed}", markup=False)
-                continue
-            left = f"{len(jobs) - i - 1} left after it"
-            console.print(f"[{i + 1}/{len(jobs)}] {name}: {job.chapter.title} ({shortened(why)}; {left})", markup=False)
+                console.print(f"chapter {job.chapter.number}: unchanged, kept from {executed}", markup=False)
+        waiting = [(job, why) for job, why in zip(jobs, reasons, strict=True) if why]
+        at_once = min(at_once, len(waiting))
+        desk, started = Desk(console, max(1, settings.cores() // at_once) if at_once > 1 else None), time.perf_counter()
+        pool = ThreadPoolExecutor(max(1, at_once))
+        with desk.in_view():
+            numbered = enumerate(waiting, 1)
+            ended = [pool.submit(_run, job, why, f"[{i}/{len(waiting)}]", desk) for i, (job, why) in numbered]
             try:
-                seconds = execute(job, console)
-                console.print(f"      done in {seconds:.0f} s", markup=False)
-            except ChapterFailed as failure:
-                failures.append(failure)
-                console.print(f"[bold red]failed[/] {escape(str(failure))}")
+                failures = [failure for each in ended if (failure := each.result()) is not None]
+            except KeyboardInterrupt:
+                desk.halted.set()
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if len(waiting) == len(jobs) and not failures:
+            took = {"seconds": round(time.perf_counter() - started, 1), "at_once": at_once, "cores": settings.cores()}
+            settings.write_json(jobs[0].executed.parent / WHOLE, took)
     return failures
 
 
-def execute(job: Job, console: Console) -> float:
+def _run(job: Job, why: Sequence[str], place: str, desk: Desk) -> ChapterFailed | None:
+    name = f"chapter {job.chapter.number}"
+    desk.console.print(f"{place} {name}: {job.chapter.title} ({shortened(why)})", markup=False)
+    try:
+        seconds = execute(job, desk)
+        desk.console.print(f"      {name}: done in {seconds:.0f} s", markup=False)
+    except ChapterFailed as failure:
+        desk.console.print(f"[bold red]failed[/] {escape(str(failure))}")
+        return failure
+
+
+def execute(job: Job, desk: Desk) -> float:
     """Execute one chapter into its copy, atomically, and return the seconds it took; raises `ChapterFailed`."""
     started = time.perf_counter()
     partial = job.executed.with_suffix(".partial.ipynb")
@@ -83,7 +164,7 @@ def execute(job: Job, console: Console) -> float:
         _check_syntax(job)
         for old in (job.stamp, job.results):
             old.unlink(missing_ok=True)
-        _papermill(job, partial, console)
+        notes = _papermill(job, partial, desk)
         if not job.results.is_file():
             raise ChapterFailed(f"{job.chapter.slug}: it ended, but wrote no records to {job.results}; copy: {partial}")
         os.replace(partial, job.executed)
@@ -96,7 +177,7 @@ def execute(job: Job, console: Console) -> float:
             "results": digest_files(job.results),
             "copy": digest_files(job.executed),
         }
-        settings.write_json(job.stamp, stamp)
+        settings.write_json(job.stamp, stamp | notes)
     except OSError as error:
         where = f"{error.filename or partial.parent}: {error.strerror or error}"
         raise ChapterFailed(f"{job.chapter.slug}: {where}; allowed: folders of yours with room") from error
@@ -117,15 +198,24 @@ def _check_syntax(job: Job) -> None:
                 raise ChapterFailed(f"{where}, which is\n    {(error.text or '').strip()}\n  {error.msg}") from None
 
 
-def _papermill(job: Job, partial: Path, console: Console) -> None:
-    """Run a chapter in a thread: there the notebook client takes no signals, so that they arrive here."""
+def _papermill(job: Job, partial: Path, desk: Desk) -> dict[str, Any]:
+    """Run a chapter in a thread: there the notebook client takes no signals, so that they arrive here.
+
+    Returns the seconds of what it computed and `made` for good, by kind, and what it `asked` of the cache.
+    """
     where = f"{job.chapter.slug}: {{}}\n  partial notebook: {partial}"
     logging.getLogger("traitlets").setLevel(logging.CRITICAL)  # what it says of a dead kernel is said below
-    with TemporaryDirectory(prefix="rank1-kernel-") as folder, _progress(job, console) as on_cell_start:
-        manager = AsyncKernelManager(
-            kernel_spec_manager=_ThisInterpreter(job.profile, folder), connection_file=f"{folder}/kernel.json"
-        )
-        ended = ThreadPoolExecutor(1).submit(_work, job, partial, manager, on_cell_start)
+    with TemporaryDirectory(prefix="rank1-kernel-") as folder, desk.begun(job) as running:
+        (Path(folder) / "notes").touch()
+        specs = _ThisInterpreter(job.profile, folder, desk.share)
+        manager = AsyncKernelManager(kernel_spec_manager=specs, connection_file=f"{folder}/kernel.json")
+        ended = ThreadPoolExecutor(1).submit(_work, job, partial, manager, running.on_cell_start)
+        while not wait([ended], timeout=0.2).done:
+            if desk.halted.is_set() and manager.has_kernel and manager.provisioner.pgid:
+                with suppress(ProcessLookupError):
+                    os.killpg(manager.provisioner.pgid, signal.SIGKILL)
+        if desk.halted.is_set():
+            raise ChapterFailed(where.format("stopped"))
         try:
             ended.result()
         except PapermillExecutionError as error:
@@ -139,14 +229,12 @@ def _papermill(job: Job, partial: Path, console: Console) -> None:
             raise ChapterFailed(where.format(f"the kernel stopped ({error}); was memory enough?")) from None
         except RuntimeError as error:
             raise ChapterFailed(where.format(f"the kernel did not start: {error}")) from None
-        except KeyboardInterrupt:
-            while not ended.done():  # the kernel may just be starting
-                if manager.has_kernel and manager.provisioner.pgid:
-                    with suppress(ProcessLookupError):
-                        os.killpg(manager.provisioner.pgid, signal.SIGKILL)
-                wait([ended], timeout=0.2)
-            console.print(where.format("stopped"), markup=False)
-            raise
+        lines = [line.split() for line in (Path(folder) / "notes").read_text(encoding="utf-8").splitlines()]
+    made = Counter()
+    for what, kind, seconds in lines:
+        made[kind] += float(seconds) if what == "made" else 0
+    asked = sorted({f"{kind}/{key}" for what, kind, key in lines if what == "asked"})
+    return {"made": {kind: round(each, 1) for kind, each in made.items()}, "asked": asked}
 
 
 def _work(job: Job, partial: Path, manager: AsyncKernelManager, on_cell_start: Callable[..., None]) -> None:
@@ -170,45 +258,20 @@ def _work(job: Job, partial: Path, manager: AsyncKernelManager, on_cell_start: C
 class _ThisInterpreter(KernelSpecManager):
     """The kernel is the running Python, whatever kernels the user has registered under the same name."""
 
-    def __init__(self, profile: str, folder: str):
-        """`folder` is where a kernel may write, also for a user who has no home."""
+    def __init__(self, profile: str, folder: str, share: int | None):
+        """`folder` is where a kernel may write, also for a user who has no home; `share` its cores, None for all."""
         super().__init__()
         self.variables = {"RANK1_PROFILE": profile, "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        self.variables |= {"JUPYTER_RUNTIME_DIR": folder}
+        self.variables |= {"JUPYTER_RUNTIME_DIR": folder, settings.NOTES: f"{folder}/notes"}
         if os.path.expanduser("~") == "~":
             self.variables |= {"HOME": folder}
+        if share is not None:
+            self.variables |= {settings.CORES: str(share), "OMP_NUM_THREADS": str(share)}
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         quiet = ["--log-level=ERROR"]  # else each kernel warns that loopback is not encrypted
         command = make_ipkernel_cmd(executable=sys.executable, extra_arguments=quiet)
         return KernelSpec(argv=command, display_name="book", language="python", env=self.variables)
-
-
-@contextmanager
-def _progress(job: Job, console: Console) -> Iterator[Callable[..., None]]:
-    """A line that says the cell, kept up to date on a terminal, else printed now and then; yields `on_cell_start`."""
-    total = sum(cell["cell_type"] == "code" for cell in job.chapter.cells) + bool(job.given)
-    begun, line, started, ended = 0, "", time.monotonic(), Event()
-
-    def on_cell_start(cell: Any, cell_index: int) -> None:
-        nonlocal begun, line
-        if cell.cell_type == "code":
-            line = (cell.source.strip().splitlines() or [""])[0][:60]
-            begun += 1
-
-    def tell(status: Status) -> None:
-        while not ended.wait(1.0 if console.is_terminal else LOG_EVERY):
-            said = f"      {time.monotonic() - started:.0f} s, in code cell {begun} of {total}: {line}"
-            status.update(escape(said))
-            if not console.is_terminal:
-                console.print(said, markup=False)
-
-    with console.status("") as status:
-        Thread(target=tell, args=[status], daemon=True).start()
-        try:
-            yield on_cell_start
-        finally:
-            ended.set()
 
 
 @contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from helpers import settings
+from helpers.press.chapters import Job
 from helpers.press.claims import read_json
 from helpers.press.rules import validated
 from helpers.press.tables import table
@@ -67,16 +69,45 @@ class Benchmark(BaseModel):
         return self
 
 
-def performance_markdown(results: Path = BENCHMARKS) -> str:
-    """The page, one section a benchmark. Raises `ValueError` naming a file that is damaged or of another form."""
+def spent(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Seconds of each chapter's last run, and of what it computed for good: converted, harvested, trained.
+
+    Grids compute in several processes at once, so that this can be more than the chapter took. The last row is of all
+    chapters.
+    """
+    rows = []
+    for job in jobs:
+        stamp = read_json(job.stamp, "delete it, and its chapter runs again")
+        computed = stamp.get("made", {})
+        kinds = ", ".join(f"{kind} {seconds:.0f}" for kind, seconds in sorted(computed.items()) if seconds >= 0.5)
+        row = {"chapter": str(job.chapter.number), "seconds": stamp["seconds"]}
+        rows.append(row | {"computed": round(sum(computed.values()), 1), "of these": kinds})
+    sums = {each: round(sum(row[each] for row in rows), 1) for each in ("seconds", "computed")}
+    return [*rows, {"chapter": "all"} | sums | {"of these": ""}]
+
+
+def performance_markdown(results: Path = BENCHMARKS, jobs: Sequence[Job] = ()) -> str:
+    """The page: a section a benchmark, and one on the last runs of `jobs`.
+
+    Raises `ValueError` naming a file that is damaged or of another form.
+    """
     cure = "run `make bench` again or delete it"
     benchmarks = [validated(Benchmark, read_json(path, cure), path.name) for path in sorted(results.glob("*.json"))]
+    own = _this_copy(jobs) if jobs else ""
     if not benchmarks:
-        return f"{INTRODUCTION}\nNo benchmark has been run in this copy of the book.\n"
+        return f"{INTRODUCTION}\n{own}\nNo benchmark has been run in this copy of the book.\n"
     targets = [target for benchmark in benchmarks for target in benchmark.targets]
     met = sum(target.met for target in targets)
     count = f"**{met} of {len(targets)} targets are met.**\n" if targets else ""
-    return "\n".join([INTRODUCTION, count, *map(_section, benchmarks)])
+    return "\n".join([INTRODUCTION, count, own, *map(_section, benchmarks)])
+
+
+def _this_copy(jobs: Sequence[Job]) -> str:
+    rows = spent(jobs)
+    what = "Seconds of each chapter when it last ran here, and of what it computed for good in them: the teachers it "
+    what += "converted, the activations it harvested, the students it trained. A chapter that finds these in the cache "
+    what += "computes nothing; grids compute in several processes at once."
+    return "\n".join(["## This copy of the book\n", what, "\n```{raw} html", table(rows), "```\n"])
 
 
 def _section(benchmark: Benchmark) -> str:

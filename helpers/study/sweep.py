@@ -27,11 +27,6 @@ ANSWER = 3.0
 """Seconds within which a scheduler must answer."""
 
 
-def cores() -> int:
-    """Cores that this process may use; all of the machine's where the system does not say (macOS)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def sweep(
     task: Callable[..., T],
     cells: Sequence[Mapping[str, Any]],
@@ -57,7 +52,7 @@ def sweep(
     good = workers is None or isinstance(workers, int) and workers >= 0
     settings.allowed(good, f"workers={workers!r}", "a whole number, at least 0, or None for one a core")
     address = address or os.environ.get(ADDRESS) or None
-    processes = min(workers or cores(), max(1, len(cells)))
+    processes = min(workers or settings.cores(), max(1, len(cells)))
     if workers == 0 or address is None and processes == 1:
         threads = torch.get_num_threads() if workers == 0 else 1
         return [_alone(task, cell, threads) for cell in settings.progress(cells, label, delay=2)]

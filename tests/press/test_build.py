@@ -97,8 +97,42 @@ def test_a_failing_chapter_means_no_book(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "execute", lambda *_: (_ for _ in ()).throw(execution.ChapterFailed("broken")))
     monkeypatch.setattr(build, "stage", lambda *_: pytest.fail("staged a book with a failed chapter"))
     jobs, out = chapters.plan(root=tmp_path), io.StringIO()
-    assert build.make(jobs, "quick", Console(file=out), tmp_path) == 1
+    assert build.make(jobs, "quick", Console(file=out), 1, tmp_path) == 1
     assert "1 of 1 chapters failed" in out.getvalue()
+
+
+def test_pages_are_made_again_only_where_something_changed(tmp_path, monkeypatch):
+    """The sources, the executed copies and records, the profile, where it is published, and the pages themselves."""
+    (tmp_path / "book").mkdir()
+    html, made = tmp_path / "_build" / "html", []
+
+    def pages_made(root):
+        made.append(html)
+        html.mkdir(parents=True, exist_ok=True)
+        settings.write(html / "index.html", b"a page")
+        return []
+
+    monkeypatch.setattr(execution, "run", lambda *_, **__: [])
+    monkeypatch.setattr(build, "stage", lambda *_: None)
+    monkeypatch.setattr(build, "build", pages_made)
+    monkeypatch.setattr(build.claims, "passing_controls", lambda _: [])
+
+    def again(profile="quick"):
+        before = len(made)
+        assert build.make([], profile, Console(file=io.StringIO()), 1, tmp_path) == 0
+        return len(made) > before
+
+    assert again() and not again()
+    for name in ("book/a.md", "_build/executed/quick/01_a.ipynb", "_build/results/quick/01_a.json", "results/a.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        settings.write(tmp_path / name, b"new")
+        assert again(), name
+        assert not again()
+    assert again("smollm2") and not again("smollm2")
+    settings.write(html / "index.html", b"half a pa")
+    assert again() and not again()
+    monkeypatch.setenv("BOOK_REPOSITORY", "https://github.com/owner/name")
+    assert again() and not again()
 
 
 def test_a_damaged_copy_of_a_chapter_is_named(tmp_path, monkeypatch):
@@ -111,9 +145,9 @@ def test_a_damaged_copy_of_a_chapter_is_named(tmp_path, monkeypatch):
     (job,) = jobs = chapters.plan(root=tmp_path)
     job.executed.parent.mkdir(parents=True)
     job.executed.write_text("{")
-    monkeypatch.setattr(execution, "run", lambda *_: [])
+    monkeypatch.setattr(execution, "run", lambda *_, **__: [])
     out = io.StringIO()
-    assert build.make(jobs, "quick", Console(file=out, width=300), tmp_path) == 1
+    assert build.make(jobs, "quick", Console(file=out, width=300), 1, tmp_path) == 1
     assert f"fault {job.executed} is damaged; delete it" in out.getvalue()
 
 
@@ -128,9 +162,9 @@ def test_a_disk_that_is_full_while_pages_are_laid_out_is_named(tmp_path, monkeyp
         raise error
 
     monkeypatch.setattr(build, "stage", stage)
-    monkeypatch.setattr(execution, "run", lambda *_: [])
+    monkeypatch.setattr(execution, "run", lambda *_, **__: [])
     out = io.StringIO()
-    assert build.make([], "quick", Console(file=out, width=300), tmp_path) == 1
+    assert build.make([], "quick", Console(file=out, width=300), 1, tmp_path) == 1
     assert "fault /a/b: " in out.getvalue() and "No space left on device; allowed: " in out.getvalue()
 
 

@@ -4,9 +4,12 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import nbformat
 import pytest
@@ -14,7 +17,7 @@ from rich.console import Console
 
 from helpers import __main__ as command_line
 from helpers import settings
-from helpers.press import chapters, execution
+from helpers.press import chapters, execution, pages
 
 WRITES_RESULTS = """
 import json, os, pathlib
@@ -76,8 +79,8 @@ def root(tmp_path):
 def run(root, *names, **kwargs):
     """Run and return (failures, what was printed)."""
     out = io.StringIO()
-    force = kwargs.pop("force", False)
-    failures = execution.run(chapters.plan(names, root=root, **kwargs), Console(file=out, width=200), force)
+    force, at_once = kwargs.pop("force", False), kwargs.pop("at_once", 1)
+    failures = execution.run(chapters.plan(names, root=root, **kwargs), Console(file=out, width=200), force, at_once)
     return failures, out.getvalue()
 
 
@@ -356,10 +359,10 @@ def test_a_run_says_why_and_runs_only_what_depends_on_the_change(root):
     module("parts.masks", "x = 2\n")(root)
     _, said = run(root)
     assert "chapter 1: unchanged" in said
-    assert "(helpers.parts.masks changed, helpers.models gone, helpers.models.corpora gone and 2 more; " in said
+    assert "(helpers.parts.masks changed, helpers.models gone, helpers.models.corpora gone and 2 more)" in said
     assert results(root, "13_masks")["pid"] != before["pid"]
     module("parts.masks", "x = 3\n")(root)
-    assert "(helpers.parts.masks changed; 0 left after it)" in run(root)[1]
+    assert "[1/1] chapter 13: Title of 13_masks (helpers.parts.masks changed)" in run(root)[1]
 
 
 def test_overrides_leave_the_profile_copy_alone(root):
@@ -439,6 +442,82 @@ def test_a_log_shows_progress_inside_a_long_cell(root, monkeypatch):
     write_chapter(root, "01_first", "import time\ntime.sleep(1.5)", WRITES_RESULTS)
     failures, said = run(root)
     assert not failures and "s, in code cell 2 of 3: import time" in said
+
+
+MEETS = """import os, pathlib, time
+folder = pathlib.Path({folder!r})
+(folder / str(os.getpid())).touch()
+while len(list(folder.iterdir())) < {awaited}:
+    time.sleep(0.05)
+print("share", os.environ.get("RANK1_CORES"), os.environ.get("OMP_NUM_THREADS"))"""
+
+
+def test_chapters_side_by_side_are_at_work_together_on_their_share_of_the_cores(root, tmp_path, monkeypatch):
+    """Each waits for the other to be there; one after another they would wait for ever."""
+    (tmp_path / "met").mkdir()
+    for slug in ("01_first", "02_second", "03_third"):
+        write_chapter(root, slug, MEETS.format(folder=str(tmp_path / "met"), awaited=2), WRITES_RESULTS)
+    write_chapter(root, "04_fails", "raise RuntimeError('no')")
+    monkeypatch.setenv("RANK1_CORES", "6")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    failures, said = run(root, at_once=2)
+    assert [str(failure).partition(":")[0] for failure in failures] == ["04_fails"]
+    for number, slug in enumerate(("01_first", "02_second", "03_third"), 1):
+        assert f"chapter {number}: done in" in said and "share 3 3" in executed(root, slug)
+    assert "[4/4] chapter 4" in said
+    (tmp_path / "met" / "third").touch()
+    assert len(run(root, force=True)[0]) == 1 and "share 6 None" in executed(root, "01_first")
+
+
+def test_the_seconds_of_what_a_chapter_computes_for_good_are_noted(root):
+    notes = "made fits 1.5\nmade fits 2\nmade moments 3\nasked fits aa\nasked fits aa\n"
+    makes = f"import os\nopen(os.environ['RANK1_NOTES'], 'a').write({notes!r})"
+    write_chapter(root, "01_first", makes, WRITES_RESULTS)
+    assert run(root)[0] == []
+    (job,) = jobs = chapters.plan(root=root)
+    assert json.loads(job.stamp.read_text())["made"] == {"fits": 3.5, "moments": 3.0}
+    assert json.loads(job.stamp.read_text())["asked"] == ["fits/aa"]
+    first, every = pages.spent(jobs)
+    assert first["computed"] == every["computed"] == 6.5 and first["of these"] == "fits 4, moments 3"
+    assert "fits 4, moments 3" in pages.performance_markdown(jobs=jobs)
+    whole = job.executed.parent / execution.WHOLE
+    assert json.loads(whole.read_text())["at_once"] == 1
+    whole.unlink()
+    run(root)
+    assert not whole.exists(), "where a chapter is kept from before, no time is the whole book's"
+
+
+def executed(root, slug):
+    return (root / "_build" / "executed" / "quick" / f"{slug}.ipynb").read_text()
+
+
+def test_a_stop_ends_all_chapters_that_are_at_work(root, tmp_path, monkeypatch):
+    """No kernel stays, and none begins."""
+    (tmp_path / "met").mkdir()
+    for slug in ("01_first", "02_second", "03_third"):
+        waits = MEETS.format(folder=str(tmp_path / "met"), awaited=9)
+        write_chapter(root, slug, waits, WRITES_RESULTS)
+
+    def stop():
+        while len(list((tmp_path / "met").iterdir())) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(root, at_once=2)
+    pids = [int(note.name) for note in (tmp_path / "met").iterdir()]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_cores_that_are_none_are_refused(value, monkeypatch):
+    monkeypatch.setenv("RANK1_CORES", value)
+    with pytest.raises(ValueError, match=f"RANK1_CORES='{value}'; allowed: a whole number, at least 1"):
+        settings.cores()
 
 
 def test_two_runs_at_once_are_refused(root):
