@@ -5,8 +5,8 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 
+from helpers import settings
 from helpers.press import chapters
-from helpers.study import sweep
 from tests import tiny
 from tests.dictionary.test_saelens import theirs
 from tests.press.test_inputs import SMALL, TEXTS, run
@@ -30,7 +30,7 @@ def home(tmp_path_factory):
 def read(home, sae, monkeypatch, **given):
     """The records that the chapter writes of a dictionary, and its points."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(sweep, "cores", lambda: 1)
+    monkeypatch.setattr(settings, "cores", lambda: 1)
     plt.switch_backend("agg")
     (chapter,) = chapters.choose(["18"], chapters.find())
     results, cache = home["folder"] / f"results-{len(list(home['folder'].iterdir()))}", home["folder"] / "cache"
