@@ -1,4 +1,5 @@
-"""`run [CHAPTER …]` executes chapters, `book` builds the book, `verify` runs cells of the kept long runs again."""
+"""`run [CHAPTER …]` executes chapters, `book` builds the book, `verify` runs cells of the kept long runs again, `cache`
+says what is kept and frees what no chapter needs."""
 
 from __future__ import annotations
 
@@ -28,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
             from helpers.press import verify
 
             return 1 if verify.run_again(args.chapters, console, args.all) else 0
+        if args.command == "cache":
+            from helpers.press import cached
+
+            cached.show(console, args.free)
+            return 0
         at_once = chapters.side_by_side(args.jobs)
         if args.command == "book":
             jobs = chapters.plan((), args.profile)
@@ -79,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify", help="run a stated cheap cell of each long run in results/ again, and compare"
     )
+    kept = commands.add_parser("cache", help="say what is kept, and how much of it no chapter's last run asked for")
+    kept.add_argument("--free", action="store_true", help="delete that; what is asked for again is made anew")
     for command in (run, book):
         command.add_argument("--profile", default="quick", help="a file of profiles/ (default: quick)")
         command.add_argument("--jobs", type=int, metavar="N", help="chapters side by side (one a core, at most 4)")

@@ -281,8 +281,6 @@ def _is_text(node: ast.AST) -> bool:
 MAGIC = b"rank1 kept 1\n"
 
 
-MADE = "RANK1_MADE"
-"""Environment variable with a file to which processes add a line of kind and seconds for all that they make."""
 _within = ContextVar("_within", default=False)
 
 
@@ -295,9 +293,8 @@ def _noted(kind: str) -> Iterator[None]:
         yield
     finally:
         _within.set(within)
-        if not within and (place := os.environ.get(MADE)):
-            with open(place, "a", encoding="utf-8") as file:  # short lines are added whole, whoever else adds some
-                file.write(f"{kind} {time.perf_counter() - started:.2f}\n")
+        if not within:
+            settings.note(f"made {kind} {time.perf_counter() - started:.2f}")
 
 
 class Kept:
@@ -317,6 +314,7 @@ class Kept:
         self.key = digest(kind, self.what, code_of(*found), json.dumps(versions()))
         self.folder = settings.cache_dir(cache_dir or None) / kind
         self.path = self.folder / f"{self.key}.kept"
+        settings.note(f"asked {kind} {self.key}")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -406,11 +404,11 @@ SEAL = "kept.json"
 
 def seal(folder: Path, key: str = "") -> None:
     """Note a key, and size, time and checksum of each file of a folder, in it."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    noted = {}
-    for path in files:
-        about = path.stat()
-        noted[path.relative_to(folder).as_posix()] = [about.st_size, about.st_mtime_ns, file_digest(path)]
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    noted = {
+        path.relative_to(folder).as_posix(): [about.st_size, about.st_mtime_ns, file_digest(path)]
+        for path, about in files
+    }
     settings.write_json(folder / SEAL, {"key": key, "files": noted})
 
 

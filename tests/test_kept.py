@@ -329,7 +329,7 @@ def test_what_was_kept_comes_back_as_it_was(tmp_path):
 def test_what_is_made_notes_its_seconds_once(tmp_path, monkeypatch):
     """What it makes on the way counts with it, what is found does not count, and lines of several makers add up."""
     note = tmp_path / "made"
-    monkeypatch.setenv(kept.MADE, str(note))
+    monkeypatch.setenv(settings.NOTES, str(note))
 
     def inner():
         return keep("inner", 1, lambda: time.sleep(0.05) or [2], cache_dir=tmp_path)
@@ -339,13 +339,14 @@ def test_what_is_made_notes_its_seconds_once(tmp_path, monkeypatch):
         inner()
     keep("other", 1, lambda: [1], cache_dir=tmp_path)
     lines = [line.split() for line in note.read_text().splitlines()]
-    assert [kind for kind, _ in lines] == ["outer", "other"]
-    assert 0.1 <= float(lines[0][1]) < 5
+    made = [(kind, float(seconds)) for what, kind, seconds in lines if what == "made"]
+    assert [kind for kind, _ in made] == ["outer", "other"] and 0.1 <= made[0][1] < 5
+    assert {kind for what, kind, _ in lines if what == "asked"} == {"outer", "inner", "other"}
     with pytest.raises(RuntimeError):
         keep("failed", 1, lambda: exec("raise RuntimeError"), cache_dir=tmp_path)
-    assert note.read_text().count("failed") == 1, "a failure took its time too"
+    assert note.read_text().count("made failed") == 1, "a failure took its time too"
     assert keep("failed", 2, lambda: [3], cache_dir=tmp_path) == [3]
-    assert note.read_text().count("failed") == 2, "and what comes after it is not taken to lie within it"
+    assert note.read_text().count("made failed") == 2, "and what comes after it is not taken to lie within it"
 
 
 def test_a_tensor_that_is_kept_shares_no_memory():

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from helpers import kept, settings
+from helpers import settings
 from helpers.press.chapters import Job, digest_files, entries, fingerprint, shortened, stale
 
 LOG_EVERY = 20.0
@@ -164,7 +164,7 @@ def execute(job: Job, desk: Desk) -> float:
         _check_syntax(job)
         for old in (job.stamp, job.results):
             old.unlink(missing_ok=True)
-        made = _papermill(job, partial, desk)
+        notes = _papermill(job, partial, desk)
         if not job.results.is_file():
             raise ChapterFailed(f"{job.chapter.slug}: it ended, but wrote no records to {job.results}; copy: {partial}")
         os.replace(partial, job.executed)
@@ -174,11 +174,10 @@ def execute(job: Job, desk: Desk) -> float:
             "parameters": job.parameters,
             "executed": datetime.now().isoformat(sep=" ", timespec="minutes"),
             "seconds": round(seconds, 1),
-            "made": {kind: round(each, 1) for kind, each in made.items()},
             "results": digest_files(job.results),
             "copy": digest_files(job.executed),
         }
-        settings.write_json(job.stamp, stamp)
+        settings.write_json(job.stamp, stamp | notes)
     except OSError as error:
         where = f"{error.filename or partial.parent}: {error.strerror or error}"
         raise ChapterFailed(f"{job.chapter.slug}: {where}; allowed: folders of yours with room") from error
@@ -199,15 +198,15 @@ def _check_syntax(job: Job) -> None:
                 raise ChapterFailed(f"{where}, which is\n    {(error.text or '').strip()}\n  {error.msg}") from None
 
 
-def _papermill(job: Job, partial: Path, desk: Desk) -> Counter[str]:
+def _papermill(job: Job, partial: Path, desk: Desk) -> dict[str, Any]:
     """Run a chapter in a thread: there the notebook client takes no signals, so that they arrive here.
 
-    Returns the seconds of what it computed and kept, by kind.
+    Returns the seconds of what it computed and `made` for good, by kind, and what it `asked` of the cache.
     """
     where = f"{job.chapter.slug}: {{}}\n  partial notebook: {partial}"
     logging.getLogger("traitlets").setLevel(logging.CRITICAL)  # what it says of a dead kernel is said below
     with TemporaryDirectory(prefix="rank1-kernel-") as folder, desk.begun(job) as running:
-        (Path(folder) / "made").touch()
+        (Path(folder) / "notes").touch()
         specs = _ThisInterpreter(job.profile, folder, desk.share)
         manager = AsyncKernelManager(kernel_spec_manager=specs, connection_file=f"{folder}/kernel.json")
         ended = ThreadPoolExecutor(1).submit(_work, job, partial, manager, running.on_cell_start)
@@ -230,11 +229,12 @@ def _papermill(job: Job, partial: Path, desk: Desk) -> Counter[str]:
             raise ChapterFailed(where.format(f"the kernel stopped ({error}); was memory enough?")) from None
         except RuntimeError as error:
             raise ChapterFailed(where.format(f"the kernel did not start: {error}")) from None
-        made = Counter()
-        for line in (Path(folder) / "made").read_text(encoding="utf-8").splitlines():
-            kind, seconds = line.split()
-            made[kind] += float(seconds)
-        return made
+        lines = [line.split() for line in (Path(folder) / "notes").read_text(encoding="utf-8").splitlines()]
+    made = Counter()
+    for what, kind, seconds in lines:
+        made[kind] += float(seconds) if what == "made" else 0
+    asked = sorted({f"{kind}/{key}" for what, kind, key in lines if what == "asked"})
+    return {"made": {kind: round(each, 1) for kind, each in made.items()}, "asked": asked}
 
 
 def _work(job: Job, partial: Path, manager: AsyncKernelManager, on_cell_start: Callable[..., None]) -> None:
@@ -262,7 +262,7 @@ class _ThisInterpreter(KernelSpecManager):
         """`folder` is where a kernel may write, also for a user who has no home; `share` its cores, None for all."""
         super().__init__()
         self.variables = {"RANK1_PROFILE": profile, "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        self.variables |= {"JUPYTER_RUNTIME_DIR": folder, kept.MADE: f"{folder}/made"}
+        self.variables |= {"JUPYTER_RUNTIME_DIR": folder, settings.NOTES: f"{folder}/notes"}
         if os.path.expanduser("~") == "~":
             self.variables |= {"HOME": folder}
         if share is not None:

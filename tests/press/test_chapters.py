@@ -470,13 +470,13 @@ def test_chapters_side_by_side_are_at_work_together_on_their_share_of_the_cores(
 
 
 def test_the_seconds_of_what_a_chapter_computes_for_good_are_noted(root):
-    makes = (
-        'import os, pathlib\npathlib.Path(os.environ["RANK1_MADE"]).open("a").write("fits 1.5\\nfits 2\\nmoments 3\\n")'
-    )
+    notes = "made fits 1.5\nmade fits 2\nmade moments 3\nasked fits aa\nasked fits aa\n"
+    makes = f"import os\nopen(os.environ['RANK1_NOTES'], 'a').write({notes!r})"
     write_chapter(root, "01_first", makes, WRITES_RESULTS)
     assert run(root)[0] == []
     (job,) = jobs = chapters.plan(root=root)
     assert json.loads(job.stamp.read_text())["made"] == {"fits": 3.5, "moments": 3.0}
+    assert json.loads(job.stamp.read_text())["asked"] == ["fits/aa"]
     first, every = pages.spent(jobs)
     assert first["computed"] == every["computed"] == 6.5 and first["of these"] == "fits 4, moments 3"
     assert "fits 4, moments 3" in pages.performance_markdown(jobs=jobs)
