@@ -96,7 +96,7 @@ def left(atoms: torch.Tensor, x: torch.Tensor, codes) -> float:
     return float((x[: len(dense)] - dense @ atoms).norm(dim=1).mean())
 
 
-def once(size: str, repeats: int = 3) -> dict:
+def once(size: str, repeats: int = 0) -> dict:
     """One run: milliseconds a signal by name, how the peers' codes agree with ours, and who does not run here."""
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     m, n, k = PROBLEMS[size]
@@ -112,7 +112,7 @@ def once(size: str, repeats: int = 3) -> dict:
             continue
         length = left(atoms, x, codes) / left(atoms, x[: codes.shape[0]], mine.to_dense(n)[: codes.shape[0]])
         agree[name] = [*agreement(mine, codes, n), length]
-    seconds = common.interleave(own | theirs, repeats)
+    seconds = common.interleave(own | theirs, repeats or {"small": 7, "large": 3}[size])
     few = {name: FEW for name in theirs if size == "large" and name == "scikit-learn"}
     times = {name: 1e3 * t["median"] / few.get(name, BATCH) for name, t in seconds.items()}
     return {"size": size, "times": times, "agree": agree, "reasons": reasons, "cpu": common.processor()}
@@ -162,7 +162,7 @@ def compare(files: list[Path]) -> None:
         targets=targets,
         note=" ".join(
             [
-                f"{runs[0]['cpu']}. Medians of {RUNS} separate runs of 3 rounds each; a ratio is within a run.",
+                f"{runs[0]['cpu']}. Medians of {RUNS} separate runs of 7 rounds (3 of the large problem); a ratio is within a run.",
                 "Time includes the Gram matrix where one is used; SPAMS always makes one.",
                 f"Scikit-learn solves {FEW} signals of the large problem, one by one as it does.",
                 "SPAMS (spams-bin 2.6.14) chooses by |d·r| over the atom's length outside the span of those before",
