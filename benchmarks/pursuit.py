@@ -162,7 +162,8 @@ def compare(files: list[Path]) -> None:
         targets=targets,
         note=" ".join(
             [
-                f"{runs[0]['cpu']}. Medians of {RUNS} separate runs of 7 rounds (3 of the large problem); a ratio is within a run.",
+                f"{runs[0]['cpu']}. Medians of {RUNS} separate runs of 7 rounds (3 of the large problem);",
+                "a ratio is within a run.",
                 "Time includes the Gram matrix where one is used; SPAMS always makes one.",
                 f"Scikit-learn solves {FEW} signals of the large problem, one by one as it does.",
                 "SPAMS (spams-bin 2.6.14) chooses by |d·r| over the atom's length outside the span of those before",
