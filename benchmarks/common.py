@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,19 @@ def interleave(
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - started)
     return {name: _summary(times) for name, times in seconds.items()}
+
+
+def processor() -> str:
+    """The CPU's name, how many threads are used, and what it multiplies in few bits."""
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    fast = {"int8": torch.cpu._is_vnni_supported(), "bfloat16": torch.cpu._is_avx512_bf16_supported()}
+    halves = " and ".join(name for name, has in fast.items() if has) or "nothing below float32"
+    name = names[0] if names else platform.processor() or "an unnamed processor"
+    return f"{name}, {torch.get_num_threads()} threads, which multiplies {halves} itself"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def _wait() -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from helpers.dictionary.packed import Packed
 from helpers.dictionary.rows import Rows, Scaled, SparseCodes, Trace, as_parameter
+from helpers.dictionary.screening import Halved
 from helpers.dictionary.select import Select
 
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -121,17 +122,28 @@ class RankOneDictionary(nn.Module):
             output = self.decoder.combine(codes.values, codes.indices)
         return output if self.b_out is None else output + self.b_out
 
-    def trace(self, x: Float[Tensor, "batch d_in"], *, score_gradient: bool = False) -> Trace:
-        """A forward pass with its codes and scores.
+    def trace(
+        self, x: Float[Tensor, "batch d_in"], *, score_gradient: bool = False, screen: Halved | None = None
+    ) -> Trace:
+        """A forward pass with its codes and scores, or with `screen` codes alone (`screenable` says of what models).
 
         With `score_gradient` the dense scores carry a gradient, as losses on all of them need (Switch balancing);
         without, the backward pass touches only the k chosen rows of each sample.
         """
-        codes, scores = self._encode(x, score_gradient)
+        codes, scores = self._encode(x, score_gradient, screen)
         output = self.decode(codes)
         return Trace(output if self.shared is None else output + self.shared(x), codes, scores)
 
-    def _encode(self, x: Tensor, score_gradient: bool) -> tuple[SparseCodes, Tensor]:
+    @property
+    def screenable(self) -> bool:
+        """Whether chosen scores are all that a forward pass needs: the k best of the encoder's own."""
+        own = self.router is self.encoder and type(self.encoder) is Rows and self.encoder.down is None
+        plain = self.select.rule == "token" and self.gate == "hard" and self.selection_bias is None
+        return own and plain and self.encoder.bias is not None and 2 * self.k < self.n_features
+
+    def _encode(
+        self, x: Tensor, score_gradient: bool, screen: Halved | None = None
+    ) -> tuple[SparseCodes, Tensor | None]:
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ValueError(f"x has shape {list(x.shape)}; allowed: [batch, {self.d_in}]")
         if not self.k:  # a dense network, all of it shared: nothing to choose from
@@ -139,6 +151,9 @@ class RankOneDictionary(nn.Module):
             return SparseCodes(nothing.long(), nothing), nothing
         x = x if self.b_in is None else x - self.b_in
         score_gradient = score_gradient or self.gate == "softmax before"
+        if screen is not None and (found := screen.top(x, self.encoder.weight, self.encoder.bias, self.k)) is not None:
+            pre_acts = self.encoder.chosen(x, found[1], known=found[0])
+            return SparseCodes(self._atoms_of(found[1]), ACTIVATIONS[self.activation](pre_acts)), None
         with torch.set_grad_enabled(score_gradient and torch.is_grad_enabled()):
             scores = self.router.scores(x)
         ranking = scores.detach() if self.selection_bias is None else scores.detach() + self.selection_bias

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helpers.dictionary import GATHER_SHARE, Packed, Rows, SparseCodes, packed_products, weighted_sum
-from helpers.dictionary.rows import power_of_two
+from helpers.dictionary.atoms import Atoms, at_own_size, at_unit_size, signals
+from helpers.dictionary.rows import Rows, SparseCodes, weighted_sum
+from helpers.dictionary.screening import Screen, forms, screen
 
 GATHER_COST, PRODUCT_COST, GRAM_COST, BASIS_COST = 57.0, 22.0, 84.0, 80.0
 """Picoseconds of a multiply-add, one core, float32: gathering packed atoms, a matrix product, summing chosen rows of
@@ -28,6 +29,9 @@ GRAM_BYTES = 512 * 2**20
 
 GRAM_CHUNK, RESIDUAL_CHUNK, CUDA_CHUNK = 32, 256, 4096
 """Samples worked on at a time. With the Gram matrix few are best on a CPU: their k rows of it stay in cache."""
+
+BLOCK = 64
+"""Correlations of which the largest is found first, and then the one that it is."""
 
 _SELECT = ("magnitude", "signed")
 
@@ -48,113 +52,13 @@ def correlations(
 
     Raises `ValueError` for an unknown method, or atoms that cannot be gathered.
     """
-    atoms = _Atoms(atoms)
+    atoms = Atoms(atoms)
     if method not in (None, "gather", "dense"):
         raise ValueError(f"method={method!r} is unknown; allowed: 'gather', 'dense', None")
     if method == "gather" and not atoms.packed:
         raise ValueError("method='gather' with dense atoms; allowed: packed atoms, or method='dense'")
     atoms.gathers = atoms.gathers if method is None else method == "gather"
-    return atoms.correlate(_signals(x, atoms).to(atoms.weight.dtype))
-
-
-class _Atoms:
-    """What a pursuit asks of a dictionary, packed or not: correlations, single atoms, products of atoms."""
-
-    def __init__(self, atoms: Rows | Tensor):
-        if getattr(atoms, "down", None) is not None:
-            raise ValueError("atoms are low-rank rows (down is given); allowed: rows whose weight is the atoms")
-        self.weight = (atoms if isinstance(atoms, Tensor) else atoms.weight).detach()
-        if self.weight.ndim != 2:
-            raise ValueError(f"atoms have shape {list(self.weight.shape)}; allowed: [n, length]")
-        self.packed = isinstance(atoms, Packed)
-        self.rows = atoms.rows.long() if self.packed else None
-        self.width = atoms.width if self.packed else self.weight.shape[1]
-        self.gathers = self.packed and self.weight.shape[1] <= GATHER_SHARE * self.width
-        self.dtype, self.longest = self.weight.dtype, self.weight.new_ones(())
-        self.scale, self.ratio = self.weight.new_ones(len(self)), None
-        self._dense = None if self.packed else self.weight
-
-    def __len__(self) -> int:
-        return len(self.weight)
-
-    def scaled(self) -> _Atoms:
-        """In float32 at least, each divided by a power of two, `scale`, unless lengths are alike and ordinary."""
-        self.weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        if self.weight.numel():
-            lengths = self.weight.norm(dim=1)
-            self.longest = top = lengths.amax()
-            if not (1e-6 < top < 1e6 and lengths.amin() > top / 16):
-                if not torch.isfinite(largest := self.weight.abs().amax(1)).all():
-                    raise ValueError("atoms have entries that are infinite or not a number; allowed: finite ones")
-                self.scale = power_of_two(largest).double()
-                self.ratio = self.scale / self.scale[largest > 0].amax() if largest.any() else None
-                self.weight = (self.weight / self.scale[:, None]).to(self.weight.dtype)
-                self.longest = self.weight.norm(dim=1).amax()
-        self._dense = None if self.packed else self.weight
-        return self
-
-    def weigh(self, score: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores with the atoms' own lengths, and what one must be above so that it is no rounding."""
-        if self.ratio is None:
-            return score, floor
-        own = score * self.ratio
-        return torch.where(score > floor[:, None], own, own.clamp_max(0)), torch.zeros_like(floor)
-
-    @property
-    def dense(self) -> Tensor:
-        """[n, m]; packed atoms are spread out once, when first asked for."""
-        if self._dense is None:
-            self._dense = self.vectors(slice(None))
-        return self._dense
-
-    def vectors(self, which: Tensor | slice) -> Tensor:
-        """[..., m]: some atoms at full length."""
-        if self._dense is not None:
-            return self._dense[which]
-        values, rows = self.weight[which], self.rows[which]
-        return values.new_zeros(*values.shape[:-1], self.width).scatter_(-1, rows, values)
-
-    def correlate(self, x: Tensor) -> Tensor:
-        return packed_products(x, self.weight, self.rows) if self.gathers else Rows(self.dense).scores(x)
-
-    def gram(self) -> Tensor:
-        """[n, n]: products of all pairs."""
-        gram = self.weight.new_empty(len(self), len(self))
-        for start in range(0, len(self), 512):
-            stop = min(start + 512, len(self))
-            block = self.vectors(slice(start, stop))
-            if self.gathers:
-                gram[start:stop] = self.correlate(block)
-            else:  # half of them are enough
-                gram[start:stop, :stop] = Rows(self.dense[:stop]).scores(block)
-                gram[:start, start:stop] = gram[start:stop, :start].T
-        return gram
-
-
-def _signals(x: Tensor, atoms: _Atoms) -> Tensor:
-    if x.ndim != 2 or x.shape[1] != atoms.width:
-        raise ValueError(f"x has shape {list(x.shape)}; allowed: [batch, {atoms.width}], rows as long as the atoms")
-    if not torch.isfinite(x).all():
-        raise ValueError("x has entries that are infinite or not a number; allowed: finite ones")
-    return x if x.is_floating_point() else x.to(atoms.weight.dtype)
-
-
-def _at_unit_size(x: Tensor, atoms: _Atoms) -> tuple[Tensor, Tensor]:
-    """Signals divided by powers of two so that their largest entries are 1 to 2, and these powers."""
-    x = _signals(x, atoms)
-    size = power_of_two(x.abs().amax(1))
-    return (x / size[:, None]).to(atoms.weight.dtype), size
-
-
-def _at_own_size(values: Tensor, indices: Tensor, size: Tensor, atoms: _Atoms) -> Tensor:
-    """Coefficients for signals and atoms as they were given."""
-    factor = size.double()[:, None] / atoms.scale.double()[indices]
-    found = torch.where(values == 0, 0.0, values.double() * factor).to(atoms.dtype)
-    gone = bool(((values != 0).any(1) & ~(found != 0).any(1)).any())
-    if gone or not torch.isfinite(found).all():
-        different = f"x and atoms have sizes so different that coefficients {'vanish' if gone else 'overflow'}"
-        raise ValueError(f"{different}; allowed: what {atoms.dtype} holds")
-    return found
+    return atoms.correlate(signals(x, atoms).to(atoms.weight.dtype))
 
 
 # -- orthogonal matching pursuit ---------------------------------------------------------------------------------------
@@ -189,32 +93,46 @@ def omp(
         chunk: samples at a time; None: `GRAM_CHUNK`, `RESIDUAL_CHUNK`, or `CUDA_CHUNK` on a GPU. Beside the Gram matrix
             and the dense form of packed atoms, where they are used, at most chunk·(3n + 6k(m + k)) numbers are held.
         gram: whether correlations are updated through the Gram matrix of all atoms (n² numbers, at most `GRAM_BYTES`
-            where we choose), or computed from the residual at each step. None takes what costs less.
+            where we choose), or follow from the residual at each step, by `screening`. None takes what costs less.
 
     Signals and atoms may have any size: they are divided by powers of two first. Raises `ValueError` for parameters out
     of range, x or atoms that are not finite, `gram=True` with `nonnegative`, coefficients beyond the atoms' dtype.
     """
-    atoms = _Atoms(atoms).scaled()
-    x, size = _at_unit_size(x, atoms)
+    atoms = Atoms(atoms).scaled()
+    x, size = at_unit_size(x, atoms)
     _check(k, len(atoms), select, nonnegative, tolerance, chunk, gram)
-    gram = not nonnegative and _gram_pays(len(x), atoms, k) if gram is None else gram
+    few = None if nonnegative or gram else _screen(x, atoms)
+    gram = not nonnegative and few is None and _gram_pays(len(x), atoms, k) if gram is None else gram
     products = atoms.gram() if gram and len(x) else None
     chunk = chunk or (CUDA_CHUNK if x.is_cuda else GRAM_CHUNK if gram else RESIDUAL_CHUNK)
-    parts = [
-        _nonnegative(part, atoms, k, tolerance) if nonnegative else _free(part, atoms, k, select, tolerance, products)
-        for part in x.split(chunk)
-    ]
+    pursue, how = (_nonnegative, (tolerance,)) if nonnegative else (_free, (tolerance, select, products, few))
+    parts = [pursue(part, atoms, k, *how) for part in x.split(chunk)]
     indices, values = (torch.cat(same) for same in zip(*parts, strict=True))
-    return SparseCodes(indices, _at_own_size(values, indices, size, atoms))
+    return SparseCodes(indices, at_own_size(values, indices, size, atoms))
+
+
+def _screen(x: Tensor, atoms: Atoms) -> Screen | None:
+    """In what correlations are found first, where that pays: dense atoms whose lengths are alike."""
+    dense = atoms.ratio is None and not atoms.gathers and forms(atoms.weight, len(x))
+    return screen(x[:RESIDUAL_CHUNK], atoms.dense) if dense else None
 
 
 def _free(
-    x, atoms: _Atoms, k: int, select: str, tolerance: float | None, products: Tensor | None
+    x, atoms: Atoms, k: int, tolerance: float | None, select: str, products: Tensor | None, few: Screen | None
 ) -> tuple[Tensor, Tensor]:
     """Indices and coefficients [batch, k] of either sign; `products` is the Gram matrix, where it is used."""
-    state = _ByResidual(x, atoms, k) if products is None else _ByGram(x, atoms, k, products)
+    state = _ByResidual(x, atoms, k, few) if products is None else _ByGram(x, atoms, k, products)
     indices, used = _choose(x, atoms, k, select, tolerance, state)
-    return indices, _solve(x, atoms.vectors(indices), used)
+    return indices, _refined(x, atoms, indices, used, state)
+
+
+def _refined(x: Tensor, atoms: Atoms, indices: Tensor, used: Tensor, state) -> Tensor:
+    """Coefficients from the factor that the pursuit leaves, and once more for what they leave of the signal."""
+    inverse = state.inverse_factor(used)
+    values = (state.along[:, None] @ inverse)[:, 0]
+    rest = x - atoms.combine(values, indices)
+    along = torch.where(used, atoms.products(rest, indices), 0)
+    return values + ((inverse @ along[:, :, None]).mT @ inverse)[:, 0]
 
 
 def _check(k, n, select, nonnegative, tolerance, chunk, gram) -> None:
@@ -230,7 +148,7 @@ def _check(k, n, select, nonnegative, tolerance, chunk, gram) -> None:
         raise ValueError("gram=True with nonnegative=True; allowed: one of them")
 
 
-def _gram_pays(batch: int, atoms: _Atoms, k: int) -> bool:
+def _gram_pays(batch: int, atoms: Atoms, k: int) -> bool:
     """Whether building the Gram matrix and summing rows of it costs less than correlating every residual."""
     n, m = len(atoms), atoms.width
     if n * n * atoms.weight.element_size() > GRAM_BYTES:
@@ -242,31 +160,48 @@ def _gram_pays(batch: int, atoms: _Atoms, k: int) -> bool:
     return build + steps * n * k / 2 * GRAM_COST < steps * (correlate + m * k * BASIS_COST)
 
 
-def _choose(x, atoms: _Atoms, k: int, select: str, tolerance: float | None, state) -> tuple[Tensor, Tensor]:
+def _choose(x, atoms: Atoms, k: int, select: str, tolerance: float | None, state) -> tuple[Tensor, Tensor]:
     """Indices [batch, k] in the order of choice, and which of them are used."""
     norm = x.norm(dim=1)
     floor = _rounding(norm, atoms)
     indices = x.new_zeros(len(x), k, dtype=torch.long)
-    used = torch.zeros_like(indices, dtype=torch.bool)
+    taken, used = torch.zeros_like(indices, dtype=torch.bool), torch.zeros_like(indices, dtype=torch.bool)
     live = norm > 0
     for step in range(k):
-        score = state.correlations()
-        score = score.abs() if select == "magnitude" else score.clone()
-        score, least = atoms.weigh(score, floor)
-        score.scatter_(1, indices[:, :step], -torch.inf)
-        best, chosen = score.max(1)
-        live = live & (best > least)
+        best, chosen = state.best(select == "magnitude", indices[:, :step], floor.masked_fill(~live, torch.inf))
+        live = live & (best > 0)
         if tolerance is not None:
             live = live & (state.residual_norm(indices, step) > tolerance * norm)
-        if not live.any():  # distinct indices for what stays unused
-            indices[:, step:] = score.topk(k - step, dim=1).indices
+        if not live.any():
             break
-        indices[:, step] = chosen
+        indices[:, step], taken[:, step] = torch.where(live, chosen, 0), live
         used[:, step] = state.add(step, indices, live)
-    return indices, used
+    return _distinct(indices, taken, len(atoms)), used
 
 
-def _rounding(norm: Tensor, atoms: _Atoms) -> Tensor:
+def _best(score: Tensor, atoms: Atoms, magnitude: bool, before: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest correlation of each sample, −∞ where it is rounding, and its atom, which is none of those before."""
+    score, least = atoms.weigh(score.abs() if magnitude else score.clone(), floor)
+    score.scatter_(1, before, -torch.inf)
+    if score.shape[1] % BLOCK:
+        best, chosen = score.max(1)
+    else:  # where the largest is takes ten times as long to find as how large it is
+        inside = score.unflatten(1, (-1, BLOCK))
+        best, block = inside.amax(2).max(1)
+        chosen = inside[torch.arange(len(score), device=score.device), block].argmax(1).add_(block, alpha=BLOCK)
+    return torch.where(best > least, best, -torch.inf), chosen
+
+
+def _distinct(indices: Tensor, taken: Tensor, n: int) -> Tensor:
+    """Indices with those that are not taken replaced by some that stand nowhere else in their row."""
+    if taken.all():
+        return indices
+    free = _without(torch.zeros(len(indices), n, device=indices.device), indices, taken)
+    spare = free.topk(indices.shape[1], dim=1).indices
+    return torch.where(taken, indices, spare.gather(1, (~taken).cumsum(1).sub(1).clamp_min(0)))
+
+
+def _rounding(norm: Tensor, atoms: Atoms) -> Tensor:
     """Correlations of this size are rounding: those of a residual that is orthogonal to all atoms."""
     return 64 * torch.finfo(norm.dtype).eps * atoms.longest * norm
 
@@ -283,11 +218,17 @@ class _ByResidual:
     second pass, where an atom is mostly in the span of the others, keeps the basis orthogonal to rounding.
     """
 
-    def __init__(self, x: Tensor, atoms: _Atoms, k: int):
-        self.atoms, self.residual, self.basis = atoms, x.clone(), x.new_zeros(len(x), k, x.shape[1])
+    def __init__(self, x: Tensor, atoms: Atoms, k: int, few: Screen | None = None):
+        self.atoms, self.few = atoms, few
+        self.residual, self.basis = x.clone(), x.new_empty(len(x), k, x.shape[1])
+        self.factor, self.along = x.new_zeros(len(x), k, k), x.new_zeros(len(x), k)
 
-    def correlations(self) -> Tensor:
-        return self.atoms.correlate(self.residual)
+    def best(self, magnitude: bool, before: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+        if self.few is not None:
+            found = self.few.largest(self.residual, magnitude=magnitude, without=before, least=floor)
+            self.few = self.few.finer()
+            return found
+        return _best(self.atoms.correlate(self.residual), self.atoms, magnitude, before, floor)
 
     def residual_norm(self, indices: Tensor, step: int) -> Tensor:
         return self.residual.norm(dim=1)
@@ -298,15 +239,25 @@ class _ByResidual:
         rest, before, length = atom, self.basis[:, :step], atom.norm(dim=1)
         left = length
         for _ in range(2 if step else 0):
-            rest = torch.baddbmm(rest[:, :, None], before.mT, before @ rest[:, :, None], alpha=-1)[:, :, 0]
+            overlap = rest[:, None] @ before.mT
+            rest = torch.baddbmm(rest[:, None], overlap, before, alpha=-1)[:, 0]
             left = rest.norm(dim=1)
+            self.factor[:, step, :step] += overlap[:, 0]
             if (left > length / 2).all():  # little was taken away, so little of it was rounding
                 break
         new = live & (left.square() > _dependent(atom.dtype) * length.square())
-        direction = rest * torch.where(new, 1 / left, 0)[:, None]
-        self.basis[:, step] = direction
-        self.residual -= (direction * self.residual).sum(1, keepdim=True) * direction
+        direction = torch.mul(rest, torch.where(new, 1 / left, 0)[:, None], out=self.basis[:, step])
+        self.along[:, step] = along = (direction * self.residual).sum(1)
+        self.factor[:, step, step] = left
+        self.residual.addcmul_(direction, along[:, None], value=-1)
         return new
+
+    def inverse_factor(self, used: Tensor) -> Tensor:
+        """F = L⁻¹, for which the rows of F Φ are the basis, Φ the chosen atoms; those not used have zeros."""
+        factor = self.factor.masked_fill_(~used[:, :, None], 0.0)
+        factor.diagonal(dim1=1, dim2=2).add_(~used)
+        one = torch.eye(used.shape[1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+        return torch.linalg.solve_triangular(factor, one, upper=False)
 
 
 class _ByGram:
@@ -316,14 +267,14 @@ class _ByGram:
     orthonormal direction q_t in the chosen atoms, and γ_t = q_t·r = α_{j_t}/L_tt.
     """
 
-    def __init__(self, x: Tensor, atoms: _Atoms, k: int, gram: Tensor):
+    def __init__(self, x: Tensor, atoms: Atoms, k: int, gram: Tensor):
         self.x, self.atoms, self.gram = x, atoms, gram
         self.alpha = atoms.correlate(x)
         self.inverse = x.new_zeros(len(x), k, k)
         self.along = x.new_zeros(len(x), k)
 
-    def correlations(self) -> Tensor:
-        return self.alpha
+    def best(self, magnitude: bool, before: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+        return _best(self.alpha, self.atoms, magnitude, before, floor)
 
     def residual_norm(self, indices: Tensor, step: int) -> Tensor:
         # afresh: ‖x‖² − Σγ² would lose half of the digits
@@ -348,6 +299,9 @@ class _ByGram:
         self.alpha -= weighted_sum(weights, indices[:, : step + 1], self.gram)
         return new
 
+    def inverse_factor(self, used: Tensor) -> Tensor:
+        return self.inverse
+
 
 # -- coefficients on a support -----------------------------------------------------------------------------------------
 
@@ -369,8 +323,8 @@ def least_squares(
 
     Normal equations by Cholesky, refined once; `chunk` samples at a time, with about 4k(m + k) numbers each.
     """
-    atoms = _Atoms(atoms).scaled()
-    x, size = _at_unit_size(x, atoms)
+    atoms = Atoms(atoms).scaled()
+    x, size = at_unit_size(x, atoms)
     if indices.ndim != 2 or len(indices) != len(x):
         raise ValueError(f"indices has shape {list(indices.shape)}; allowed: [{len(x)}, k], a row for each of x")
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(atoms):
@@ -380,7 +334,7 @@ def least_squares(
     if indices.numel():
         for part, at, to in zip(x.split(chunk), indices.split(chunk), values.split(chunk), strict=True):
             to.copy_(_solve(part, atoms.vectors(at)))
-    return _at_own_size(values, indices, size, atoms)
+    return at_own_size(values, indices, size, atoms)
 
 
 def _solve(x: Tensor, vectors: Tensor, used: Tensor | None = None) -> Tensor:
@@ -388,22 +342,23 @@ def _solve(x: Tensor, vectors: Tensor, used: Tensor | None = None) -> Tensor:
     length = vectors.norm(dim=2)
     used = length > 0 if used is None else used & (length > 0)
     scale = torch.where(used, 1 / length, 0)
-    vectors = vectors * scale[:, :, None]
-    gram = (vectors @ vectors.mT).double()
+    gram = (vectors @ vectors.mT).mul_(scale[:, :, None]).mul_(scale[:, None]).double()
     gram.diagonal(dim1=1, dim2=2).add_(~used)
     factor, failed = torch.linalg.cholesky_ex(gram)
     tolerance = _dependent(x.dtype)
     weak = (failed != 0) | (factor.diagonal(dim1=1, dim2=2).square().amin(1) < tolerance)
-    values = torch.zeros_like(scale)[:, :, None]
+    values = torch.zeros_like(scale)
     for _ in range(2):  # the second time refines: it solves for the residual
-        rest = x[:, :, None] - vectors.mT @ values
-        values += torch.cholesky_solve((vectors @ rest).double(), factor).to(x.dtype)
+        rest = torch.baddbmm(x[:, None], (values * scale)[:, None], vectors, alpha=-1)
+        along = (rest @ vectors.mT)[:, 0] * scale
+        values += torch.cholesky_solve(along[:, :, None].double(), factor)[:, :, 0].to(x.dtype)
     if weak.any():
-        values[weak] = torch.linalg.pinv(vectors[weak].mT, rtol=tolerance**0.5) @ x[weak][:, :, None]
-    return values[:, :, 0] * scale
+        unit = vectors[weak] * scale[weak][:, :, None]
+        values[weak] = (torch.linalg.pinv(unit.mT, rtol=tolerance**0.5) @ x[weak][:, :, None])[:, :, 0]
+    return values * scale
 
 
-def _nonnegative(x: Tensor, atoms: _Atoms, k: int, tolerance: float | None) -> tuple[Tensor, Tensor]:
+def _nonnegative(x: Tensor, atoms: Atoms, k: int, tolerance: float | None) -> tuple[Tensor, Tensor]:
     """Indices and non-negative coefficients [batch, k], by Lawson and Hanson's active sets, k steps."""
     norm = x.norm(dim=1)
     floor, live = _rounding(norm, atoms), norm > 0
@@ -422,9 +377,7 @@ def _nonnegative(x: Tensor, atoms: _Atoms, k: int, tolerance: float | None) -> t
         vectors[:, step] = atoms.vectors(chosen)
         values[:, : step + 1] = _inward(x, vectors[:, : step + 1], values[:, : step + 1].clone(), used[:, : step + 1])
         residual = x - (values[:, None] @ vectors)[:, 0]
-    # an atom that left, and came back, must not stand in its old place too
-    spare = _without(x.new_zeros(len(x), len(atoms)), indices, used).topk(k, dim=1).indices
-    return torch.where(used, indices, spare.gather(1, (~used).cumsum(1).sub(1).clamp_min(0))), values
+    return _distinct(indices, used, len(atoms)), values  # one that left, and came back, must not stand there twice
 
 
 def _without(score: Tensor, indices: Tensor, used: Tensor) -> Tensor:

@@ -76,18 +76,23 @@ def _sum_rows(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
 
 
+def row_products(x: Tensor, weight: Tensor, starts: Tensor, row: Tensor) -> Tensor:
+    """x_b · weight[j] for the rows j = `row`[starts[b] : starts[b + 1]] of each sample b, on a CPU."""
+    pattern = torch.sparse_csr_tensor(
+        starts,
+        row,
+        x.new_zeros(len(row)),
+        (len(x), len(weight)),
+        check_invariants=False,  # the rows need not be sorted here, and checking costs more than the product
+    )
+    return torch.sparse.sampled_addmm(pattern, x, weight.T, beta=0.0).values()
+
+
 def _dots(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     batch, k = indices.shape
     sampled = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and batch and k
     if sampled and not torch.compiler.is_compiling():  # which breaks its graph at a sparse tensor
-        pattern = torch.sparse_csr_tensor(
-            torch.arange(0, batch * k + 1, k),
-            indices.reshape(-1),
-            x.new_zeros(batch * k),
-            (batch, len(weight)),
-            check_invariants=False,  # the rows need not be sorted here, and checking costs more than the product
-        )
-        return torch.sparse.sampled_addmm(pattern, x, weight.T, beta=0.0).values().view(batch, k)
+        return row_products(x, weight, torch.arange(0, batch * k + 1, k), indices.reshape(-1)).view(batch, k)
     rows = max(1, GATHER_BYTES // max(1, k * weight.shape[1] * weight.element_size()))
     parts = [
         torch.einsum("bkd,bd->bk", weight[i], part) for i, part in zip(indices.split(rows), x.split(rows), strict=True)
@@ -172,11 +177,12 @@ class SparseCodes:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass computed. `scores` [batch, n] carry a gradient only if that was asked for."""
+    """What one forward pass computed. `scores` [batch, n] carry a gradient only if that was asked for; None where they
+    were screened, and only the chosen ones are known."""
 
     output: Float[Tensor, "batch d_out"]
     codes: SparseCodes
-    scores: Float[Tensor, "batch n"]
+    scores: Float[Tensor, "batch n"] | None
 
 
 # -- rows of vectors: the router, the encoder, the decoder -------------------------------------------------------------

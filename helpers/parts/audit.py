@@ -64,17 +64,26 @@ def written(source: str) -> dict[str, str]:
 def check(sae: RankOneDictionary, source: str, teacher: str, site: str, cache_dir: str | Path | None = None) -> str:
     """The site that the dictionary gives back; `ValueError` where it cannot read `site` of this teacher.
 
-    The teacher's width is read from its configuration, before anything long. A transcoder reads what enters the MLP and
-    gives what leaves it.
+    The teacher is not loaded for it. A transcoder reads what enters the MLP and gives what leaves it.
     """
-    place, _, hub = sources.find(teacher, None, cache_dir)
-    width = getattr(AutoConfig.from_pretrained(place, **hub).get_text_config(decoder=True), "hidden_size", sae.d_in)
+    width = _width(teacher, cache_dir) or sae.d_in
     given = f"sae={source!r} maps {sae.d_in} numbers to {sae.d_out}"
     allowed(sae.d_in == sae.d_out == width, given, f"{width} to {width}, the width of teacher={teacher!r}")
     if "transcoder" not in written(source).get("architecture", ""):
         return site
     allowed(site == "mlp_in", f"site={site!r} with sae={source!r}, a transcoder", "'mlp_in'")
     return "mlp_out"
+
+
+def _width(teacher: str, cache_dir: str | Path | None) -> int | None:
+    """What a teacher's configuration says; None where it says nothing, or loading it will say what is wrong."""
+    place = Path(teacher).expanduser()
+    source, _, hub = (place, None, {}) if place.is_dir() else sources.find(teacher, None, cache_dir)
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+    except (OSError, ValueError):
+        return None
+    return getattr(config.get_text_config(decoder=True), "hidden_size", None)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from helpers import kept, settings
 from helpers.dictionary import RankOneDictionary
+from helpers.dictionary.screening import Halved, forms
 from helpers.kept import Kept
 from helpers.settings import allowed
 from helpers.training.remedies import Balance, Moment, normalised_mse
@@ -150,6 +151,7 @@ def fit(
     log_every: int = 10,
     checkpoint_seconds: float = 60.0,
     autocast: torch.dtype | None = None,
+    screen: bool = False,
     **recipe,
 ) -> Fit | dict[str, Fit]:
     """Train one student, or several by name over one stream of batches, and return a `Fit` for each.
@@ -166,17 +168,17 @@ def fit(
         cache_dir: where runs are stored; None for the user's cache folder, False for nowhere.
         log_every: loss is recorded (and read back from the device) every so many steps.
         autocast: dtype for mixed precision on a GPU; None for the parameters' own.
+        screen: choose atoms in bfloat16, certified (`dictionary.screening`), where that is faster.
 
     Raises:
         ValueError: for a bad recipe, or students that do not fit the stream's batches, before any training.
         FloatingPointError: when a loss stops being finite, naming the student and the step.
     """
     named = students if isinstance(students, Mapping) else {"": students}
-    recipes = {
-        name: Recipe(steps, lr=_of(lr, name), balance=_of(balance, name) or Balance(), **recipe) for name in named
-    }
+    each = {name: {"lr": _of(lr, name), "balance": _of(balance, name) or Balance()} for name in named}
+    recipes = {name: Recipe(steps, **own, **recipe) for name, own in each.items()}
     _check(named, recipes, stream)
-    run = Run(named, stream, recipes, autocast=autocast, log_every=log_every)
+    run = Run(named, stream, recipes, autocast=autocast, log_every=log_every, screen=screen)
     with contextlib.ExitStack() as locks:
         if cache_dir is not False:
             run.take_up(cache_dir, locks)
@@ -211,10 +213,11 @@ class Run:
         *,
         autocast: torch.dtype | None = None,
         log_every: int = 10,
+        screen: bool = False,
     ):
         self.students, self.stream, self.recipes = students, stream, recipes
         self.autocast, self.log_every = autocast, log_every
-        self.steps, self.stores = dict.fromkeys(students, 0), {}
+        self.steps, self.stores, self.screens = dict.fromkeys(students, 0), {}, {} if screen else None
         self.fits = {name: Fit(student) for name, student in students.items()}
         self.ks = {name: student.k for name, student in students.items()}
         self.optimisers, self.silent = {}, {}
@@ -229,6 +232,7 @@ class Run:
         student, where = self.students[name], next(self.students[name].parameters()).device.type
         start = [student.knobs, kept.digest(*student.state_dict().values()), where]
         what = [start, self.recipes[name], self.stream.fingerprint, self.autocast, self.log_every]
+        what += [] if self.screens is None else ["screened"]
         kinds = {type(module) for module in student.modules()}
         drawn = [self.stream.draw] if hasattr(self.stream, "draw") else []
         return Kept("fits", what, Run, *kinds, type(self.stream), *drawn, cache_dir=cache_dir)
@@ -289,7 +293,8 @@ class Run:
         inputs, targets = inputs.to(like.device, like.dtype), targets.to(like.device, like.dtype)
         student.k = min(recipe.balance.k_at(self.ks[name], step / recipe.steps), student.n_features)
         with torch.autocast(like.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            trace = student.trace(inputs, score_gradient=recipe.balance.needs_scores)
+            screen = self._screen(name, student, len(inputs))
+            trace = student.trace(inputs, score_gradient=recipe.balance.needs_scores, screen=screen)
         student.k = self.ks[name]
         loss = normalised_mse(trace.output.to(targets.dtype), targets, self.variance)
         silent = self.silent[name].add_(1)
@@ -311,6 +316,13 @@ class Run:
         optimiser.step()
         student.constrain_()
         recipe.balance.after_step(now)
+
+    def _screen(self, name: str, student: RankOneDictionary, batch: int) -> Halved | None:
+        """What this student's atoms are screened in, if that was asked for, can be and pays."""
+        if self.screens is None or self.autocast is not None or self.recipes[name].balance.needs_scores:
+            return None
+        pays = student.screenable and torch.bfloat16 in forms(student.encoder.weight, batch)
+        return self.screens.setdefault(name, Halved()) if pays else None
 
     def save(self, names: Iterable[str]) -> None:
         """Keep the state of these students, without an optimiser's where nothing is left to do."""

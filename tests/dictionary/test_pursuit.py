@@ -181,7 +181,7 @@ def test_the_basis_is_orthogonal_where_atoms_are_nearly_parallel():
     g = generator(0)
     atoms = F.normalize(torch.randn(20, generator=g) + 1e-4 * torch.randn(10, 20, generator=g).double(), dim=1)
     x = torch.randn(3, 20, generator=g).double()
-    state = pursuit._ByResidual(x, pursuit._Atoms(atoms), 8)
+    state = pursuit._ByResidual(x, pursuit.Atoms(atoms), 8)
     indices, used = pursuit._choose(x, state.atoms, 8, "magnitude", None, state)
     assert used.all()
     torch.testing.assert_close(state.basis @ state.basis.mT, torch.eye(8).double().expand(3, 8, 8), atol=1e-12, rtol=0)
@@ -408,21 +408,21 @@ def test_one_signal_alone_is_no_batch():
 def test_the_cheaper_way_is_taken():
     """Many signals pay for a Gram matrix; few do not, nor do thin packed atoms, nor a matrix beyond the limit."""
     _, atoms = problem(m=512, n=2048)
-    dense, thin = pursuit._Atoms(atoms.float()), pursuit._Atoms(packed(2048, 512, 3, dtype=torch.float32))
+    dense, thin = pursuit.Atoms(atoms.float()), pursuit.Atoms(packed(2048, 512, 3, dtype=torch.float32))
     assert pursuit._gram_pays(10_000, dense, 16) and not pursuit._gram_pays(1, dense, 16)
     assert pursuit._gram_pays(10_000, dense, 64) and not pursuit._gram_pays(100, thin, 16)
-    assert thin.gathers and not pursuit._Atoms(packed(64, 32, 30)).gathers
+    assert thin.gathers and not pursuit.Atoms(packed(64, 32, 30)).gathers
 
 
 def test_the_gram_matrix_has_a_limit(monkeypatch):
     monkeypatch.setattr(pursuit, "GRAM_BYTES", 100 * 100 * 8 - 1)
-    assert not pursuit._gram_pays(10**9, pursuit._Atoms(problem()[1]), 5)
+    assert not pursuit._gram_pays(10**9, pursuit.Atoms(problem()[1]), 5)
 
 
 def test_the_gram_matrix_is_that_of_the_atoms():
     for atoms in (packed(1100, 40, 4), packed(1100, 40, 35), problem(m=40, n=1100)[1]):
         dense = atoms if isinstance(atoms, torch.Tensor) else atoms.vectors().detach()
-        torch.testing.assert_close(pursuit._Atoms(atoms).gram(), dense @ dense.T, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(pursuit.Atoms(atoms).gram(), dense @ dense.T, rtol=1e-12, atol=1e-12)
 
 
 # -- signals and atoms of any size and dtype ---------------------------------------------------------------------------

@@ -232,3 +232,15 @@ def test_the_book_s_own_counts_as_a_trainer_does(home):
     again = book.train(home["model"], 0, cache_dir=home["cache"])
     assert torch.equal(sae.quiet, again.quiet) and sae.quiet.min() >= 0 and sae.quiet.max() <= 7
     assert not torch.equal(sae.quiet, torch.zeros_like(sae.quiet)), "some latent was silent at the last step"
+
+
+def test_a_release_name_is_loaded_by_the_installed_saelens(monkeypatch):
+    sae_lens = pytest.importorskip("sae_lens")
+    from tests.dictionary.test_saelens import theirs
+
+    model, asked = theirs("jumprelu", d=6, n=20), []
+    monkeypatch.setattr(sae_lens.SAE, "from_pretrained", lambda *names: asked.append(names) or model)
+    read, x = audit.read_sae("some-release:layer_9"), random(30, 6).float()
+    torch.testing.assert_close(read(x), model(x))
+    assert asked == [("some-release", "layer_9")]
+    assert audit.written("some-transcoders:layer_9") == {"architecture": "some-transcoders:layer_9"}
