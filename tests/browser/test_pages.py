@@ -65,6 +65,7 @@ def test_mathematics_is_typeset(browser, page):
 
 
 def test_sliders_obey_the_keyboard(browser, page):
+    browser.execute_script("for (const fold of document.querySelectorAll('article details')) fold.open = true")
     for figure in browser.find_elements(By.CSS_SELECTOR, "figure.book-slider"):
         image = figure.find_element(By.TAG_NAME, "img")
         for knob in figure.find_elements(By.CSS_SELECTOR, ".book-slider-knob"):
