@@ -21,22 +21,18 @@ import numpy as np
 import torch
 
 from helpers import settings
-from helpers.dictionary import RankOneDictionary, load_packed, load_saelens
+from helpers.dictionary import RankOneDictionary
 from helpers.models import activations, corpora, teachers
 from helpers.models.activations import ActivationStore
 from helpers.models.corpora import SPLITS
 from helpers.models.teachers import SITES, Teacher
 from helpers.parts import inside
-from helpers.parts.language_model import Sae, SiteRows
+from helpers.parts.audit import Book, read_sae
 from helpers.parts.latents import AFTER, BEFORE, Dictionary, View, nearest, places, promoted, words
 from helpers.settings import allowed
-from helpers.study.study import Arm, trained
-from helpers.training.remedies import Switch
 
 SHADES = 99
 """Activations are kept as whole numbers up to this, the latent's largest."""
-LR, SWITCH = 3e-3, 0.01
-"""Learning rate and load balancing of the SAE that is trained where none is given."""
 FITTING = 4000
 """Tokens that tell the sign of an expert's direction."""
 NOTES = dict.fromkeys(
@@ -142,29 +138,11 @@ def _feature(view: View, j: int) -> dict[str, object]:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def read_sae(source: str) -> RankOneDictionary:
-    """An SAE in SAELens' format (a folder) or packed (a file)."""
-    path = settings.place("sae", source)
-    allowed(path.exists(), f"sae={source!r}: there is no such file or folder", "a folder, a packed file, or 'book'")
-    return load_saelens(path) if path.is_dir() else load_packed(path)
-
-
 def book_sae(teacher: Teacher, args: argparse.Namespace) -> RankOneDictionary:
-    """An SAE trained as chapter 9 does with load balancing, that reads rows as the model has them."""
-    sizes = {"train": args.train_tokens, "validation": 256, "test": 256}
-    options = {"layer": args.layer[0], "sites": (args.site,)}
-    stores = {
-        split: activations.harvest(teacher, args.corpus, n_tokens=n, split=split, **options)
-        for split, n in sizes.items()
-    }
-    folders = {split: str(store.folder) for split, store in stores.items()}
-    problem = SiteRows(folders, args.site, args.steps, min(1024, stores["train"].n))
-    arm = Arm("SAE", Sae(args.features, args.k, centred=True), Switch(SWITCH), LR)
-    sae = trained(problem, arm, 0, device=args.device).student
-    with torch.no_grad():  # TopK and ReLU commute with a factor
-        sae.b_out.mul_(problem.scale)
-        sae.encoder.bias.mul_(problem.scale)
-    return sae
+    """An SAE trained as chapter 9 does, by default with load balancing, that reads rows as the model has them."""
+    place = args.corpus, args.layer[0], args.site
+    sizes = args.train_tokens, args.features, args.k, args.steps
+    return Book(*place, *sizes, args.lr, args.balance).train(teacher, device=args.device)
 
 
 def views(args: argparse.Namespace) -> Iterator[View]:
@@ -242,8 +220,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", type=Path, default=settings.ROOT / "_build" / "explorer", help="folder of the file")
     parser.add_argument("--export", choices=["neuronpedia"], help="also write NAME/batch-0.json, as SAEDashboard does")
     book = parser.add_argument_group("of an SAE that is trained here (--sae book)")
-    for name, default in {"features": 1152, "k": 32, "steps": 1000, "train-tokens": 60_000}.items():
-        book.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
+    defaults = {"features": 1152, "k": 32, "steps": 1000, "train-tokens": 60_000, "lr": 3e-3, "balance": 0.01}
+    for name, default in defaults.items():
+        book.add_argument(f"--{name}", type=type(default), default=default, help="(default: %(default)s)")
     return parser
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, SparseCodes, topk_sae
@@ -125,10 +126,22 @@ class Sae:
 
 @torch.no_grad()
 def codes_on(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], *, batch_size: int = 4096) -> SparseCodes:
-    """The codes of all rows, found batch by batch on the model's device, held on the CPU."""
+    """The codes of all rows, found batch by batch on the model's device, held on the CPU. Where batches have different
+    numbers of codes, those with fewer are filled up with zeros."""
     where = next(sae.parameters())
     parts = [sae.encode(part.to(where.device, where.dtype)) for part in rows.split(batch_size)]
-    return SparseCodes(torch.cat([p.indices.cpu() for p in parts]), torch.cat([p.values.cpu() for p in parts]))
+    most = max((part.values.shape[1] for part in parts), default=0)
+    indices = [_filled(part.indices, most, sae.n_atoms).cpu() for part in parts]
+    values = [F.pad(part.values, (0, most - part.values.shape[1])).cpu() for part in parts]
+    return SparseCodes(torch.cat(indices), torch.cat(values))
+
+
+def _filled(indices: Int[Tensor, "rows k"], most: int, n: int) -> Int[Tensor, "rows most"]:
+    """Up to `most` numbers below n in each row, all different."""
+    if indices.shape[1] == most:
+        return indices
+    free = torch.ones(len(indices), n, device=indices.device).scatter_(1, indices, 0)
+    return torch.cat([indices, free.topk(most - indices.shape[1], dim=1).indices], dim=1)
 
 
 def firings(

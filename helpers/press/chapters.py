@@ -19,8 +19,10 @@ from helpers import settings
 from helpers.press import claims, rules
 from helpers.settings import allowed, one_of
 
-INPUTS = ("teacher", "corpus", "checkpoint")
+INPUTS = ("teacher", "corpus", "checkpoint", "sae")
 """Parameters that may name a file or folder of the reader's."""
+NO_PATH = re.compile(r"book|.+:.+")
+"""What a parameter `sae` may be beside a path: the book's own, or release:sae_id."""
 FOLDERS = ("cache_dir", "results_dir")
 """Parameters that name a folder to write to, where they are not null."""
 FILLED = ("dims", "layers", "lrs", "seeds", "sites")
@@ -248,6 +250,7 @@ def _check_given(values: Mapping[str, Any]) -> None:
                 why = None if os.access(path, os.R_OK) else "you may not read it"
             except OSError as error:
                 other = error.errno in (errno.ENOENT, errno.ENOTDIR) and not value.startswith(("/", "./", "../", "~"))
+                other = other and (name != "sae" or NO_PATH.fullmatch(value))
                 why = None if other else error.strerror  # a name that is no path is one of the hub, or of the book
             allowed(why is None, f"{name}={value!r}: {why}", "a file or folder that you can read, or a name")
 

@@ -15,8 +15,8 @@ from helpers.press.chapters import Chapter, Job
 from helpers.press.tables import table
 
 PATHS = {
-    "researcher": ("an interpretability researcher", (0, 1, 7, 8, 9, 13, 14, 15)),
-    "engineer": ("a mixture-of-experts engineer", (0, 1, 2, 3, 5, 6, 10, 11, 12)),
+    "researcher": ("an interpretability researcher", (0, 1, 7, 8, 9, 13, 14, 15, 17, 18)),
+    "engineer": ("a mixture-of-experts engineer", (0, 1, 2, 3, 5, 6, 10, 11, 12, 17)),
     "student": ("a student", (0, 1, 2, 3, 4, 13)),
 }
 """Who reads which chapters: whatever one of them needs is among them."""

@@ -328,7 +328,7 @@ def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], ord
     data = " ".join(f'data-{name}="{html.escape(str(value), quote=True)}"' for name, value in keys.items())
     return (
         f'<tbody class="claim" id="{anchor(claim.id)}" {data}><tr>{"".join(cells)}</tr>\n'
-        f'<tr class="more"><td colspan="{len(cells)}"><details><summary>records, controls, provenance of '
+        f'<tr class="more"><td colspan="{5 + len(columns)}"><details><summary>records, controls, provenance of '
         f"{claim.id}</summary>\n{_details(claim, board)}</details></td></tr></tbody>"
     )
 

@@ -9,7 +9,7 @@ import torch
 from helpers import dictionary
 from helpers.models import activations
 from helpers.models.activations import ActivationStore
-from helpers.parts import explorer, latents, lens
+from helpers.parts import audit, explorer, latents, lens
 from helpers.settings import ROOT
 from tests import tiny
 from tests.parts.test_inside import scene as mixture  # noqa: F401
@@ -239,7 +239,7 @@ def test_the_trained_sae_reads_rows_as_the_model_has_them(scene, monkeypatch):
         "2",
     ]
     args = explorer.parser().parse_args([*words, "--steps", "3", "--train-tokens", "600"])
-    monkeypatch.setattr(explorer, "trained", lambda *_, **__: type("Fit", (), {"student": scaled}))
+    monkeypatch.setattr(audit, "trained", lambda *_, **__: type("Fit", (), {"student": scaled}))
     random = torch.Generator().manual_seed(2)
     scaled = dictionary.topk_sae(16, 20, 2, generator=random, b_dec=torch.randn(16, generator=random))
     with torch.no_grad():

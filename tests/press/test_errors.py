@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from helpers import dictionary, settings
 from tests import tiny
 from tests.press.house import House, why_not_nobody
 
@@ -96,6 +97,8 @@ TYPES = [
         "teacher='/no/such/model': No such file",
         "allowed: a file or folder",
     ),
+    asked("run 18 -p sae /no/such/sae", "sae='/no/such/sae': No such file", "allowed: a file or folder"),
+    asked("run 18 -p sae my_sae", "sae='my_sae': No such file", "allowed: a file or folder"),
     asked("run 1 -p corpus ~nobody54321/text.txt", "corpus='~nobody54321/text.txt'", "allowed: "),
     asked("run 1 -p corpus {own}/text.txt", "text.txt': No such file or directory; allowed: a file or folder"),
     asked("run 1 -p corpus {long}", "corpus='", "allowed: ", name="name_of_9000_letters"),
@@ -464,7 +467,31 @@ def no_corpus(house: House) -> None:
     (house.own / "text.jsonl").write_bytes(b"PK\x03\x04\0\0")
 
 
+def own_sae(d: int, **config: object) -> Callable[[House], None]:
+    """A dictionary that reads d numbers in `own/sae`, with its configuration changed."""
+
+    def write(house: House) -> None:
+        made = dictionary.topk_sae(d, 8, 2, generator=settings.generator(0))
+        path = dictionary.save_saelens(made, house.own / "sae") / "cfg.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+    return write
+
+
+def cut_sae(house: House) -> None:
+    own_sae(16)(house)
+    path = house.own / "sae" / "sae_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
 MODELS = [
+    model("sae_width", "18 -p sae {own}/sae", "sae='", "maps 12 numbers to 12", "allowed: 16 to 16, the width of'",
+          prepare=own_sae(12), soak=False),
+    model("sae_unknown", "18 -p sae {own}/sae", "sae='", "architecture='temporal'", "allowed: 'standard', 'topk'",
+          prepare=own_sae(16, architecture="temporal"), soak=False),
+    model("sae_damaged", "18 -p sae {own}/sae", "sae='", "damaged", "allowed: a folder", prepare=cut_sae),
+    model("sae_transcoder", "18 -p sae {own}/sae -p site resid_post", "site='resid_post'", "allowed: 'mlp_in'",
+          prepare=own_sae(16, architecture="transcoder")),
     model("layer", "0 -p layer 99", "layer=99", "allowed: ", soak=False),
     model("layer_below", "0 -p layer -1", "layer=-1", "allowed: "),
     model("no_config", "0", "teacher='", "config.json", "allowed: ", prepare=no_config),

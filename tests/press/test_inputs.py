@@ -9,8 +9,8 @@ import warnings
 import matplotlib.pyplot as plt
 import pytest
 
+from helpers import settings
 from helpers.press import chapters
-from helpers.study import sweep
 from tests import tiny
 
 BOOK_MODELS = ("10_the_sae_inside", "11_the_structure_is_learned", "12_three_gaps", "16_training_the_mixture")
@@ -69,6 +69,9 @@ SMALL = {
     },
     "17_every_rule_is_a_routing_rule": {
         "n_tokens": 600, "n_held_out": 300, "n_features": 32, "k": 4, "steps": 4, "lrs": [1e-2], "seeds": [0, 1],
+    },
+    "18_read_your_sae_as_a_mixture": {
+        "n_tokens": 600, "n_held_out": 300, "n_ce": 150, "n_features": 32, "k": 4, "steps": 5, "seeds": [0, 1],
     },
 }  # fmt: skip
 """Parameters with which a chapter takes seconds."""
@@ -129,7 +132,7 @@ def run(chapter: chapters.Chapter, parameters: dict) -> None:
 
 def read(chapter, text, mlp, teachers, folder, monkeypatch) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(sweep, "cores", lambda: 1)  # in this process
+    monkeypatch.setattr(settings, "cores", lambda: 1)  # in this process
     plt.switch_backend("agg")
     corpus, cache, results = folder / text, folder / "cache", folder / "results"
     corpus.write_text(TEXTS[text](), encoding="utf-8")
