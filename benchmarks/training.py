@@ -29,6 +29,7 @@ class PlainDense(nn.Module):
 
     def __init__(self, sae: dictionary.RankOneDictionary):
         super().__init__()
+        self.k = sae.k
         self.w_enc = nn.Parameter(sae.encoder.weight.detach().clone())
         self.b_enc = nn.Parameter(sae.encoder.bias.detach().clone())
         self.w_dec = nn.Parameter(sae.decoder.weight.detach().clone())
@@ -36,7 +37,7 @@ class PlainDense(nn.Module):
 
     def forward(self, x):
         pre_acts = F.linear(x - self.b_dec, self.w_enc, self.b_enc)
-        values, indices = pre_acts.topk(K, dim=1)
+        values, indices = pre_acts.topk(self.k, dim=1)
         codes = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
         return codes @ self.w_dec + self.b_dec
 
@@ -52,8 +53,8 @@ class PlainDense(nn.Module):
         return float(loss.detach())
 
 
-def new_sae(n: int, seed: int = 0) -> dictionary.RankOneDictionary:
-    return dictionary.topk_sae(D_MODEL, n, K, generator=settings.generator(seed))
+def new_sae(n: int, k: int = K) -> dictionary.RankOneDictionary:
+    return dictionary.topk_sae(D_MODEL, n, k, generator=settings.generator(0))
 
 
 def data(rows: int = 8 * BATCH) -> torch.Tensor:
@@ -65,14 +66,14 @@ def data(rows: int = 8 * BATCH) -> torch.Tensor:
     )
 
 
-def ours(n: int, stream, screen: bool = False) -> tuple:
+def ours(n: int, stream, screen: bool = False, k: int = K) -> tuple:
     recipe = training.Recipe(10**6, lr=LR, schedule="constant")
-    run = training.Run({"": new_sae(n)}, stream, {"": recipe}, log_every=1, screen=screen)
+    run = training.Run({"": new_sae(n, k)}, stream, {"": recipe}, log_every=1, screen=screen)
     return run.train_step, run
 
 
-def plain_dense(n: int, stream, fused: bool):
-    model = PlainDense(new_sae(n))
+def plain_dense(n: int, stream, fused: bool, k: int = K):
+    model = PlainDense(new_sae(n, k))
     optimiser = torch.optim.Adam(model.parameters(), lr=LR, fused=fused)
     variance = training.Run({"": new_sae(n)}, stream, {"": training.Recipe(1)}).variance
     return lambda step: model.step(stream(step)[0], variance, optimiser)

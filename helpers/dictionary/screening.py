@@ -50,8 +50,9 @@ def forms(weight: Tensor, batch: int) -> list[torch.dtype]:
     worth = len(weight) >= 512 and batch * weight.numel() >= 2**24 and weight.shape[1] <= 2**16
     if not plain or not worth or not torch.backends.mkldnn.is_available():
         return []
-    here = {torch.int8: torch.cpu._is_vnni_supported(), torch.bfloat16: torch.cpu._is_avx512_bf16_supported()}
-    return [form for form, fast in here.items() if fast]
+    asked = {torch.int8: "_is_vnni_supported", torch.bfloat16: "_is_avx512_bf16_supported"}
+    here = [form for form, name in asked.items() if getattr(torch.cpu, name, bool)()]
+    return here if hasattr(torch, "_int_mm") else [form for form in here if form != torch.int8]
 
 
 def screen(x: Float[Tensor, "batch m"], weight: Float[Tensor, "n m"]) -> Screen | None:
