@@ -294,7 +294,8 @@ class Run:
         student.k = min(recipe.balance.k_at(self.ks[name], step / recipe.steps), student.n_features)
         with torch.autocast(like.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             screen = self._screen(name, student, len(inputs))
-            trace = student.trace(inputs, score_gradient=recipe.balance.needs_scores, screen=screen)
+            how = {} if screen is None else {"screen": screen}
+            trace = student.trace(inputs, score_gradient=recipe.balance.needs_scores, **how)
         student.k = self.ks[name]
         loss = normalised_mse(trace.output.to(targets.dtype), targets, self.variance)
         silent = self.silent[name].add_(1)
