@@ -151,13 +151,25 @@ def _lines(slug: str, board: Board) -> Iterator[str]:
         deciding = [each for each in board.deciding(claim) if each[1].run.chapter == slug]
         if not deciding:
             continue
-        check, shown, _ = min(on_lines(deciding), key=lambda each: (each[2][0], each[2][1]))
+        families = {}
+        for each in on_lines(deciding):
+            families.setdefault(each[1].column or board.columns[0], []).append(each)
+        first, *others = (name for name in board.columns if name in families)
+        check, shown = _weakest(families[first])
         title = f'<a href="../scoreboard.html#{anchor(claim.id)}">{rich(claim.title or claim.id)}</a>'
         measured = f'<span class="measured">{number(shown.record.value, shown.record.ci)}</span>'
-        more = f"weakest of {len(deciding)}: " if len(deciding) > 1 else ""
+        more = f"weakest of {len(families[first])}: " if len(families[first]) > 1 else ""
         whose = "the book's run" if shown.mark == LONG else "this build"
-        small = f"<small>{more}{rich(shown.record.metric)}; asked {html.escape(str(check.rule))}; {whose}</small>"
-        yield f"<li>{badge(board.verdicts[claim.id])}<span>{title}</span>{measured}{small}</li>"
+        small = f"{more}{rich(shown.record.metric)}; asked {html.escape(str(check.rule))}; {whose}"
+        for name in others:
+            record = _weakest(families[name])[1].record
+            small += f"; on {html.escape(name)} the weakest is {number(record.value, record.ci)}, {record.verdict}"
+        yield f"<li>{badge(board.verdicts[claim.id])}<span>{title}</span>{measured}<small>{small}</small></li>"
+
+
+def _weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> tuple[Check, Shown]:
+    check, shown, _ = min(placed, key=lambda each: (each[2][0], each[2][1]))
+    return check, shown
 
 
 def _foot(rows: Sequence[Compared], seconds: float) -> str:

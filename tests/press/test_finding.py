@@ -153,3 +153,14 @@ def test_the_lead_is_the_books_run_unless_the_reader_chose_another(monkeypatch, 
     assert log.leading.whose == "the book's run"
     monkeypatch.setenv("RANK1_PROFILE", "quick+custom")
     assert log.leading is log and log.whose == "your run"
+
+
+def test_a_second_family_is_named_beside_the_first(tmp_path):
+    """The number at the right is of the model that the figure is about; what holds on the other one is told."""
+    board = Board.read(tmp_path)
+    said = finding._verdicts("05_distilling_an_mlp", board, [])
+    assert said.count("on SmolLM2 the weakest is") == 2
+    run = claims.reference("05_distilling_an_mlp")
+    ours = {f"{record.value:.3f}" for record in run.records if record.claim == "secret.hypothesis"}
+    assert any(f'<span class="measured">{value} [' in said for value in ours)
+    assert "SmolLM2" not in finding._verdicts("07_a_benchmark_with_known_truth", board, [])
