@@ -8,7 +8,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from helpers.settings import ROOT
+from filelock import FileLock
+
+from helpers.settings import ROOT, new_folder
 
 PINS = {
     "axe-core@4.14.1": "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745",
@@ -21,6 +23,12 @@ PINS = {
 def package(name: str) -> tuple[Path | None, str]:
     """The folder of a pinned package, and why there is none."""
     folder = ROOT / "_build" / "npm" / name.replace("/", "-")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / ".lock"):  # files of tests run side by side
+        return _fetched(name, folder)
+
+
+def _fetched(name: str, folder: Path) -> tuple[Path | None, str]:
     if folder.is_dir():
         return folder / "package", ""
     if not shutil.which("npm"):
@@ -34,6 +42,6 @@ def package(name: str) -> tuple[Path | None, str]:
         assert given == PINS[name], f"{name} is not what was pinned: {given}"
         with tarfile.open(packed) as archive:
             archive.extractall(Path(place) / "out", filter="data")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(Path(place) / "out", folder)
+        with new_folder(folder) as new:
+            shutil.copytree(Path(place) / "out", new, dirs_exist_ok=True)
     return folder / "package", ""
