@@ -212,7 +212,7 @@ def forest(ax: Axes, rows: Iterable[Mapping[str, Any]], lines: Mapping[str, tupl
             ax.plot([low, high], [place] * 2, color=look.colour, lw=1.4)
         fill = look.colour if row["filled"] else "white"
         ax.plot(max(value, 0.0), place, look.marker, color=look.colour, mfc=fill, ms=6)
-        beside = {"xycoords": ("axes fraction", "data"), "fontsize": 11, "va": "center", "ha": "left"}
+        beside = {"xycoords": ("axes fraction", "data"), "fontsize": 12, "va": "center", "ha": "left"}
         ax.annotate(row["note"], (1.01, place), **beside)
     ax.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 1))
     ax.set_yticks(range(len(order)), [label for label, _ in lines.values()])
