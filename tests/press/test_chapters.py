@@ -447,7 +447,8 @@ def test_a_log_shows_progress_inside_a_long_cell(root, monkeypatch):
 MEETS = """import os, pathlib, time
 folder = pathlib.Path({folder!r})
 (folder / str(os.getpid())).touch()
-while len(list(folder.iterdir())) < {awaited}:
+until = time.monotonic() + 120
+while len(list(folder.iterdir())) < {awaited} and time.monotonic() < until:
     time.sleep(0.05)
 print("share", os.environ.get("RANK1_CORES"), os.environ.get("OMP_NUM_THREADS"))"""
 
@@ -503,9 +504,13 @@ def test_a_stop_ends_all_chapters_that_are_at_work(root, tmp_path, monkeypatch):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run(root, at_once=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+    try:
+        threading.Thread(target=stop, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            run(root, at_once=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     pids = [int(note.name) for note in (tmp_path / "met").iterdir()]
     assert len(pids) == 2
     for pid in pids:
