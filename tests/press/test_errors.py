@@ -485,7 +485,7 @@ def cut_sae(house: House) -> None:
 
 
 MODELS = [
-    model("sae_width", "18 -p sae {own}/sae", "sae='", "maps 12 numbers to 12", "allowed: 16 to 16, the width of teacher='",
+    model("sae_width", "18 -p sae {own}/sae", "sae='", "maps 12 numbers to 12", "16 to 16, the width of teacher='",
           prepare=own_sae(12), soak=False),
     model("sae_unknown", "18 -p sae {own}/sae", "sae='", "architecture='temporal'", "allowed: 'standard', 'topk'",
           prepare=own_sae(16, architecture="temporal"), soak=False),
