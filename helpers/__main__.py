@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             cached.show(console, args.free)
             return 0
-        at_once = chapters.side_by_side(args.jobs)
+        quick = args.profile == "quick" and not getattr(args, "parameter", None)
+        at_once = chapters.side_by_side(args.jobs, quick)
         if args.command == "book":
             jobs = chapters.plan((), args.profile)
             chapters.make_ready(jobs)
@@ -89,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     kept.add_argument("--free", action="store_true", help="delete that; what is asked for again is made anew")
     for command in (run, book):
         command.add_argument("--profile", default="quick", help="a file of profiles/ (default: quick)")
-        command.add_argument("--jobs", type=int, metavar="N", help="chapters side by side (one a core, at most 4)")
+        command.add_argument(
+            "--jobs", type=int, metavar="N", help="chapters side by side (2 in the quick profile, else 1)"
+        )
     for command in (run, verify):
         command.add_argument("chapters", nargs="*", metavar="CHAPTER", help="number or slug; none means all")
     verify.add_argument("--all", action="store_true", help="also cells that take longer than 20 s")

@@ -195,10 +195,11 @@ def read_profile(name: str, chapters: Sequence[Chapter], root: Path = settings.R
     return found
 
 
-def side_by_side(asked: int | None) -> int:
-    """Chapters at once: one a core, since small models do not fill two, and no more than a laptop's memory holds."""
+def side_by_side(asked: int | None, book: bool) -> int:
+    """Chapters at once: two of the `book` in its quick sizes, since small models do not fill two cores and two kernels
+    take some 6 GB; one where a profile or a parameter may ask for many times that."""
     allowed(asked is None or asked > 0, f"jobs={asked}", "a whole number, at least 1")
-    return asked or min(settings.cores(), 4)
+    return asked or (min(settings.cores(), 2) if book else 1)
 
 
 def plan(

@@ -470,6 +470,23 @@ def test_chapters_side_by_side_are_at_work_together_on_their_share_of_the_cores(
     assert len(run(root, force=True)[0]) == 1 and "share 6 None" in executed(root, "01_first")
 
 
+def test_only_the_quick_book_runs_side_by_side_unasked(monkeypatch):
+    """A long profile's kernel may need twelve gigabytes, and two models of a reader's may not fit one GPU."""
+    monkeypatch.setenv("RANK1_CORES", "16")
+    assert chapters.side_by_side(None, book=True) == 2 and chapters.side_by_side(None, book=False) == 1
+    assert chapters.side_by_side(5, book=False) == 5
+    monkeypatch.setenv("RANK1_CORES", "1")
+    assert chapters.side_by_side(None, book=True) == 1
+    with pytest.raises(ValueError, match="jobs=0; allowed: a whole number, at least 1"):
+        chapters.side_by_side(0, book=True)
+    asked = []
+    monkeypatch.setattr(chapters, "side_by_side", lambda jobs, book: asked.append(book) or 1)
+    monkeypatch.setattr(execution, "run", lambda *_: [])
+    for more in ([], ["--profile", "long"], ["-p", "k", "8"]):
+        assert command_line.main(["run", "1", *more]) == 0
+    assert asked == [True, False, False]
+
+
 def test_the_seconds_of_what_a_chapter_computes_for_good_are_noted(root):
     notes = "made fits 1.5\nmade fits 2\nmade moments 3\nasked fits aa\nasked fits aa\n"
     makes = f"import os\nopen(os.environ['RANK1_NOTES'], 'a').write({notes!r})"
