@@ -21,6 +21,8 @@ def chapters_took() -> tuple[list[dict], dict]:
     whole = jobs[0].executed.parent / execution.WHOLE
     if not whole.is_file() or any(not job.stamp.is_file() for job in jobs):
         sys.exit("error: not all chapters were run at once; run `make clean book` with an empty cache first")
+    if "teachers" not in "".join(row["of these"] for row in pages.spent(jobs)):
+        sys.exit("error: the cache was not empty when the chapters ran; run the book with another RANK1_CACHE first")
     return pages.spent(jobs), json.loads(whole.read_text(encoding="utf-8"))
 
 
