@@ -281,7 +281,7 @@ def _summary(board: Board) -> str:
     none_left = f", {waiting} have one that was not run yet" if waiting else ""
     return (
         f"**{tested} of {len(board.verdicts)} claims of three papers and this book are tested here**, each by a rule "
-        f"that was fixed before: {_counts(board)}\n\n"
+        f"that could fail: {_counts(board)}\n\n"
         f"Of {len(checks)} checks {stated} have a negative control{none_left}, {len(checks) - stated - waiting} can "
         f"have none. {len(found)} controls were recorded; {passed} of them passed the rule that should reject it."
         f"{by_luck if chance.judged else ''}\n"
