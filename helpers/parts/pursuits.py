@@ -1,0 +1,113 @@
+"""Pursuits beside `dictionary.pursuit.omp`: several atoms at once, or a support that is chosen anew at every round.
+
+All give k atoms a sample with least-squares coefficients, so that they differ in the atoms alone:
+
+    gOMP    (Wang, Kwon and Shim 2012)       a few atoms at a time, none is given back; all k at once: one look
+    CoSaMP  (Needell and Tropp 2009)         2k more atoms, solve for all, keep the k largest coefficients
+    NIHT    (Blumensath and Davies 2010)     z ← H_k(z + μ Dᵀ(x − Dz)), μ the best step on the present support
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from helpers.dictionary import Rows, SparseCodes
+from helpers.dictionary.atoms import Atoms, signals
+from helpers.dictionary.pursuit import least_squares
+from helpers.settings import allowed
+
+CHUNK = 512
+"""Samples at a time: a few numbers for each of the n atoms are held for each."""
+
+
+def gomp(x: Float[Tensor, "batch m"], atoms: Rows | Float[Tensor, "n m"], k: int, *, at_once: int = 2) -> SparseCodes:
+    """Generalised OMP: at every step the `at_once` atoms of largest |d_j·r| that are not chosen yet, fewer at the end.
+
+    Atoms should have length 1. Raises `ValueError` for k above n or m, `at_once` outside 1 to k, x that is not finite.
+    """
+    allowed(1 <= at_once <= k, f"at_once={at_once} with k={k}", f"1 to {k}")
+
+    def chosen(x: Tensor, every: Atoms) -> Int[Tensor, "batch k"]:
+        support, rest = torch.empty(len(x), 0, dtype=torch.long, device=x.device), x
+        while support.shape[1] < k:
+            score = every.correlate(rest).abs().scatter_(1, support, -1)
+            more = score.topk(min(at_once, k - support.shape[1]), dim=1).indices
+            support = torch.cat([support, more], 1)
+            rest = x - every.combine(least_squares(x, atoms, support), support)
+        return support
+
+    return _found(x, atoms, k, k, chosen)
+
+
+def cosamp(x: Float[Tensor, "batch m"], atoms: Rows | Float[Tensor, "n m"], k: int, *, rounds: int = 20) -> SparseCodes:
+    """Compressive sampling matching pursuit; a sample stops at the round that no longer lowers its error.
+
+    Raises `ValueError` as `gomp` does, and for 3k above n or m: so many atoms are solved for at once.
+    """
+
+    def chosen(x: Tensor, every: Atoms) -> Int[Tensor, "batch k"]:
+        support = every.correlate(x).abs().topk(k, dim=1).indices
+        rest = x - every.combine(least_squares(x, atoms, support), support)
+        for _ in range(rounds):
+            score = every.correlate(rest).abs().scatter_(1, support, -1)
+            merged = torch.cat([support, score.topk(2 * k, dim=1).indices], 1)
+            values = least_squares(x, atoms, merged)
+            pruned = merged.gather(1, values.abs().topk(k, dim=1).indices)
+            left = x - every.combine(least_squares(x, atoms, pruned), pruned)
+            better = left.norm(dim=1) < rest.norm(dim=1)
+            if not better.any():
+                break
+            support = torch.where(better[:, None], pruned, support)
+            rest = torch.where(better[:, None], left, rest)
+        return support
+
+    return _found(x, atoms, k, 3 * k, chosen)
+
+
+def niht(x: Float[Tensor, "batch m"], atoms: Rows | Float[Tensor, "n m"], k: int, *, rounds: int = 100) -> SparseCodes:
+    """Normalised iterative hard thresholding, with the paper's step size and its halving where the support moves.
+
+    Raises `ValueError` as `gomp` does.
+    """
+
+    def chosen(x: Tensor, every: Atoms) -> Int[Tensor, "batch k"]:
+        support = every.correlate(x).abs().topk(k, dim=1).indices
+        values, rest = torch.zeros_like(support, dtype=x.dtype), x
+        for _ in range(rounds):
+            downhill = every.correlate(rest)
+            along = downhill.gather(1, support)
+            step = along.square().sum(1) / every.combine(along, support).square().sum(1).clamp_min(1e-30)
+            dense = torch.zeros_like(downhill).scatter_(1, support, values)
+            before = every.combine(values, support)
+            while True:
+                moved = dense + step[:, None] * downhill
+                proposed = moved.abs().topk(k, dim=1).indices
+                change = moved.gather(1, proposed)
+                stays = (proposed.sort(1).values == support.sort(1).values).all(1)
+                after = every.combine(change, proposed)
+                ahead = torch.zeros_like(dense).scatter_(1, proposed, change) - dense
+                bound = 0.99 * ahead.square().sum(1) / (after - before).square().sum(1).clamp_min(1e-30)
+                long = ~stays & (step > bound)
+                if not long.any():
+                    break
+                step = torch.where(long, step / 2, step)
+            support, values, rest = proposed, change, x - after
+        return support
+
+    return _found(x, atoms, k, k, chosen)
+
+
+@torch.no_grad()
+def _found(
+    x: Tensor, atoms: Rows | Tensor, k: int, most: int, chosen: Callable[[Tensor, Atoms], Tensor]
+) -> SparseCodes:
+    """Codes on the atoms that `chosen` picks, a chunk of samples at a time; `most` are solved for at once."""
+    every = Atoms(atoms)
+    x, least = signals(x, every).to(every.weight.dtype), min(len(every), every.width)
+    allowed(k >= 1 and most <= least, f"k={k}: {most} atoms at once", f"1 to {least}, of n={len(every)} atoms")
+    supports = torch.cat([chosen(part, every) for part in x.split(CHUNK)]) if len(x) else x.new_zeros(0, k).long()
+    return SparseCodes(supports, least_squares(x, atoms, supports))
