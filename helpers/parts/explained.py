@@ -107,14 +107,21 @@ def factors(
     routing      trained router and directions, shuffled pairing  /  random router, trained directions
     pairing      implicit  /  shuffled pairing
 
+    Where the ladders hold it, noise with the rows' covariance splits the first factor in two: `covariance`, what
+    directions gain that know where the rows lie and nothing else, and `trained`, what trained ones gain beyond.
     Geometric means over the ladders in `found`, one for each layer, so that the product is exact. Shuffling leaves some
     pairs together (`inside.overlap`), so the factor of pairing is too low rather than too high.
     """
-    of = {c: [f[Key(c, site, centred)] for f in found] for c in ("random_router", "shuffled", "implicit")}
     steps = {"directions": ("random_router", None), "routing": ("shuffled", "random_router")}
     steps |= {"pairing": ("implicit", "shuffled"), "ratio": ("implicit", None)}
+    if all(Key("covariance", site, centred) in each for each in found):
+        steps |= {"covariance": ("covariance", None), "trained": ("random_router", "covariance")}
+
+    def of(control: str) -> list[Explained]:
+        return [each[Key(control, site, centred)] for each in found]
+
     return {
-        name: ratio(of[over], expected if under is None else of[under], **options)
+        name: ratio(of(over), expected if under is None else of(under), **options)
         for name, (over, under) in steps.items()
     }
 

@@ -39,7 +39,8 @@ WHICH = ("fitting", "judging")
 CHUNK_BYTES = 64 * 2**20
 """Largest batch of Gram matrices of chosen atoms that a projection builds."""
 CONTROLS = ("implicit", "second", "w_up", "w_gate", "all_directions", "pca", "fitted_directions", "omp")
-CONTROLS += ("random", "random_directions", "random_router", "other_token", "shuffled")  # these are drawn
+DRAWN = ("random", "random_directions", "covariance", "in_w_down", "random_router", "other_token", "shuffled")
+CONTROLS += DRAWN
 
 
 # -- before long work --------------------------------------------------------------------------------------------------
@@ -265,6 +266,9 @@ def ladder(
     other_token         the same, each row with the choice made for another row
     random_router       Gaussian router rows, trained directions
     random_directions   the layer's router, random directions
+    covariance          random router, directions drawn from the Gaussian with the fitting rows' covariance (centred) or
+                        second moments (uncentred): they know where the data lie, and nothing of experts
+    in_w_down           the layer's router, of each expert W_down g with Gaussian g: what it writes for random neurons
     random              both random: the paper's control
     second              the second component of W_down, and w_up, w_gate: the first of those matrices
     all_directions      no choice: the span of all first directions
@@ -287,8 +291,8 @@ def ladder(
         for site, each in zip(sites, projected(atoms, support, *targets), strict=True):
             found.setdefault(Key(control, *site, rank), []).append(each)
     for (site, centred), y in zip(sites, targets, strict=True):
-        for control, rank, explained in _of_site(bench, site, centred, y, controls, ranks):
-            found[Key(control, site, centred, rank)] = [explained]
+        for control, rank, explained in _of_site(bench, site, centred, y, seeds, controls, ranks):
+            found.setdefault(Key(control, site, centred, rank), []).append(explained)
     return {key: bench.judged(each, key.site, key.centred) for key, each in found.items()}
 
 
@@ -306,7 +310,7 @@ def _chosen(bench: LayerRows, seeds, controls, ranks) -> Iterator[tuple[str, int
             other = checkpoints.principal(moe, 1, which, device=bench.device).directions[:, 0]
             yield which, 1, other.to(own.device), own
     for seed in seeds:
-        drawn, router, moved, rows = _draw(bench, seed)
+        drawn, router, moved, rows, _ = _draw(bench, seed)
         elsewhere = bench.choice(moe=router).indices
         for rank in ranks if "shuffled" in controls else ():
             if rank == 1 or seed in seeds[:2]:
@@ -320,18 +324,33 @@ def _chosen(bench: LayerRows, seeds, controls, ranks) -> Iterator[tuple[str, int
         for control, (atoms, support) in simple.items():
             if control in controls:
                 yield control, 1, atoms, support
+    if "in_w_down" in controls:
+        for atoms in _written(bench, seeds):
+            yield "in_w_down", 1, atoms, own
 
 
-def _draw(bench: LayerRows, seed: int) -> tuple[Tensor, MoELayer, Tensor, Tensor]:
+def _written(bench: LayerRows, seeds: Sequence[int]) -> Float[Tensor, "seeds experts d_model"]:
+    """What each expert writes for Gaussian neurons, of length one. The experts are read once, for all seeds."""
+    moe, noises = bench.moe, [_draw(bench, seed)[-1] for seed in seeds]
+    neurons = [torch.randn(moe.n_experts, moe.d_ff, generator=noise) for noise in noises]
+    stacked, written, at = torch.stack(neurons), [], 0
+    for w_down in moe.weights("w_down"):
+        written.append(torch.einsum("edf,sef->sed", w_down, stacked[:, at : at + len(w_down)]))
+        at += len(w_down)
+    return F.normalize(torch.cat(written, 1), dim=2).to(bench.directions)
+
+
+def _draw(bench: LayerRows, seed: int) -> tuple[Tensor, MoELayer, Tensor, Tensor, torch.Generator]:
     """All that chance decides for a seed, the same few numbers for every layer, in this order: directions [experts, d],
-    a router, which expert's directions each router row is handed, which row's choice each row is given.
+    a router, which expert's directions each router row is handed, which row's choice each row is given; and the
+    generator, for what is drawn after these.
     """
     noise, like = settings.generator(seed), bench.directions
     directions = random_atoms(bench.moe.n_experts, bench.moe.d_model, noise).to(like)
     router = random_router(bench.moe, noise)
     moved = derangement(bench.moe.n_experts, noise).to(like.device)
     rows = torch.randperm(bench.judging.n, generator=noise).to(like.device)
-    return directions, router, moved, rows
+    return directions, router, moved, rows, noise
 
 
 def overlap(bench: LayerRows, seeds: Sequence[int]) -> list[float]:
@@ -345,17 +364,22 @@ def overlap(bench: LayerRows, seeds: Sequence[int]) -> list[float]:
     return [float((each[:, :, None] == chosen[:, None]).any(2).double().mean()) for each in handed]
 
 
-def _of_site(bench: LayerRows, site, centred, y, controls, ranks) -> Iterator[tuple[str, int, Tensor]]:
+def _of_site(bench: LayerRows, site, centred, y, seeds, controls, ranks) -> Iterator[tuple[str, int, Tensor]]:
     """Controls that are fitted to the site, or see the very row: name, rank, what each judging row has explained."""
     k, first = bench.moe.top_k, bench.directions[:, 0]
     if "all_directions" in controls:
         yield "all_directions", 1, in_span(y, first)
-    if "pca" in controls:
-        moments = bench.fitting.moments(site)
-        matrix = moments.cov if centred else moments.cov + torch.outer(moments.mean, moments.mean)
-        components = torch.linalg.eigh(matrix).eigenvectors.flip(1).to(bench.device, torch.float32)
-        for rank in ranks:
-            yield "pca", rank, (y @ components[:, : k * rank]).double().square().sum(1)
+    moments = bench.fitting.moments(site)
+    matrix = moments.cov if centred else moments.cov + torch.outer(moments.mean, moments.mean)
+    variances, components = (each.to(bench.device, torch.float32) for each in torch.linalg.eigh(matrix))
+    for rank in ranks if "pca" in controls else ():
+        yield "pca", rank, (y @ components.flip(1)[:, : k * rank]).double().square().sum(1)
+    for seed in seeds if "covariance" in controls else ():
+        _, router, _, _, noise = _draw(bench, seed)
+        drawn = torch.randn(bench.moe.n_experts, bench.moe.d_model, generator=noise).to(components)
+        root = (components * variances.clamp(min=0).sqrt()) @ components.T  # symmetric: free of the vectors' signs
+        atoms = F.normalize(drawn @ root, dim=1)
+        yield "covariance", 1, projected(atoms, bench.choice(moe=router).indices, y)[0]
     if "fitted_directions" in controls and centred:
         fitted = fit_directions(bench.rows("fitting", site), first, bench.choice("fitting").indices)
         yield "fitted_directions", 1, projected(fitted, bench.choice().indices, y)[0]

@@ -91,6 +91,8 @@ LADDER = {
     "w_up": ("1st component of W_up", "dense"),
     "w_gate": ("1st component of W_gate", "dense"),
     "random_directions": ("random directions", "random_directions"),
+    "in_w_down": ("random vectors of W_down", "random_directions"),
+    "covariance": ("noise with the rows' covariance", "random_directions"),
     "random": ("all random", "random"),
     "pca": ("k principal components", "pca"),
     "sae": ("TopK SAE's choice", "sae"),

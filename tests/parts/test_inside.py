@@ -233,6 +233,17 @@ def test_draws_are_those_of_the_seeds_and_pair_what_they_say(bench, judged):
             "shuffled": (first[moved], own),
             "other_token": (first, own[rows]),
         }
+        after = draw.get_state()
+        drawn = torch.randn(EXPERTS, D, generator=draw).double().numpy()
+        fitting = rows_of(bench, "fitting", "mlp_out", True)
+        values, vectors = np.linalg.eigh(fitting.T @ fitting)
+        shaped = torch.from_numpy(drawn @ vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T)
+        expected["covariance"] = (shaped, elsewhere)
+        draw.set_state(after)
+        neurons = torch.randn(EXPERTS, bench.moe.d_ff, generator=draw)
+        w_down = torch.cat(list(bench.moe.weights()))
+        written = torch.stack([w @ g for w, g in zip(w_down, neurons, strict=True)])
+        expected["in_w_down"] = (written, own)
         for control, (vectors, support) in expected.items():
             slow = slow_fve(y, vectors.double().numpy(), support.numpy())
             assert judged[Key(control, "mlp_out", True)].by_draw[i] == pytest.approx(slow, rel=1e-4), control
@@ -248,6 +259,24 @@ def test_a_layer_of_rank_one_experts_is_rebuilt_exactly_and_its_pairing_matters(
     product = walk["directions"].value * walk["routing"].value * walk["pairing"].value
     assert product == pytest.approx(walk["ratio"].value) and walk["ratio"].ci[0] <= product <= walk["ratio"].ci[1]
     assert walk["ratio"].value == pytest.approx(judged[Key("implicit", "mlp_out", True)].fve * D / TOP_K)
+    assert walk["covariance"].value * walk["trained"].value == pytest.approx(walk["directions"].value)
+    known = {key: part for key, part in judged.items() if key.control != "covariance"}
+    assert set(explained.factors([known], "mlp_out", TOP_K / D)) == set(walk) - {"covariance", "trained"}
+
+
+def test_noise_with_the_covariance_is_that_noise_and_random_neurons_of_a_rank_one_expert_write_its_direction(bench):
+    """With one direction a row its expectation is E gᵀC S C g / (gᵀCg tr S), S of the judging rows; at least 1/d."""
+    single = replace(bench, moe=replace(bench.moe, top_k=1))
+    found = inside.ladder(single, range(60), controls=["covariance", "in_w_down", "implicit"])
+    for site in inside.SITES:
+        fitting, y = (rows_of(bench, which, site, True) for which in inside.WHICH)
+        values, vectors = np.linalg.eigh(fitting.T @ fitting)
+        drawn = np.random.default_rng(0).normal(size=(20_000, D)) * np.sqrt(values) @ vectors.T
+        along = (drawn @ (y.T @ y) * drawn).sum(1) / (drawn**2).sum(1) / (y**2).sum()
+        share = found[Key("covariance", site, True)].fve
+        assert 1 / D < share == pytest.approx(along.mean(), rel=0.1)
+    own, written = (found[Key(control, "mlp_out", True)] for control in ("implicit", "in_w_down"))
+    assert written.by_draw == pytest.approx([own.fve] * 60, rel=1e-4)
 
 
 def test_overlap_counts_the_handed_directions_of_other_chosen_experts(bench):

@@ -155,6 +155,18 @@ def test_the_readme_names_the_commands_that_are_there():
     assert {"book", "test", "lab", "bench"} <= named <= targets
 
 
+def test_readme_and_landing_page_say_the_time_that_was_recorded():
+    """Within 30 % of the last record of `benchmarks book`; set-up and pages, 2 and 1 minutes, come on top of it."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "book.json").read_text(encoding="utf-8"))
+    took = record["targets"][0]["measured"] / 60
+    readme, landing = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "book/index.md"))
+    chapters, said = re.search(r"all (\d+) chapters, quick profile \| (\d+) min", readme).groups()
+    assert int(chapters) == len(record["rows"]) - 1
+    assert abs(int(said) / took - 1) <= 0.3, f"README says {said} min, it took {took:.0f}"
+    said = re.search(r"The first takes (\d+) minutes", landing)[1]
+    assert abs(int(said) / (took + 3) - 1) <= 0.3, f"the landing page says {said} min, it took {took + 3:.0f}"
+
+
 def test_ci_runs_what_the_readme_says():
     script = ROOT / ".ci" / "run"
     assert re.search(r"^\s*make test$", script.read_text(encoding="utf-8"), re.M)
