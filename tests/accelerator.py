@@ -149,10 +149,12 @@ class There(torch.Tensor):
 
 
 def _place() -> str:
-    """The innermost line of the project that is running: `training/loop.py:_update`."""
+    """The innermost function of the project that is running, `training/loop.py:_update`, or `transformers`."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
+        if "/transformers/" in code.co_filename:
+            return "transformers"
         if code.co_filename.startswith(str(ROOT / "helpers")):
             return f"{code.co_filename.removeprefix(str(ROOT / 'helpers'))[1:]}:{code.co_name}"
         frame = frame.f_back
