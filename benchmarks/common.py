@@ -54,8 +54,8 @@ def _lines(path: str) -> list[str]:
 
 
 def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def _summary(times: Sequence[float]) -> dict[str, float]:

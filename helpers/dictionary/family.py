@@ -92,7 +92,7 @@ class RankOneDictionary(nn.Module):
             )
         if self.router.width != encoder.width:
             raise ValueError(f"router reads {self.router.width} numbers; allowed: {encoder.width}, as the encoder does")
-        self.select = Select() if select is None else select
+        self.select = Select() if select is None else select.to(encoder.weight.device)
         self.select.check(k, self.n_features)
         self.k, self.gate, self.activation = k, gate, activation
         self.expert_rank, self.unit_norm = expert_rank, unit_norm

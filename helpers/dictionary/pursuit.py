@@ -27,7 +27,7 @@ HANDING_OVER = 13
 GRAM_BYTES = 512 * 2**20
 """The Gram matrix of all atoms is built only if it is no larger than this (n ≤ 11,585 in float32)."""
 
-GRAM_CHUNK, RESIDUAL_CHUNK, CUDA_CHUNK = 32, 256, 4096
+GRAM_CHUNK, RESIDUAL_CHUNK, GPU_CHUNK = 32, 256, 4096
 """Samples worked on at a time. With the Gram matrix few are best on a CPU: their k rows of it stay in cache."""
 
 BLOCK = 64
@@ -90,7 +90,7 @@ def omp(
         nonnegative: coefficients ≥ 0 (Bruckstein et al. 2008): choose by d_j·r, then solve for non-negative
             coefficients as Lawson and Hanson (1974) do. Atoms at zero leave, and may come back; k counts steps.
         tolerance: of the residual's norm, relative to the signal's; None for k atoms.
-        chunk: samples at a time; None: `GRAM_CHUNK`, `RESIDUAL_CHUNK`, or `CUDA_CHUNK` on a GPU. Beside the Gram matrix
+        chunk: samples at a time; None: `GRAM_CHUNK`, `RESIDUAL_CHUNK`, or `GPU_CHUNK` on a GPU. Beside the Gram matrix
             and the dense form of packed atoms, where they are used, at most chunk·(3n + 6k(m + k)) numbers are held.
         gram: whether correlations are updated through the Gram matrix of all atoms (n² numbers, at most `GRAM_BYTES`
             where we choose), or follow from the residual at each step, by `screening`. None takes what costs less.
@@ -104,7 +104,7 @@ def omp(
     few = None if nonnegative or gram else _screen(x, atoms)
     gram = not nonnegative and few is None and _gram_pays(len(x), atoms, k) if gram is None else gram
     products = atoms.gram() if gram and len(x) else None
-    chunk = chunk or (CUDA_CHUNK if x.is_cuda else GRAM_CHUNK if gram else RESIDUAL_CHUNK)
+    chunk = chunk or (GPU_CHUNK if x.device.type != "cpu" else GRAM_CHUNK if gram else RESIDUAL_CHUNK)
     pursue, how = (_nonnegative, (tolerance,)) if nonnegative else (_free, (tolerance, select, products, few))
     parts = [pursue(part, atoms, k, *how) for part in x.split(chunk)]
     indices, values = (torch.cat(same) for same in zip(*parts, strict=True))

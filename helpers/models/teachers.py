@@ -70,11 +70,11 @@ class TokenLosses:
     @property
     def mean(self) -> float:
         """Mean over all real predicted tokens."""
-        return self.nats[self.mask].double().mean().item()
+        return self.nats[self.mask].cpu().double().mean().item()
 
     def per_text(self) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
         """Sum in nats and number of predicted tokens of each text, for a bootstrap over articles."""
-        return (self.nats.double() * self.mask).sum(1), self.mask.sum(1)
+        return (self.nats.cpu().double() * self.mask.cpu()).sum(1), self.mask.sum(1).cpu()
 
 
 class _Stop(Exception):
@@ -154,7 +154,8 @@ class Teacher:
         self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"] | None = None
     ) -> Bool[Tensor, "batch seq"]:
         """True for the tokens that are text: neither padding nor the BOS token."""
-        kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        kept = given.to(input_ids.device).bool()
         return kept & (input_ids != self.tokenizer.bos_token_id) if self.adds_bos else kept
 
     @torch.inference_mode()
@@ -209,7 +210,7 @@ class Teacher:
         logits = self._logits_by_rows if self._splits else self._logits_at_once
         hooks = contextlib.nullcontext()
         if splice is not None:
-            hooks = self._splice(splice, self.rows_kept(input_ids, attention_mask).to(self.device))
+            hooks = self._splice(splice, self.rows_kept(input_ids, attention_mask))
         nats = torch.zeros(mask.shape, device=self.device)
         targets = input_ids[:, 1:][mask].split(LOGIT_ROWS)
         with hooks:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -325,12 +325,17 @@ class Pretraining:
                     return
                 losses = self.update(stream.batch(self.step))
                 if self.step % recipe.log_every == 0:
-                    self.note(**losses)
-                    bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
+                    found = {name: float(value) for name, value in losses.items()}  # no other step waits for a GPU
+                    if not math.isfinite(found["loss"]):
+                        raise FloatingPointError(
+                            f"the loss is {found['loss']} at step {self.step}; lower lr={recipe.lr}"
+                        )
+                    self.note(**found)
+                    bar.set_postfix(loss=f"{found['loss']:.3f}", refresh=False)
                 self.step += 1
                 bar.update()
 
-    def update(self, ids: Int[Tensor, "batch length"]) -> dict[str, float]:
+    def update(self, ids: Int[Tensor, "batch length"]) -> dict[str, Float[Tensor, ""]]:
         """One step of the optimiser; losses of the batch before it."""
         ids = ids.to(self.model.device)
         self.model.train()
@@ -338,12 +343,10 @@ class Pretraining:
         with seeded(settings.mix(self.recipe.seed, self.step)):  # dropout: the same after a restart
             out = self.model(ids, use_cache=False, **({"output_router_logits": True} if is_mixture else {}))
         loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        total, losses = loss, {"loss": float(loss.detach())}
+        total, losses = loss, {"loss": loss.detach()}
         if is_mixture:
             total = loss + self.model.config.router_aux_loss_coef * out.aux_loss
-            losses["balance"] = float(out.aux_loss.detach())
-        if not math.isfinite(losses["loss"]):
-            raise FloatingPointError(f"the loss is {losses['loss']} at step {self.step}; lower lr={self.recipe.lr}")
+            losses["balance"] = out.aux_loss.detach()
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)

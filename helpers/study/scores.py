@@ -84,17 +84,17 @@ def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluati
     if not len(inputs) or len(inputs) != len(targets):
         raise ValueError(f"inputs has {len(inputs)} rows, targets {len(targets)}; allowed: as many, at least one")
     where = next(model.parameters())
-    first = as_tensor(targets, slice(1)).to(where.dtype).double()  # from which a constant differs by exact zeros
+    first = as_tensor(targets, slice(1)).to(where.dtype).cpu().double()  # from which a constant differs by exact zeros
     beyond = sum(
-        (as_tensor(targets, s).to(where.dtype).double() - first).sum(0) for s in _slices(len(targets), batch_size)
+        (as_tensor(targets, s).to(where.dtype).cpu().double() - first).sum(0) for s in _slices(len(targets), batch_size)
     )
-    mean = (first + beyond / len(targets)).cpu()
+    mean = first + beyond / len(targets)
     errors, norms, fired, silent = [], [], torch.zeros(model.n_atoms, dtype=torch.long, device=where.device), 0
     for rows in _slices(len(inputs), batch_size):
         x, y = (as_tensor(a, rows).to(where.device, where.dtype) for a in (inputs, targets))
         trace = model.trace(x)
-        errors.append((trace.output - y).double().square().sum(1).cpu())
-        norms.append((y.double().cpu() - mean).square().sum(1))
+        errors.append((trace.output - y).cpu().double().square().sum(1))  # an mps has no float64
+        norms.append((y.cpu().double() - mean).square().sum(1))
         fired += trace.codes.firing_counts(model.n_atoms)
         silent += int((~trace.codes.fires).sum())
     slots = len(inputs) * model.k * model.expert_rank

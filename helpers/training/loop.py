@@ -167,7 +167,7 @@ def fit(
             mappings by the student's name.
         cache_dir: where runs are stored; None for the user's cache folder, False for nowhere.
         log_every: loss is recorded (and read back from the device) every so many steps.
-        autocast: dtype for mixed precision on a GPU; None for the parameters' own.
+        autocast: dtype of matrix products (torch.bfloat16, on any device); None for the parameters' own.
         screen: choose atoms in bfloat16, certified (`dictionary.screening`), where that is faster.
 
     Raises:
@@ -281,7 +281,7 @@ class Run:
     @cached_property
     def variance(self) -> float:
         """Total variance of the targets, from the first batches: the constant that makes the loss scale-free."""
-        targets = torch.cat([self.stream(step)[1] for step in range(4)]).double()
+        targets = torch.cat([self.stream(step)[1] for step in range(4)]).cpu().double()
         variance = float((targets - targets.mean(0)).square().sum(1).mean())
         allowed(variance > 0, f"the stream's targets have variance {variance}", "targets that vary and are finite")
         return variance

@@ -402,9 +402,9 @@ class Resample(Balance):
 
     def _starts(self, now: Moment, n: int) -> Float[Tensor, "n d_in"]:
         """Samples of the batch that are badly reconstructed, or what is left of them."""
-        chances = now.residual.double().square().sum(1) ** self.power
-        random = settings.generator(settings.mix(self.seed, now.step), chances.device)
-        rows = torch.multinomial(chances, n, replacement=True, generator=random)
+        chances = now.residual.cpu().double().square().sum(1) ** self.power  # the same draws on every device
+        random = settings.generator(settings.mix(self.seed, now.step))
+        rows = torch.multinomial(chances, n, replacement=True, generator=random).to(now.inputs.device)
         if self.toward == "residual":
             return now.residual[rows]
         b_in = now.dictionary.b_in
