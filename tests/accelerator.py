@@ -62,7 +62,7 @@ class _Hook(_DummyPrivateUse1Hook):
 
 
 @cache
-def _registered() -> tuple[_Hook, list[torch.library.Library]]:
+def registered() -> tuple[_Hook, list[torch.library.Library]]:
     """PyTorch knows the device from here on; autocast on it halves what it halves on others."""
     hook = _Hook()
     _setup_privateuseone_for_python_backend("standin", backend_module=_Module(), hook=hook)
@@ -283,7 +283,7 @@ def _set_data(tensor: torch.Tensor, data: There) -> None:
 @contextmanager
 def accelerator(name: str = "cuda:1") -> Iterator[Accelerator]:
     """A machine with two GPUs, or with an `mps`; `name` is the one that the test works on."""
-    hook, machine = _registered()[0], Accelerator(name)
+    hook, machine = registered()[0], Accelerator(name)
     kind = machine.device.type
     counted = 2 if kind == "cuda" else 0
     plain, There.named = torch.autocast, {0: machine.device, 1: torch.device(kind, 1 - (machine.device.index or 0))}

@@ -5,6 +5,7 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 import tests.typechecking  # noqa: F401 (the hook finds the checker by name)
+from tests import accelerator
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 ROOMS = ("dictionary", "training", "models", "study", "parts")
@@ -18,3 +19,6 @@ install_import_hook(
     ],
     "tests.typechecking.check",
 )
+
+# autograd counts devices at its first backward pass in a process, whichever test that is in
+accelerator.registered()

@@ -311,13 +311,18 @@ SINGLE = {name: build for name, build in MODELS.items() if not name.startswith((
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_every_model_learns_the_same_in_bfloat16(name):
-    loss = {}
-    for precision in (None, torch.bfloat16):
-        model = SINGLE[name](settings.generator(0)).float()
-        result = fit(model, Shuffled(data(), batch_size=64), steps=200, lr=1e-2, log_every=1, autocast=precision)
-        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-        loss[precision] = np.mean(result.loss[-20:])
-    assert loss[torch.bfloat16] == pytest.approx(loss[None], rel=0.02)
+    """Within 2 % over three seeds; one alone may end 5 % better or worse, since which atoms are chosen drifts apart."""
+    ratios = []
+    for seed in range(3):
+        loss = {}
+        for precision in (None, torch.bfloat16):
+            model = SINGLE[name](settings.generator(seed)).float()
+            stream = Shuffled(data(), batch_size=64, seed=seed)
+            result = fit(model, stream, steps=200, lr=1e-2, log_every=1, autocast=precision)
+            assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+            loss[precision] = np.mean(result.loss[-20:])
+        ratios.append(loss[torch.bfloat16] / loss[None])
+    assert np.mean(ratios) == pytest.approx(1, rel=0.02)
 
 
 def test_products_are_halved_there_too():
