@@ -2,8 +2,9 @@
 
 `<!--n 07 dead.pareto/error · k = 4 | .2f-->1.06<!--/n-->` is that record's value with two decimals. `@low`, `@high` or
 `@n` after a case is its interval's end or its count. A row of a run's points is `entries[site=mlp_in, k=32].fvu`, a
-mean where several rows fit or a cell holds several numbers; `.ratio#0` is the first number of a cell. With braces it is
-arithmetic: `1 - 1 / {…}`. A form that ends in ` %` is in percent.
+mean where several rows fit or a cell holds several numbers; `.ratio#0` is the first number of a cell, and
+`entries.candidates[…]` are the rows that such a row's cell holds. With braces it is arithmetic: `1 - 1 / {…}`. A form
+that ends in ` %` is in percent.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from helpers.press import claims
 from helpers.press.rules import BETWEEN, register
 
 MARK = re.compile(r"<!--n (\d\d) (.+?) \| (.+?)-->(.*?)<!--/n-->", re.DOTALL)
-ROW = re.compile(r"([\w ]+)\[(.*)\]\.(.+)")
+ROW = re.compile(r"([\w ]+?)(?:\.(\w+))?\[(.*)\]\.(.+)")
 SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -67,9 +68,11 @@ def _sum(node: ast.expr) -> float:
 
 def _at(run: claims.Results, address: str) -> float:
     if row := ROW.fullmatch(address):
-        table, wanted, column = row.groups()
-        pairs = dict(pair.split("=", 1) for pair in re.split(r", (?=\w+=)", wanted))
-        rows = [r for r in run.points.get(table, []) if all(str(r.get(k)) == v for k, v in pairs.items())]
+        table, inner, wanted, column = row.groups()
+        pairs = dict(pair.split("=", 1) for pair in re.split(r", (?=\w+=)(?![^(]*\))", wanted))
+        rows = run.points.get(table, [])
+        rows = [r | each for r in rows for each in r[inner]] if inner else rows
+        rows = [r for r in rows if all(str(r.get(k)) == v for k, v in pairs.items())]
         settings.allowed(bool(rows), f"number {address!r}", f"a row of chapter {run.chapter}")
         column, _, place = column.partition("#")
         return float(np.mean([each[column][int(place)] if place else each[column] for each in rows]))

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from helpers import settings
-from helpers.press import numbers
+from helpers.press import claims, numbers
 
 # Decimal numbers that stand in prose without a mark: the papers' own, sizes and definitions may; results may not, and
 # the chapters that still have some are lowered here as they are marked.
@@ -66,6 +66,12 @@ def test_a_number_is_named_by_record_end_row_or_arithmetic():
     assert numbers.value("07", "1 - 1 / {dead.pareto/error · k = 4}") == pytest.approx(1 - 1 / error)
     row = "entries[site=mlp_in, centred=False, method=switch]"
     assert 0 < numbers.value("09", f"{row}.largest_rate") < 1
+    entries = claims.reference("09_dead_features_in_a_language_model").points["entries"]
+    wanted = {"site": "mlp_in", "centred": False, "method": "switch"}
+    tried = next(each for each in entries if wanted.items() <= each.items())["candidates"]
+    about = f"balance={tried[0]['balance']}, lr={tried[0]['lr']}"  # a comma inside parentheses parts nothing
+    address = f"entries.candidates[site=mlp_in, centred=False, method=switch, {about}].fvu"
+    assert numbers.value("09", address) == tried[0]["fvu"]
 
 
 @pytest.mark.parametrize(
