@@ -54,8 +54,10 @@ def _lines(path: str) -> list[str]:
 
 
 def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def _summary(times: Sequence[float]) -> dict[str, float]:

@@ -99,6 +99,7 @@ def harvests(cache: Path) -> dict[str, object]:
 
 
 REPOSITORY = {
+    "book/bibliography.md": "# Bibliography\n\n```{bibliography}\n:all:\n```\n",  # the book's own leads to its chapters
     "_toc.yml": """format: jb-book
 root: index
 parts:
@@ -137,7 +138,7 @@ def repository(root: Path, *cells: str) -> None:
     for name in (
         "_config.yml",
         "requirements.txt",
-        *(f"book/{name}" for name in ("references.bib", "bibliography.md", "scoreboard.md", "map.md")),
+        *(f"book/{name}" for name in ("references.bib", "scoreboard.md", "map.md")),
     ):
         shutil.copy(settings.ROOT / name, root / name)
     for folder in ("notebooks", "profiles", "data", "results"):

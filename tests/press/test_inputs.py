@@ -42,7 +42,7 @@ SMALL = {
     },
     "11_the_structure_is_learned": {
         "layers": [3], "n_tokens": 300, "n_held_out": 300, "n_loss": 200, "seeds": [0, 1],
-        "controls": ["implicit", "shuffled", "random_router", "random", "pca"], "n_experts_shown": 1,
+        "controls": ["implicit", "shuffled", "random_router", "covariance", "random", "pca"], "n_experts_shown": 1,
     },
     "12_three_gaps": {
         "n_tokens": 600, "n_validation": 150, "n_held_out": 300, "max_length": 64, "steps": 2, "longer": 3,
