@@ -39,8 +39,8 @@ WHICH = ("fitting", "judging")
 CHUNK_BYTES = 64 * 2**20
 """Largest batch of Gram matrices of chosen atoms that a projection builds."""
 CONTROLS = ("implicit", "second", "w_up", "w_gate", "all_directions", "pca", "fitted_directions", "omp")
-DRAWN = ("random", "random_directions", "covariance", "in_w_down", "random_router", "other_token", "shuffled")
-CONTROLS += DRAWN
+CONTROLS += ("random", "random_directions", "covariance", "in_w_down")  # these, and the next, are drawn
+CONTROLS += ("random_router", "other_token", "shuffled")
 
 
 # -- before long work --------------------------------------------------------------------------------------------------
