@@ -295,7 +295,8 @@ def _can_be_judged(claim: Claim, check: str, value: float, ci: tuple[float, floa
 
 
 def environment(device: str = "auto") -> dict[str, Any]:
-    """What a run depended on; `commit` is None outside git and ends in `-dirty` with uncommitted changes."""
+    """What a run depended on; `commit` is None outside git and ends in `-dirty` with uncommitted changes to other
+    files than runs write."""
     import torch  # takes a second, which the command line does without
 
     chosen = settings.device(str(device))
@@ -319,7 +320,8 @@ def _commit() -> str | None:
     try:
         if Path(_git("rev-parse", "--show-toplevel")).resolve() != settings.ROOT:
             return None  # unpacked inside somebody else's repository
-        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if _git("status", "--porcelain") else "")
+        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!results/cells")
+        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -403,6 +403,9 @@ def test_the_environment_knows_the_commit_and_does_without_one(tmp_path, monkeyp
     assert claims.environment("cpu")["commit"] is None
     git("commit", "-q", "--allow-empty", "-m", "first")
     assert re.fullmatch(r"[0-9a-f]{12}", claims.environment("cpu")["commit"])
+    (tmp_path / "results" / "cells").mkdir(parents=True)
+    (tmp_path / "results" / "cells" / "one.json").write_text("")
+    assert not claims.environment("cpu")["commit"].endswith("-dirty"), "a run writes it"
     (tmp_path / "new.py").write_text("")
     assert claims.environment("cpu")["commit"].endswith("-dirty")
     (tmp_path / "inside").mkdir()
