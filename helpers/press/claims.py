@@ -132,7 +132,7 @@ class Chapter:
             expected=str(asked.rule),
             verdict=judge(asked.rule, value, ci, scope, n, resampled),
             **{"claim": claim, "value": value, "ci": ci, "n": n, "resampled": resampled},
-            **{"scope": scope, "teacher": teacher, "note": note},
+            **{"scope": scope, "teacher": teacher, "note": note, "jackknife": getattr(ci, "jackknife", None)},
         )
         if result not in self.records:  # a cell that is run again says the same thing twice
             self.records.append(result)
@@ -181,7 +181,7 @@ class Chapter:
             "parameters": self.parameters,
             "environment": self.environment,
             "seconds": round(time.perf_counter() - self._started, 2),
-            "records": [record.model_dump() for record in self.records],
+            "records": [each.model_dump(exclude=set() if each.jackknife else {"jackknife"}) for each in self.records],
             **({"controls": [control.model_dump() for control in self.controls]} if self.controls else {}),
             **({"points": self.points} if self.points else {}),
         }
@@ -268,7 +268,7 @@ def _measured(value: Any, ci: Any, n: Any, resampled: Any) -> tuple[float, tuple
     slack = 1e-9 * max(abs(low), abs(high))  # percentiles of equal numbers differ from their mean by rounding
     inside = low - slack <= value <= high + slack
     allowed(inside, f"ci=({low}, {high}) does not hold value={value}", "low ≤ value ≤ high")
-    return value, (low, high), n, resampled
+    return value, ci if hasattr(ci, "jackknife") else (low, high), n, resampled
 
 
 def _counted(n: Any) -> Counted:
