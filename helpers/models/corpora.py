@@ -375,7 +375,7 @@ def _by_document(corpus: str, split: str, size: int) -> Iterator[tuple[int, Iter
 def _chunks(texts: pa.ChunkedArray, paragraphs: Sequence[int], size: int) -> Iterator[str]:
     """Paragraphs, each cut before a whitespace where it is longer than `size` characters; no more of one is decoded."""
     for paragraph in paragraphs:
-        content, start = memoryview(texts[paragraph].as_buffer()), 0
+        content, start = _content(texts.slice(paragraph, 1).chunk(0)), 0
         while start < len(content):
             text = bytes(content[start : start + 4 * size + 4]).decode("utf-8", "ignore")
             if len(text) > size:
@@ -384,3 +384,10 @@ def _chunks(texts: pa.ChunkedArray, paragraphs: Sequence[int], size: int) -> Ite
                 text = text[:end] if end > 0 else text
             yield text
             start += len(text.encode())
+
+
+def _content(one: pa.StringArray | pa.LargeStringArray) -> memoryview:
+    """The bytes of the only text of a slice, where they lie; a scalar of Arrow would copy them."""
+    _, offsets, content = one.buffers()
+    first, last = np.frombuffer(offsets, np.int64 if pa.types.is_large_string(one.type) else np.int32)[one.offset :][:2]
+    return memoryview(content)[first:last]
