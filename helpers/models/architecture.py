@@ -216,6 +216,8 @@ def _on_output(function: Callable) -> Callable:
     def hook(module, args, output):
         if not isinstance(output, tuple | list):
             return function(output)
+        streams = getattr(output, "_fields", ())  # Reformer's has two
+        allowed(not streams, f"{type(module).__name__} returns {', '.join(streams)}", "one residual stream")
         new = function(output[0])
         return None if new is None else type(output)([new, *output[1:]])
 
