@@ -81,7 +81,7 @@ nbval: .venv/.ready-dev
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --timeout=0 notebooks
 
 browser: .venv/.ready-dev
-	$(BIN)/python -m pytest -rs tests/browser $(SPREAD)
+	$(BIN)/python -m pytest tests/browser $(SPREAD)
 
 # Of each of these `make test` runs a sample.
 soak: .venv/.ready-dev
