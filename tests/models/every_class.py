@@ -46,6 +46,7 @@ _TWEAKS = {
     "dbrx": dict(rope_theta=1e4, moe_top_k=2, clip_qkv=8.0),
     "dots3_note": dict(per_layer_config=None, adapter_in_dim=16),
     "reformer": dict(is_decoder=True, axial_pos_embds=False),
+    "xmod": dict(default_language="en_XX"), "mimo_v2_flash": dict(num_key_value_heads=1),
     "roc_bert": dict(is_decoder=True, pronunciation_vocab_size=64, shape_vocab_size=64),
 }  # fmt: skip
 
