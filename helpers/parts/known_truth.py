@@ -141,7 +141,7 @@ def candidates(
     centred: Sequence[bool] = (False, True),
     brief: Sequence[str] = (),
 ) -> list[Candidate]:
-    """Every method at each of its strengths, learning rates and centrings; those of `brief` at one strength.
+    """Every method at each of its strengths, learning rates and centrings; those of `brief` at their first.
 
     What has no strength gets `extra_lrs` besides, as many as make its number of candidates that of the others.
     """
@@ -154,7 +154,7 @@ def candidates(
     for name in REMEDIES:
         strengths = STRENGTHS.get(name, (0.0,))
         rates = lrs if name in STRENGTHS or name in brief else sorted([*lrs, *extra_lrs])
-        tried = strengths[-1:] if name in brief else strengths
+        tried = strengths[:1] if name in brief else strengths
         grid += [Candidate(name, strength, lr, centre) for centre in centred for strength in tried for lr in rates]
     return grid
 

@@ -86,7 +86,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "bias": (1e-3, 1e-2),
     "frequency": (0.01, 0.1),
     "switch": (0.01, 0.1),
-    "switch_early": (0.01, 0.1),
+    "switch_early": (0.1, 0.01),
 }
 """As many strengths for each: its authors' own value, where they give one that fits, and one more. What has none gets
 learning rates in their place."""
