@@ -67,6 +67,7 @@ def outcome(record_property):
     return lambda what, why="": record_property("outcome", [what, why])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", every_class.TYPES)
 def test_a_class_is_right_or_refused(kind, tmp_path, outcome):
     try:
