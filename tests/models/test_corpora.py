@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -26,6 +27,8 @@ from helpers.press import chapters
 from helpers.settings import ROOT
 from helpers.study.scores import t_interval
 from tests import tiny
+
+zipped = partial(gzip.compress, mtime=0)  # workers of pytest collect the same names
 
 SAMPLE = pd.read_parquet(corpora.WIKIPEDIA_SAMPLE)
 
@@ -149,11 +152,11 @@ def write(folder, name, content: bytes) -> str:
         ("twice.csv", b"text,text\none,two\n", "several columns are called 'text'"),
         ("open.csv", b'text,n\n"one,1\n', "cannot be read as .csv"),
         ("listed.jsonl", b'{"text": "x", "split": ["test"]}', "column 'split' holds"),
-        ("cut.txt.gz", gzip.compress(b"one\n\n" * 99)[:-9], "cannot be read as .txt"),
+        ("cut.txt.gz", zipped(b"one\n\n" * 99)[:-9], "cannot be read as .txt"),
         ("plain.txt.gz", b"one\n\ntwo", "cannot be read as .txt"),
         (
             "twice.jsonl.gz.gz",
-            gzip.compress(gzip.compress(b'{"text": "x"}')),
+            zipped(zipped(b'{"text": "x"}')),
             "twice.jsonl.gz.gz is packed twice; allowed",
         ),
         ("zero.txt", "caf\xe9 \0 au lait".encode(), "has 1 document to train"),  # not 'not UTF-16-BE'
@@ -247,15 +250,15 @@ def comma_separated(separator=",") -> bytes:
         ("unmarked_32.txt", "\n\n".join(TEXTS).encode("utf-32-be")),
         ("unmarked.jsonl", lines(ROWS).decode().encode("utf-32-le")),
         ("unmarked.csv", comma_separated().decode().encode("utf-16-le")),
-        ("two_parts.txt.gz", b"".join(gzip.compress(f"{text}\n\n".encode()) for text in TEXTS)),
+        ("two_parts.txt.gz", b"".join(zipped(f"{text}\n\n".encode()) for text in TEXTS)),
         ("lines.txt", "\n".join(TEXTS).encode()),
-        ("packed.txt.gz", gzip.compress("\n\n".join(TEXTS).encode())),
+        ("packed.txt.gz", zipped("\n\n".join(TEXTS).encode())),
         ("zstd.txt.zst", pa.compress("\n\n".join(TEXTS).encode(), "zstd", asbytes=True)),
         ("plain.jsonl", lines(ROWS)),
         ("UPPER.JSONL", lines(ROWS, "\r\n") + b"\r\n\r\n"),
         ("mark.jsonl", b"\xef\xbb\xbf" + lines(ROWS)),
         ("wide.jsonl", lines(ROWS).decode().encode("utf-16")),
-        ("packed.JSONL.GZ", gzip.compress(lines(ROWS))),
+        ("packed.JSONL.GZ", zipped(lines(ROWS))),
         ("array.jsonl", json.dumps(ROWS, indent=1).encode()),
         ("array.json", json.dumps(ROWS).encode()),
         ("member.json", json.dumps({"data": ROWS}, indent=1).encode()),
@@ -291,11 +294,11 @@ def comma_separated(separator=",") -> bytes:
         ("nested.parquet", table(text=TEXTS, meta=[{"a": [i]} for i in range(60)], other=TEXTS)),
         ("body.parquet", table(body=TEXTS, id=TEXTS, meta=[{"a": "words"}] * 60, n=range(60))),
         ("semicolon.CSV", comma_separated(";")),
-        ("packed.csv.gz", gzip.compress(comma_separated())),
+        ("packed.csv.gz", zipped(comma_separated())),
         ("plain.parquet", table(text=TEXTS)),
         ("bytes.parquet", table(text=[text.encode() for text in TEXTS])),
         ("categories.parquet", table(text=pd.Categorical(TEXTS), title=pd.Categorical([f"t{i}" for i in range(60)]))),
-        ("packed.parquet.gz", gzip.compress(table(text=TEXTS))),
+        ("packed.parquet.gz", zipped(table(text=TEXTS))),
     ],
 )
 def test_files_are_read_as_people_write_them(tmp_path, name, content):
