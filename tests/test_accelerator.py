@@ -31,7 +31,19 @@ from helpers.dictionary.family import ACTIVATIONS, GATES
 from helpers.kept import Kept
 from helpers.models import activations, checkpoints, layerwise, teachers
 from helpers.models.teachers import Teacher
-from helpers.parts import audit, distilling, gaps, inside, language_model, lens, masks, mixture, own_codes, storage
+from helpers.parts import (
+    audit,
+    distilling,
+    gaps,
+    inside,
+    language_model,
+    lens,
+    masks,
+    mixture,
+    own_codes,
+    rivals,
+    storage,
+)
 from helpers.study.scores import evaluate
 from helpers.study.study import Arm, run
 from helpers.study.study import trained as trained_alone
@@ -209,6 +221,8 @@ REMEDIES = {
     "Switch": (sae, remedies.Switch(0.1)),
     "z-loss": (sae, remedies.ZLoss()),
     "loss-free": (lambda: sae(selection_bias=True), remedies.LossFree()),
+    "frequency": (sae, rivals.Frequency(0.1)),
+    "aligned": (sae, rivals.Aligned()),
     "AuxK": (sae, remedies.AuxK(silent_for=2)),
     "ghost": (sae, remedies.Ghost(silent_for=2)),
     "resampling": (sae, remedies.Resample(every=4)),
