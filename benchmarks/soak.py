@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,10 +21,20 @@ from helpers import settings
 OUTCOMES = ("passed", "failed", "skipped")
 
 
+def files() -> list[str]:
+    """Those with such tests; that of the faults takes half of the time and comes first."""
+    tests = (settings.ROOT / "tests").rglob("test_*.py")
+    marked = [path for path in tests if re.search("mark.(soak|whole)", path.read_text("utf-8"))]
+    return sorted(map(str, marked), key=lambda name: (not name.endswith("test_faults.py"), name))
+
+
 def run(report: Path, *chosen: str) -> None:
-    """All tests that are marked `soak`, or those of files that are `chosen`; what came of them goes to `report`."""
-    options = ["-m", "soak", "-rs", "--timeout=0", f"--junitxml={report}", *(chosen or ["tests"])]
-    subprocess.run([sys.executable, "-m", "pytest", *options], cwd=settings.ROOT, check=False)
+    """All tests that are marked `soak` or `whole`, or those of files that are `chosen`; what came of them goes to
+    `report`. Files run side by side, a thread each."""
+    spread = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
+    options = ["-m", "soak or whole", "--timeout=0", f"--junitxml={report}", *(chosen or files())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "pytest", *spread, *options], cwd=settings.ROOT, env=environment, check=False)
 
 
 def rows(report: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -52,7 +64,7 @@ def write(found: list[dict[str, Any]], why: list[str]) -> None:
         rows=found,
         targets=[common.at_most(f"cases that fail, of {cases}", bad, 0)],
         note=f"Every command of the tables of wrong questions, stops at many moments, every chapter on every kind of "
-        f"text, and all faults of the section Reliability.{reasons}",
+        f"text, every causal class of transformers, and all faults of the section Reliability.{reasons}",
         device="cpu",
     )
 

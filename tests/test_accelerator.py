@@ -40,7 +40,11 @@ from helpers.parts import (
     masks,
     mixture,
     own_codes,
+<<<<<<< HEAD
     stand_ins,
+=======
+    rivals,
+>>>>>>> main
     storage,
 )
 from helpers.study.scores import evaluate
@@ -220,6 +224,8 @@ REMEDIES = {
     "Switch": (sae, remedies.Switch(0.1)),
     "z-loss": (sae, remedies.ZLoss()),
     "loss-free": (lambda: sae(selection_bias=True), remedies.LossFree()),
+    "frequency": (sae, rivals.Frequency(0.1)),
+    "aligned": (sae, rivals.Aligned()),
     "AuxK": (sae, remedies.AuxK(silent_for=2)),
     "ghost": (sae, remedies.Ghost(silent_for=2)),
     "resampling": (sae, remedies.Resample(every=4)),
