@@ -40,11 +40,8 @@ from helpers.parts import (
     masks,
     mixture,
     own_codes,
-<<<<<<< HEAD
-    stand_ins,
-=======
     rivals,
->>>>>>> main
+    stand_ins,
     storage,
 )
 from helpers.study.scores import evaluate

@@ -101,7 +101,7 @@ class FrozenLayer:
     def resumed(self, what: Hashable) -> Iterator[None]:
         """Within it the blocks before the layer run once for each text, and return what they did where it comes again.
 
-        `what` names the texts, which come in the same order each time; the oldest go where there are `KEPT_BYTES`.
+        `what` names the texts, which come in the same order each time.
         """
         blocks, calls, keys = self.teacher.blocks[: self.number], itertools.count(), []
 
@@ -112,14 +112,18 @@ class FrozenLayer:
                 return self._entered[keys[0]]
             output = forward(*args, **kwargs)
             if i == self.number - 1:
-                self._entered[keys[0]] = output
+                self._keep(keys[0], output)
             return output
 
         with contextlib.ExitStack() as patched:
             for i, block in enumerate(blocks):
                 patched.enter_context(mock.patch.object(block, "forward", partial(instead, i, block.forward)))
             yield
-        sizes = [sum(each.nbytes for each in _tensors(output)) for output in self._entered.values()]
+
+    def _keep(self, key: Hashable, output: Any) -> None:
+        """What enters the layer; the oldest go where there are more than `KEPT_BYTES`."""
+        self._entered[key] = output
+        sizes = [sum(each.nbytes for each in _tensors(kept)) for kept in self._entered.values()]
         while sum(sizes) > KEPT_BYTES:
             del self._entered[next(iter(self._entered))], sizes[0]
 
