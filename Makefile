@@ -80,8 +80,9 @@ nbval: .venv/.ready-dev
 	OMP_NUM_THREADS=1 RANK1_CORES=1 RANK1_PROFILE=nbval TQDM_DISABLE=1 $(BIN)/python -m pytest $(SPREAD) \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --timeout=0 notebooks
 
+# Test by test, since its files are few and of different length.
 browser: .venv/.ready-dev
-	$(BIN)/python -m pytest -rs tests/browser $(SPREAD)
+	$(BIN)/python -m pytest tests/browser -n auto --dist worksteal
 
 # Of each of these `make test` runs a sample.
 soak: .venv/.ready-dev

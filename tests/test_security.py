@@ -143,6 +143,8 @@ JSONS = {
 @pytest.fixture(scope="module")
 def reader():
     """A process with everything imported, which reads what it is told to, and says what came and what it took."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("resident memory has no mark to reset here")
     code = [sys.executable, "-c", textwrap.dedent(MEASURED)]
     process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=settings.ROOT)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,8 +18,13 @@ from helpers.settings import allowed
 SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
 MLP = re.compile("mlp|moe|expert|ffn|feed_forward")
 TOWER = re.compile("vision|visual|image|audio|speech")
-BUFFER = re.compile(r"inv_freq|masked_bias|(?:attn|attention)\.bias$")
+BUFFER = re.compile(r"inv_freq|masked_bias|(?:attn|attention)\.bias$|position_ids$|\.version$")
 """What old checkpoints store and models compute."""
+NUMBER = re.compile(r"(layers|layer|h|blocks)\.(\d+)\.")
+BESIDE = re.compile(r"norm|embed|^ln_|^wpe$")
+"""Modules beside the blocks through which every token goes."""
+FORETOLD = re.compile("nextn|mtp")
+"""Settings of layers behind the last that predict later tokens."""
 _WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 PREFIXES = {rf"^(?:(?:module|{_WRAPPERS})\.)+": "", rf"(?<=\.)(?:{_WRAPPERS})\.": ""}
 """What torch.compile, DDP, FSDP and checkpointing put into the names of tensors."""
@@ -49,33 +55,72 @@ class Sum(nn.Module):
 
 
 def check_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, info: dict, given: str) -> None:
-    """`ValueError` naming tensors that the checkpoint lacks, has in another shape, or has in a block without a place;
+    """`ValueError` naming tensors that the checkpoint lacks, has in another shape, or has without a place for them;
     tensors with entries that are not finite; a tokenizer with more words than the embedding.
 
     Args:
         info: what `from_pretrained(output_loading_info=True)` says.
     """
-    n_blocks = len(find_blocks(model, given))
-    number = re.compile(r"(?:layers|layer|h|blocks)\.(\d+)\.")
-    spare = [
-        name
-        for name in info["unexpected_keys"]
-        if (found := number.search(name)) and int(found[1]) < n_blocks and not BUFFER.search(name)
-    ]
     mismatched = [f"{name} {list(here)}, not {list(wanted)}" for name, here, wanted in info["mismatched_keys"]]
     for what, names in {
         "lacks": set(info["missing_keys"]),
         "has in another shape": set(mismatched),
-        "has without a place for it": set(spare),
     }.items():
-        names = sorted(name for name in names if not TOWER.search(name))
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        cure = "the tensors of its class by their own names"
-        allowed(not names, f"{given}: the checkpoint {what} {', '.join(names[:4])}{more}", cure)
+        _check_none(names, what, given)
+    check_spare(model, info["unexpected_keys"], given)
     bad = [name for name, each in model.named_parameters() if not all(end.isfinite() for end in each.aminmax())]
     allowed(not bad, f"{given}: {', '.join(bad[:4])} has entries that are infinite or not a number", "finite weights")
     words, rows = tokenizer.vocab_size, len(model.get_input_embeddings().weight)
     allowed(words <= rows, f"{given}: its tokenizer has {words:,} words", f"at most {rows:,}, as its embedding has")
+
+
+def check_spare(model: nn.Module, names: Iterable[str], given: str) -> None:
+    """`ValueError` where a checkpoint's tensors without a place belong to what text goes through, or to more layers.
+
+    Heads and towers that the class does not have may be there. Layers behind the last are named in a warning where they
+    are of another make or the configuration knows of them.
+
+    Args:
+        names: of the checkpoint's tensors that the model has no place for.
+    """
+    blocks = find_blocks(model, given)
+    modules = dict(model.named_modules())
+    at = next(path for path, module in modules.items() if module is blocks)
+    roots = ("", f"{model.base_model_prefix}.")  # a base model is also saved without its prefix
+    spare, behind = [], {}
+    for name in set(names) - {name for name, _ in model.named_buffers()}:
+        parent = name.rpartition(".")[0]
+        beside, _, last = parent.rpartition(".")
+        if BUFFER.search(name) or TOWER.search(name):
+            continue
+        if found := NUMBER.search(name):
+            if int(found[2]) < len(blocks):
+                spare.append(name)
+            elif f".{at}".endswith(f".{name[: found.end(1)]}"):
+                behind.setdefault(int(found[2]), set()).add(name[found.end() :])
+        elif any(root + parent in modules or (BESIDE.search(last) and root + beside in modules) for root in roots):
+            spare.append(name)
+    _check_none(spare, "has without a place for it", given)
+    if behind:
+        _check_behind(model, blocks, behind, given)
+
+
+def _check_behind(model: nn.Module, blocks: nn.ModuleList, behind: Mapping[int, set[str]], given: str) -> None:
+    own = {name for block in blocks for name in block.state_dict()}
+    alike = [n for n, names in behind.items() if all(name in own or MLP.search(name) for name in names)]
+    settings = model.config.get_text_config(decoder=True).to_dict()
+    foretold = any(value for name, value in settings.items() if FORETOLD.search(name))
+    numbers = ", ".join(map(str, sorted(behind)))
+    said = f"{given}: the checkpoint has layers behind the {len(blocks)} that its config.json names: {numbers}"
+    allowed(foretold or not alike, said, f"{max(behind) + 1} layers in config.json")
+    warnings.warn(f"{said}; they are left out", stacklevel=2)
+
+
+def _check_none(names: Iterable[str], what: str, given: str) -> None:
+    names = sorted(name for name in names if not TOWER.search(name))
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    cure = "the tensors of its class by their own names"
+    allowed(not names, f"{given}: the checkpoint {what} {', '.join(names[:4])}{more}", cure)
 
 
 def find_blocks(model: nn.Module, given: str = "the model") -> nn.ModuleList:
@@ -171,6 +216,8 @@ def _on_output(function: Callable) -> Callable:
     def hook(module, args, output):
         if not isinstance(output, tuple | list):
             return function(output)
+        streams = getattr(output, "_fields", ())  # Reformer's has two
+        allowed(not streams, f"{type(module).__name__} returns {', '.join(streams)}", "one residual stream")
         new = function(output[0])
         return None if new is None else type(output)([new, *output[1:]])
 

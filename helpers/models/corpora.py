@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import re
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -68,6 +69,13 @@ def load(corpus: str = "wikipedia-sample", split: str = "train") -> Dataset:
     Raises `ValueError` for an unknown name, split or configuration, a missing column, a file that is empty or not in
     Unicode, too few documents, and a hub id that was not downloaded before when the hub cannot be reached.
     """
+    rows, there = _rows(corpus, split)
+    # `datasets` would name the rows by a hash of a copy of them all
+    return Dataset(rows.filter(there).drop_columns("split"), fingerprint=uuid.uuid4().hex)
+
+
+def _rows(corpus: str, split: str) -> tuple[pa.Table, pa.ChunkedArray]:
+    """All rows that were read, no text copied, and which of them are of the split."""
     one_of("split", split, SPLITS)
     if corpus == "book-texts":
         rows = _book_texts()
@@ -76,9 +84,10 @@ def load(corpus: str = "wikipedia-sample", split: str = "train") -> Dataset:
     else:
         rows = _articles(_from_hub(corpus, split)).assign(split=split)
         rows = pa.Table.from_pandas(rows, preserve_index=False)
-    rows = rows.filter(pc.equal(rows["split"], split)).drop_columns("split")
-    allowed(len(rows) > 0, f"corpus={corpus!r} has no text in split={split!r}", "a corpus with text in every split")
-    return Dataset(rows)
+    there = pc.equal(rows["split"], split)
+    enough = pc.any(there).as_py()
+    allowed(bool(enough), f"corpus={corpus!r} has no text in split={split!r}", "a corpus with text in every split")
+    return rows, there
 
 
 def local(corpus: str) -> tuple[Path, str] | None:
@@ -156,11 +165,11 @@ def _documents(corpus: str, path: Path, how: str, stamps: tuple[tuple[Path, int]
             columns["split"].append(row.get("split", ""))
             waiting.append(text)
             size += len(text)
-            if size > 2**24:
-                texts.append(pa.array(waiting, pa.large_string()))
+            if size > files.AWAY:
+                texts.append(files.away(waiting))
                 waiting, size = [], 0
     allowed(bool(numbers), f"corpus={corpus!r} is empty: it has no text", "a file with at least one paragraph")
-    texts.append(pa.array(waiting, pa.large_string()))
+    texts.append(files.away(waiting) if texts and waiting else pa.array(waiting, pa.large_string()))
     columns["split"] = files.splits(corpus, columns["article"], columns["split"], digests)
     article, title = pa.array(columns["article"], pa.int32()), pa.array(map(files.unicode, columns["title"]))
     return pa.table({"article": article, "title": title, "text": pa.chunked_array(texts), "split": columns["split"]})
@@ -353,20 +362,20 @@ def cut(teacher: Teacher, corpus: str, split: str, max_length: int) -> Iterator[
 
 def _by_document(corpus: str, split: str, size: int) -> Iterator[tuple[int, Iterator[str], deque]]:
     """Article, text in chunks of at most `size` characters, and no pieces yet, of each document in a fixed order."""
-    rows = load(corpus, split)
-    texts = rows.data.column("text")
-    articles, number = np.unique(np.asarray(rows["article"][:]), return_inverse=True)
+    rows, there = _rows(corpus, split)
+    chosen = np.flatnonzero(there)
+    articles, number = np.unique(np.asarray(rows["article"])[chosen], return_inverse=True)
     random = settings.generator(0)
     place = torch.randperm(len(articles), generator=random).numpy()[number]
     order = np.lexsort((torch.randperm(len(number), generator=random).numpy(), place))
     for paragraphs in np.split(order, np.flatnonzero(np.diff(place[order])) + 1):
-        yield int(articles[number[paragraphs[0]]]), _chunks(texts, paragraphs.tolist(), size), deque()
+        yield int(articles[number[paragraphs[0]]]), _chunks(rows["text"], chosen[paragraphs].tolist(), size), deque()
 
 
 def _chunks(texts: pa.ChunkedArray, paragraphs: Sequence[int], size: int) -> Iterator[str]:
     """Paragraphs, each cut before a whitespace where it is longer than `size` characters; no more of one is decoded."""
     for paragraph in paragraphs:
-        content, start = memoryview(texts[paragraph].as_buffer()), 0
+        content, start = _content(texts.slice(paragraph, 1).chunk(0)), 0
         while start < len(content):
             text = bytes(content[start : start + 4 * size + 4]).decode("utf-8", "ignore")
             if len(text) > size:
@@ -375,3 +384,10 @@ def _chunks(texts: pa.ChunkedArray, paragraphs: Sequence[int], size: int) -> Ite
                 text = text[:end] if end > 0 else text
             yield text
             start += len(text.encode())
+
+
+def _content(one: pa.StringArray | pa.LargeStringArray) -> memoryview:
+    """The bytes of the only text of a slice, where they lie; a scalar of Arrow would copy them."""
+    _, offsets, content = one.buffers()
+    first, last = np.frombuffer(offsets, np.int64 if pa.types.is_large_string(one.type) else np.int32)[one.offset :][:2]
+    return memoryview(content)[first:last]

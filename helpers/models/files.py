@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 import itertools
 import json
+import mmap
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -29,6 +32,9 @@ SEVERAL = 5
 RARE, LONG = 20, 200
 """Blank lines are strays where they are one in so many lines or fewer, and most lines have more characters than this:
 no one breaks lines there, and few sentences are as long, so that each line is a document."""
+AWAY = 2**22
+"""Characters of text that are held before they are laid away, so that memory does not grow with a file."""
+NO_TEXT = re.compile(r"[\x01-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # begins as UTF-16's does
@@ -57,7 +63,21 @@ def kind(path: Path) -> str:
 def inside(path: Path) -> list[Path]:
     """The file, or those of a folder, that can be read; hidden ones cannot."""
     every = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
+    for each in every:
+        twice = kind(each) in PACKED and kind(each.with_suffix("")) in KINDS and each.is_file()
+        allowed(not twice, f"corpus={str(path)!r}: {each.name} is packed twice", "a file packed once, by gzip or zstd")
     return [each for each in every if each.is_file() and kind(each) in KINDS]
+
+
+def away(texts: list[str]) -> pa.Array:
+    """Texts in a file without a name, of which memory holds what is looked at; in memory where the disk has no room."""
+    array = pa.array(texts, pa.large_string())
+    _, offsets, content = array.buffers()
+    with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return pa.LargeStringArray.from_buffers(len(array), offsets, content)
 
 
 def rows(path: Path, how: str, corpus: str, *, one: bool) -> Iterator[dict]:
@@ -133,9 +153,17 @@ def _encoding(path: Path) -> str:
         return "utf-32-le"
     if zeros[0] == 1 and zeros[1] > 0.5:
         return "utf-32-be"
-    if min(even, odd) == 0 and max(even, odd) > 0.1:
+    if min(even, odd) == 0 and max(even, odd) > (1 if _is_utf8(head) else 0.1):
         return "utf-16-le" if odd else "utf-16-be"
     return "utf-8"
+
+
+def _is_utf8(head: bytes) -> bool:
+    """Whether this begins a text in UTF-8, zeros allowed; other control characters are halves of UTF-16's."""
+    try:
+        return not NO_TEXT.search(codecs.getincrementaldecoder("utf-8")().decode(head))
+    except UnicodeDecodeError:
+        return False
 
 
 def _open(path: Path, newline: str | None = None) -> io.TextIOWrapper:
@@ -252,12 +280,16 @@ def _csv(path: Path, columns: Sequence[str] = ()) -> Iterator[dict]:
 def _parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[dict]:
     """Rows of the columns asked for; without any a row of all names, then those that can hold text."""
     with _bytes(path) as file:
-        table = pq.ParquetFile(path if PACKED.get(path.suffix.lower()) is None else io.BytesIO(file.read()))
-    schema = table.schema_arrow
+        whole = path if PACKED.get(path.suffix.lower()) is None else io.BytesIO(file.read())
+    table = pq.ParquetFile(whole, buffer_size=2**20, pre_buffer=False)
+    schema, groups = table.schema_arrow, map(table.metadata.row_group, range(table.num_row_groups))
+    size = sum(group.total_byte_size for group in groups) // max(1, table.metadata.num_rows)
     if not columns:
         yield dict.fromkeys(schema.names)
         columns = [field.name for field in schema if re.search("^[^<]*(string|binary)|^dict", str(field.type))]
-    for batch in table.iter_batches(1024, columns=[name for name in schema.names if name in columns]):
+    for batch in table.iter_batches(
+        max(1, min(1024, AWAY // max(1, size))), columns=[name for name in schema.names if name in columns]
+    ):
         yield from batch.to_pylist()
 
 

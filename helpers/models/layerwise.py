@@ -41,6 +41,7 @@ from transformers.utils import ModelOutput
 
 from helpers import kept, settings
 from helpers.models import checkpoints, sources
+from helpers.models.architecture import check_spare
 from helpers.models.checkpoints import Checkpoint
 from helpers.models.teachers import DTYPES, EMBEDDED, SAFE, Teacher, TokenLosses, check_sites
 from helpers.settings import allowed, one_of
@@ -318,8 +319,11 @@ def load(
     base = model.base_model
     base.rotary_emb = type(base.rotary_emb)(config=base.config).to(where)
     loaded = Layerwise(teacher, f"{fingerprint}-layerwise", model, tokens, checkpoint, where, hub)
+    of_blocks = {name for n in range(loaded.n_layers) for name in checkpoint.names[n].values()}
     for n in (None, *range(loaded.n_layers)):
         loaded._names(n)
+    own = {name.removeprefix(f"{model.base_model_prefix}.") for name in model.state_dict()} | set(model.state_dict())
+    check_spare(model, set(checkpoint.file_of) - of_blocks - own, f"teacher={teacher!r}, layerwise=True")
     return loaded
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, topk_sae
+from helpers.parts.rivals import REMEDIES, STRENGTHS
 from helpers.parts.worlds import World, random_atoms
 from helpers.settings import allowed, one_of
 from helpers.study.scores import Comparison, evaluate, over_seeds, recovery, relabelled
@@ -111,29 +112,6 @@ def measured(outcome: Outcome) -> dict[str, float]:
 
 # -- a contest of methods ----------------------------------------------------------------------------------------------
 
-REMEDIES: dict[str, Callable[[float, int], Balance]] = {
-    "none": lambda strength, steps: Balance(),
-    "auxk": lambda strength, steps: remedies.AuxK(strength, silent_for=max(1, steps // 20)),
-    "ghost": lambda strength, steps: remedies.Ghost(strength, silent_for=max(1, steps // 20)),
-    "resample": lambda strength, steps: remedies.Resample(max(2, steps // 8), strength, until=0.7),
-    "anneal": lambda strength, steps: remedies.Anneal(strength),
-    "zloss": lambda strength, steps: remedies.ZLoss(strength),
-    "bias": lambda strength, steps: remedies.LossFree(strength),
-    "switch": lambda strength, steps: remedies.Switch(strength),
-}
-"""A remedy by its strength and the run's length, to which waits and intervals are scaled."""
-
-STRENGTHS: dict[str, tuple[float, ...]] = {
-    "auxk": (1 / 32, 1.0),
-    "ghost": (0.1, 1.0),
-    "resample": (0.2, 1.0),
-    "anneal": (2.0, 4.0),
-    "zloss": (1e-4, 1e-3),
-    "bias": (1e-3, 1e-2),
-    "switch": (0.01, 0.1),
-}
-"""As many strengths for each: its authors' own value, where they give one that fits, and one more."""
-
 TOGETHER = 16
 """Students trained side by side: they share the cost of drawing samples, and their state still fits in a cache."""
 
@@ -158,34 +136,48 @@ CANDIDATE = list(Candidate._fields)
 
 
 def candidates(
-    lrs: Sequence[float], extra_lrs: Sequence[float], centred: Sequence[bool] = (False, True)
+    lrs: Sequence[float],
+    extra_lrs: Sequence[float],
+    centred: Sequence[bool] = (False, True),
+    brief: Sequence[str] = (),
 ) -> list[Candidate]:
-    """Every method at each of its strengths, learning rates and centrings.
+    """Every method at each of its strengths, learning rates and centrings; those of `brief` at their first.
 
-    "none" has no strength: it gets `extra_lrs` besides, as many as make its number of candidates that of the others.
+    What has no strength gets `extra_lrs` besides, as many as make its number of candidates that of the others.
     """
     wanted = (len(next(iter(STRENGTHS.values()))) - 1) * len(lrs)
-    what = f"{wanted}, so that doing nothing is tuned as much as anything else"
+    what = f"{wanted}, so that what has no strength is tuned as much as anything else"
     allowed(len(extra_lrs) == wanted, f"extra_lrs has {len(extra_lrs)} values", what)
-    nothing = [Candidate("none", 0.0, lr, centre) for centre in centred for lr in sorted([*lrs, *extra_lrs])]
-    return nothing + [
-        Candidate(method, strength, lr, centre)
-        for centre in centred
-        for method, strengths in STRENGTHS.items()
-        for strength in strengths
-        for lr in lrs
-    ]
+    for name in brief:
+        one_of("brief", name, REMEDIES)
+    grid = []
+    for name in REMEDIES:
+        strengths = STRENGTHS.get(name, (0.0,))
+        rates = lrs if name in STRENGTHS or name in brief else sorted([*lrs, *extra_lrs])
+        tried = strengths[:1] if name in brief else strengths
+        grid += [Candidate(name, strength, lr, centre) for centre in centred for strength in tried for lr in rates]
+    return grid
 
 
 def contest(
-    problem: KnownTruth, tried: Mapping[int, Sequence[Candidate]], seeds: Sequence[int], **options
+    problem: KnownTruth,
+    tried: Mapping[int, Sequence[Candidate]],
+    seeds: Sequence[int],
+    choosing: Sequence[int] = (),
+    **options,
 ) -> pd.DataFrame:
-    """Every candidate of each k trained with each seed: a table by k and `CANDIDATE`. `options` go to `study`."""
+    """Every candidate of each k trained with each seed: a table by k and `CANDIDATE`. `options` go to `study`.
+
+    The seeds of `choosing` are for the choice among candidates alone, and the others then only judge.
+    """
+    both = sorted({*seeds} & {*choosing})
+    allowed(not both, f"choosing={list(choosing)} has seeds {both} that judge", "none of `seeds`")
     problems = {k: replace(problem, k=k) for k in tried}
     arms = {(k, *each): each.arm(problem.steps) for k, some in tried.items() for each in some}
     options = {"together": TOGETHER, "label": "contest"} | options
-    found = study({key: problems[key[0]] for key in arms}, arms, seeds, **options)
-    return as_table(found, "k", *CANDIDATE)
+    found = study({key: problems[key[0]] for key in arms}, arms, [*seeds, *choosing], **options)
+    frame = as_table(found, "k", *CANDIDATE)
+    return frame.assign(judges=~frame.seed.isin(choosing)) if choosing else frame
 
 
 def as_table(found: Mapping[tuple, Sequence[Outcome]], *names: str) -> pd.DataFrame:
@@ -213,11 +205,30 @@ def from_points(points: Sequence[Mapping]) -> pd.DataFrame:
     return frame.explode(lists, ignore_index=True).infer_objects()
 
 
+def contest_of(points: Mapping[str, Sequence[Mapping]]) -> pd.DataFrame:
+    """The contest among a run's points, with the seeds that only choose where there are some."""
+    frame = from_points(points["contest"])
+    if "choosing" not in points:
+        return frame
+    return pd.concat([frame.assign(judges=True), from_points(points["choosing"]).assign(judges=False)])
+
+
 # -- choosing, and comparing -------------------------------------------------------------------------------------------
 
 
+def judging(frame: pd.DataFrame) -> pd.DataFrame:
+    """The lines of the seeds that judge: all, where no other seeds choose."""
+    return frame[frame.judges].drop(columns="judges") if "judges" in frame else frame
+
+
+def degenerate(frame: pd.DataFrame) -> bool:
+    """Whether no candidate finds a tenth of the truths: counts of dead features say nothing there."""
+    return bool(judging(frame).groupby(CANDIDATE, sort=False).found.mean().max() < 0.1)
+
+
 def means(frame: pd.DataFrame) -> pd.DataFrame:
-    """`fvu` and `dead` of each candidate on validation rows, means over seeds, by rising FVU."""
+    """`fvu` and `dead` of each candidate on validation rows, means over the seeds that choose, by rising FVU."""
+    frame = frame[~frame.judges] if "judges" in frame else frame
     columns = {"validation_fvu": "fvu", "validation_dead": "dead"}
     found = frame.groupby(CANDIDATE, sort=False)[list(columns)].mean().rename(columns=columns)
     return found.sort_values(["fvu", "dead"])
@@ -229,7 +240,8 @@ def chosen(frame: pd.DataFrame) -> tuple:
 
 
 def lines_of(frame: pd.DataFrame, candidate: tuple) -> pd.DataFrame:
-    """The lines of one candidate, a seed each, in the order of the seeds."""
+    """The lines of one candidate, a seed that judges each, in the order of the seeds."""
+    frame = judging(frame)
     wanted = tuple(value.item() if isinstance(value, np.generic) else value for value in candidate)
     same = [line == wanted for line in frame[CANDIDATE].itertuples(index=False, name=None)]
     return frame[same].sort_values("seed")
@@ -254,8 +266,9 @@ def lowest_fvu(frame: pd.DataFrame, dead: float) -> tuple | None:
 
 
 def validation(frame: pd.DataFrame, candidate: tuple) -> tuple[float, float]:
-    """FVU and dead share of a candidate on validation rows, means over seeds."""
-    return tuple(means(lines_of(frame, candidate)).iloc[0])
+    """FVU and dead share of a candidate on validation rows, means over the seeds that choose."""
+    found = means(frame)
+    return tuple(found[[each == tuple(candidate) for each in found.index]].iloc[0])
 
 
 def matched(frame: pd.DataFrame, method: str = "switch") -> tuple[tuple, tuple, bool]:

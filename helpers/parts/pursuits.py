@@ -52,17 +52,19 @@ def cosamp(x: Float[Tensor, "batch m"], atoms: Rows | Float[Tensor, "n m"], k: i
     def chosen(x: Tensor, every: Atoms) -> Int[Tensor, "batch k"]:
         support = every.correlate(x).abs().topk(k, dim=1).indices
         rest = x - every.combine(least_squares(x, atoms, support), support)
+        going = torch.arange(len(x), device=x.device)  # those that got better so far
         for _ in range(rounds):
-            score = every.correlate(rest).abs().scatter_(1, support, -1)
-            merged = torch.cat([support, score.topk(2 * k, dim=1).indices], 1)
-            values = least_squares(x, atoms, merged)
+            some, at = x[going], support[going]
+            score = every.correlate(rest[going]).abs().scatter_(1, at, -1)
+            merged = torch.cat([at, score.topk(2 * k, dim=1).indices], 1)
+            values = least_squares(some, atoms, merged)
             pruned = merged.gather(1, values.abs().topk(k, dim=1).indices)
-            left = x - every.combine(least_squares(x, atoms, pruned), pruned)
-            better = left.norm(dim=1) < rest.norm(dim=1)
-            if not better.any():
+            left = some - every.combine(least_squares(some, atoms, pruned), pruned)
+            better = left.norm(dim=1) < rest[going].norm(dim=1)
+            going, left, pruned = going[better], left[better], pruned[better]
+            if not len(going):
                 break
-            support = torch.where(better[:, None], pruned, support)
-            rest = torch.where(better[:, None], left, rest)
+            support[going], rest[going] = pruned, left
         return support
 
     return _found(x, atoms, k, 3 * k, chosen)

@@ -20,6 +20,7 @@ from helpers.press import claims, rules
 from helpers.settings import allowed, one_of
 
 INPUTS = ("teacher", "corpus", "checkpoint", "sae")
+TEXT_FILE = re.compile(r"(?i)[^.].*\.(txt|jsonl|json|csv|parquet)(\.gz|\.zst)?")
 """Parameters that may name a file or folder of the reader's."""
 NO_PATH = re.compile(r"book|.+:.+")
 """What a parameter `sae` may be beside a path: the book's own, or release:sae_id."""
@@ -249,6 +250,9 @@ def _check_given(values: Mapping[str, Any]) -> None:
             try:
                 path.stat()
                 why = None if os.access(path, os.R_OK) else "you may not read it"
+                if name == "corpus" and not why and path.is_dir() and value not in ("wikipedia-sample", "book-texts"):
+                    found = any(TEXT_FILE.fullmatch(each.name) and each.is_file() for each in path.rglob("*"))
+                    why = None if found else "no .txt, .jsonl, .json, .csv or .parquet file is in this folder"
             except OSError as error:
                 other = error.errno in (errno.ENOENT, errno.ENOTDIR) and not value.startswith(("/", "./", "../", "~"))
                 other = other and (name != "sae" or NO_PATH.fullmatch(value))

@@ -132,7 +132,7 @@ class Chapter:
             expected=str(asked.rule),
             verdict=judge(asked.rule, value, ci, scope, n, resampled),
             **{"claim": claim, "value": value, "ci": ci, "n": n, "resampled": resampled},
-            **{"scope": scope, "teacher": teacher, "note": note},
+            **{"scope": scope, "teacher": teacher, "note": note, "jackknife": getattr(ci, "jackknife", None)},
         )
         if result not in self.records:  # a cell that is run again says the same thing twice
             self.records.append(result)
@@ -181,7 +181,7 @@ class Chapter:
             "parameters": self.parameters,
             "environment": self.environment,
             "seconds": round(time.perf_counter() - self._started, 2),
-            "records": [record.model_dump() for record in self.records],
+            "records": [each.model_dump(exclude=set() if each.jackknife else {"jackknife"}) for each in self.records],
             **({"controls": [control.model_dump() for control in self.controls]} if self.controls else {}),
             **({"points": self.points} if self.points else {}),
         }
@@ -268,7 +268,7 @@ def _measured(value: Any, ci: Any, n: Any, resampled: Any) -> tuple[float, tuple
     slack = 1e-9 * max(abs(low), abs(high))  # percentiles of equal numbers differ from their mean by rounding
     inside = low - slack <= value <= high + slack
     allowed(inside, f"ci=({low}, {high}) does not hold value={value}", "low ≤ value ≤ high")
-    return value, (low, high), n, resampled
+    return value, ci if hasattr(ci, "jackknife") else (low, high), n, resampled
 
 
 def _counted(n: Any) -> Counted:
@@ -295,7 +295,8 @@ def _can_be_judged(claim: Claim, check: str, value: float, ci: tuple[float, floa
 
 
 def environment(device: str = "auto") -> dict[str, Any]:
-    """What a run depended on; `commit` is None outside git and ends in `-dirty` with uncommitted changes."""
+    """What a run depended on; `commit` is None outside git and ends in `-dirty` with uncommitted changes to other
+    files than runs write."""
     import torch  # takes a second, which the command line does without
 
     chosen = settings.device(str(device))
@@ -319,7 +320,8 @@ def _commit() -> str | None:
     try:
         if Path(_git("rev-parse", "--show-toplevel")).resolve() != settings.ROOT:
             return None  # unpacked inside somebody else's repository
-        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if _git("status", "--porcelain") else "")
+        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!results/cells")
+        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -347,7 +349,7 @@ class Results(BaseModel):
     @property
     def whose(self) -> str:
         """Who made the numbers, as figures say it."""
-        return "the book's run"
+        return "the book's run" + (f", {self.parameters['teacher']}" if self.profile.endswith("smollm2") else "")
 
     @property
     def origin(self) -> str:

@@ -208,7 +208,7 @@ def _papermill(job: Job, partial: Path, desk: Desk) -> dict[str, Any]:
     with TemporaryDirectory(prefix="rank1-kernel-") as folder, desk.begun(job) as running:
         (Path(folder) / "notes").touch()
         specs = _ThisInterpreter(job.profile, folder, desk.share)
-        manager = AsyncKernelManager(kernel_spec_manager=specs, connection_file=f"{folder}/kernel.json")
+        manager = _Manager(kernel_spec_manager=specs, connection_file=f"{folder}/kernel.json")
         ended = ThreadPoolExecutor(1).submit(_work, job, partial, manager, running.on_cell_start)
         while not wait([ended], timeout=0.2).done:
             if desk.halted.is_set() and manager.has_kernel and manager.provisioner.pgid:
@@ -226,9 +226,11 @@ def _papermill(job: Job, partial: Path, desk: Desk) -> dict[str, Any]:
             failed.asked_wrongly = error.ename == "ValueError" and refused
             raise failed from None
         except (CellExecutionError, DeadKernelError) as error:
-            raise ChapterFailed(where.format(f"the kernel stopped ({error}); was memory enough?")) from None
+            raise ChapterFailed(
+                where.format(f"the kernel stopped ({error}); was memory enough?{manager.said()}")
+            ) from None
         except RuntimeError as error:
-            raise ChapterFailed(where.format(f"the kernel did not start: {error}")) from None
+            raise ChapterFailed(where.format(f"the kernel did not start: {error}{manager.said()}")) from None
         lines = [line.split() for line in (Path(folder) / "notes").read_text(encoding="utf-8").splitlines()]
     made = Counter()
     for what, kind, seconds in lines:
@@ -253,6 +255,20 @@ def _work(job: Job, partial: Path, manager: AsyncKernelManager, on_cell_start: C
     finally:  # a manager that was handed in is not the notebook client's to stop, and a kernel may hold gigabytes
         if manager.has_kernel:
             run_sync(manager.shutdown_kernel)(now=True)
+
+
+class _Manager(AsyncKernelManager):
+    """What a kernel says beside its notebook goes to a file: one that is stopped may show a library's traceback."""
+
+    async def start_kernel(self, **options: Any) -> None:
+        with Path(self.connection_file).with_suffix(".said").open("wb") as said:
+            await super().start_kernel(stderr=said, **options)
+
+    def said(self) -> str:
+        """Its last line, for one that stopped of itself."""
+        path = Path(self.connection_file).with_suffix(".said")
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+        return "".join(f"\n  it said: {line.strip()}" for line in lines[-2:-1])
 
 
 class _ThisInterpreter(KernelSpecManager):

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#00875F", "#B0569A"
 AMBER, WINE, INDIGO, SLATE, INK = "#A87400", "#882255", "#4B4BC3", "#6B7280", "#1F2328"
-BROWN = "#8A4B2A"
+BROWN, TEAL, ROSE = "#8A4B2A", "#00818F", "#C2306A"
 """Okabe and Ito's hues, darkened until each stands 3:1 or more against white; INK is for text, bounds and oracles."""
 
 
@@ -35,10 +35,12 @@ METHODS = {
     "ghost": Mark(PURPLE, "ghost gradients", "D"),
     "resample": Mark(GREEN, "resampling", "^"),
     "anneal": Mark(INDIGO, "k annealed", "<"),
-    "center": Mark(WINE, "centred", "P"),
     "switch": Mark(VERMILION, "Switch", "o"),
     "bias": Mark(AMBER, "loss-free bias", "p"),
     "zloss": Mark(BROWN, "z-loss", "X"),
+    "frequency": Mark(TEAL, "frequency penalty", "v"),
+    "aligned": Mark(WINE, "aligned", "P"),
+    "switch_early": Mark(ROSE, "Switch, half the steps", "h"),
     "both": Mark(INK, "Switch and another", "*"),
     # models
     "sae": Mark(BLUE, "TopK SAE", "o"),

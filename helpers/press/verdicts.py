@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 from scipy.stats import binom
@@ -52,6 +52,8 @@ class Record(Strict):
     expected: str
     verdict: Verdict
     note: str = Field(max_length=LONGEST_NOTE)
+    jackknife: dict[str, Any] | None = Field(default=None, repr=False)
+    """`scores.interval(value, *without, **options)` is `ci`, where `without` holds the number without each unit."""
 
     def __str__(self) -> str:
         return f"{self.claim} | {self.metric}: {self.measured()} | expected {self.expected} | {self.verdict}"

@@ -123,7 +123,16 @@ SCALES: dict[str, tuple[Callable, Callable, float, float]] = {
 """Where an interval is symmetric, how to come back, and the range: `log` for positive ratios, `logit` for shares."""
 
 
-def interval(value: float, *without: np.ndarray, level: float = 0.95, scale: str = "plain") -> tuple[float, float]:
+class Interval(tuple):
+    """(low, high), with what a record keeps so that it can be made again: what the number is `without` each unit."""
+
+    def __new__(cls, low: float, high: float, *without: np.ndarray, **options):
+        self = super().__new__(cls, (low, high))
+        self.jackknife = options | {"without": [np.asarray(each, float).tolist() for each in without]}
+        return self
+
+
+def interval(value: float, *without: np.ndarray, level: float = 0.95, scale: str = "plain") -> Interval:
     """Jackknife interval (Tukey 1958) of a statistic from what it is without each unit; where units of two kinds vary,
     such as seeds and articles, from what it is without each of either. A statistic must not grow with their number.
 
@@ -136,15 +145,12 @@ def interval(value: float, *without: np.ndarray, level: float = 0.95, scale: str
     with np.errstate(divide="ignore", invalid="ignore"):
         moved = [to(np.asarray(each, float)) for each in (value, *without)]
     if not all(np.isfinite(each).all() for each in moved):
-        off = margin(*without, level=level)
-        return float(np.clip(value - off, low, high)), float(np.clip(value + off, low, high))
+        moved, back = [value, *without], lambda ends: np.clip(ends, low, high)
     off = margin(*moved[1:], level=level)
-    return float(back(moved[0] - off)), float(back(moved[0] + off))
+    return Interval(*map(float, back(np.array([moved[0] - off, moved[0] + off]))), *without, scale=scale, level=level)
 
 
-def t_interval(
-    data: Num[np.ndarray, "units ..."], statistic: Callable[[np.ndarray], float] = np.mean, **options
-) -> tuple[float, float]:
+def t_interval(data: Num[np.ndarray, "units ..."], statistic: Callable = np.mean, **options) -> Interval:
     """Interval of `statistic(data)` over the FIRST axis of `data` (articles, seeds); for a mean, Student's. `options`
     go to `interval`.
 

@@ -1,12 +1,17 @@
 """The explorer, opened from the disk: picking, links to a latent, the keyboard, a narrow screen, and without script."""
 
+import json
+import shutil
+
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from helpers.press import browse
 from tests.browser.chromium import HTML, open_page, requested
 from tests.browser.test_access import axe, violations  # noqa: F401
+from tests.test_security import HOSTILE
 
 
 @pytest.fixture
@@ -122,6 +127,46 @@ def test_the_list_is_filtered_and_sorted(page):
     box.clear()
     box.send_keys("no such word as this")
     assert listed(page) == []
+
+
+def hostile(folder):
+    """The page with one dictionary, whose tokens, titles, note and corpus are HTML that would run."""
+    shutil.copy(HTML / "explorer.html", folder)
+    (folder / "_static").mkdir()
+    for path in (HTML / "_static").iterdir():
+        if path.name != "explorer":
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, folder / "_static" / path.name)
+    data = browse.read(HTML / "_static" / "explorer" / "book-moe-0.js")
+    bad = " ".join(HOSTILE)
+    data["tokens"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(data["tokens"]))]
+    data["documents"] = [[bad, bad] for _ in data["documents"]]
+    data["about"] |= {"note": f"note {bad}", "title": f"title {bad}", "corpus": f"corpus {bad}", "teacher": bad}
+    place = folder / "_static" / "explorer"
+    place.mkdir()
+    index = json.dumps([data["about"] | {"own": True, "bytes": 1}])
+    (place / "index.js").write_text(f"window.explorer = {{data: {{}}, index: {index}}};")
+    (place / "book-moe-0.js").write_text(f'window.explorer.data["book-moe-0"] =\n{json.dumps(data)};\n')
+    return (folder / "explorer.html").as_uri()
+
+
+def test_html_is_shown_as_text(browser, tmp_path):
+    watch = "window.hurts = []; window.hurt = () => window.hurts.push(1); window.alert = window.hurt"
+    script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": watch})
+    try:
+        browser.get(hostile(tmp_path))
+        go(browser, "book-moe-0/3")
+        heading(browser, "expert 3")
+        shown = "return document.querySelector('.explorer').textContent"
+        text = browser.execute_script(shown)
+        for each in HOSTILE:
+            assert each in text
+        assert text.count(" ".join(HOSTILE)) > 2  # title of the dictionary, and of texts; note and corpus it leaves out
+        tags = "return document.querySelectorAll('.explorer :is(script, img, style, b[onclick], svg[onload])').length"
+        assert browser.execute_script(tags) == 0
+        browser.execute_async_script("setTimeout(arguments[0], 300)")
+        assert browser.execute_script("return window.hurts") == []
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
 
 
 def test_it_obeys_the_keyboard(page):

@@ -430,7 +430,7 @@ def test_the_gram_matrix_is_that_of_the_atoms():
 
 @pytest.mark.parametrize("options", EVERY, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("power", [-140, -64, -12, 60, 126])
+@pytest.mark.parametrize("power", [-140, -64, -12, 4, 60, 126])
 def test_neither_signals_nor_atoms_have_a_unit(options, dtype, power):
     """Sizes are powers of two, so codes are the same to the bit; sizes beyond the dtype are left out."""
     x, atoms = problem(dtype=dtype)
@@ -441,7 +441,16 @@ def test_neither_signals_nor_atoms_have_a_unit(options, dtype, power):
     torch.testing.assert_close(
         codes.to_dense(100) / 2.0**power, pursuit.omp(x.double(), atoms.double(), 4, **options).to_dense(100)
     )
-    if torch.equal(small.double(), atoms.double() * 2.0**power):
+    small_x = wide.to(dtype)
+    holds_x, holds_atoms = (torch.equal(a.double(), b.double() * 2.0**power) for a, b in ((small_x, x), (small, atoms)))
+    assert power != 4 or (holds_x and holds_atoms)  # every dtype holds one
+    if holds_x:
+        codes = pursuit.omp(small_x, atoms, 4, **options)
+        assert torch.equal(codes.indices, plain.indices) and torch.equal(codes.values, plain.values * 2.0**power)
+    if holds_x and holds_atoms:
+        codes = pursuit.omp(small_x, small, 4, **options)
+        assert torch.equal(codes.indices, plain.indices) and torch.equal(codes.values, plain.values)
+    if holds_atoms:
         codes = pursuit.omp(small[:20], small, 1, **options)  # atoms are their own codes
         assert torch.equal(codes.values, torch.ones_like(codes.values)) or dtype.itemsize == 2
         at = plain.indices

@@ -9,7 +9,7 @@ from helpers.models.teachers import Teacher
 from tests import tiny
 
 TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-LARGEST = 3_000_000  # parameters
+LARGEST = 5_000_000  # parameters
 
 _BY_SIZE = {
     16: "hidden_size n_embd d_model emb_dim embedding_size word_embed_proj_dim n_inner lru_width embedding_dim",
@@ -38,8 +38,16 @@ _TWEAKS = {
         [["global"], 2]]),
     "codegen": dict(num_attention_heads=4, rotary_dim=4), "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1), "zaya": dict(num_experts_per_tok=1),
-    "longcat_flash": dict(num_key_value_heads=2, head_dim=4), "zamba": dict(layer_types=["mamba", "hybrid"]),
-    "zamba2": dict(layer_types=["mamba", "hybrid"]), "cohere_compass_text": dict(layer_types=["full_attention"] * 2),
+    "longcat_flash": dict(num_key_value_heads=2, head_dim=4), "zamba2": dict(layers_block_type=["mamba", "hybrid"]),
+    "zamba": dict(num_hidden_layers=3, layer_types=["linear_attention", "hybrid", "hybrid"]),
+    "mamba2": dict(num_heads=4, n_groups=2),
+    "cohere_compass_text": dict(layer_types=["full_attention"] * 2, rope_parameters={
+        "full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+    "dbrx": dict(rope_theta=1e4, moe_top_k=2, clip_qkv=8.0),
+    "dots3_note": dict(per_layer_config=None, adapter_in_dim=16),
+    "reformer": dict(is_decoder=True, axial_pos_embds=False),
+    "xmod": dict(default_language="en_XX"), "mimo_v2_flash": dict(num_key_value_heads=1),
+    "roc_bert": dict(is_decoder=True, pronunciation_vocab_size=64, shape_vocab_size=64),
 }  # fmt: skip
 
 

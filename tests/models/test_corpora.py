@@ -4,7 +4,12 @@ import gzip
 import itertools
 import json
 import re
+import subprocess
+import sys
+import textwrap
 import time
+from functools import partial
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -17,9 +22,13 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.models import activations, corpora, sources, teachers
+from helpers.models import activations, corpora, files, sources, teachers
+from helpers.press import chapters
+from helpers.settings import ROOT
 from helpers.study.scores import t_interval
 from tests import tiny
+
+zipped = partial(gzip.compress, mtime=0)  # workers of pytest collect the same names
 
 SAMPLE = pd.read_parquet(corpora.WIKIPEDIA_SAMPLE)
 
@@ -143,8 +152,15 @@ def write(folder, name, content: bytes) -> str:
         ("twice.csv", b"text,text\none,two\n", "several columns are called 'text'"),
         ("open.csv", b'text,n\n"one,1\n', "cannot be read as .csv"),
         ("listed.jsonl", b'{"text": "x", "split": ["test"]}', "column 'split' holds"),
-        ("cut.txt.gz", gzip.compress(b"one\n\n" * 99)[:-9], "cannot be read as .txt"),
+        ("cut.txt.gz", zipped(b"one\n\n" * 99)[:-9], "cannot be read as .txt"),
         ("plain.txt.gz", b"one\n\ntwo", "cannot be read as .txt"),
+        (
+            "twice.jsonl.gz.gz",
+            zipped(zipped(b'{"text": "x"}')),
+            "twice.jsonl.gz.gz is packed twice; allowed",
+        ),
+        ("zero.txt", "caf\xe9 \0 au lait".encode(), "has 1 document to train"),  # not 'not UTF-16-BE'
+        ("zero_and_latin.txt", b"one\n\ntwo\0 caf\xe9 " + b"au lait " * 9, "not UTF-8: byte 0xe9 at offset 13"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
@@ -234,15 +250,15 @@ def comma_separated(separator=",") -> bytes:
         ("unmarked_32.txt", "\n\n".join(TEXTS).encode("utf-32-be")),
         ("unmarked.jsonl", lines(ROWS).decode().encode("utf-32-le")),
         ("unmarked.csv", comma_separated().decode().encode("utf-16-le")),
-        ("two_parts.txt.gz", b"".join(gzip.compress(f"{text}\n\n".encode()) for text in TEXTS)),
+        ("two_parts.txt.gz", b"".join(zipped(f"{text}\n\n".encode()) for text in TEXTS)),
         ("lines.txt", "\n".join(TEXTS).encode()),
-        ("packed.txt.gz", gzip.compress("\n\n".join(TEXTS).encode())),
+        ("packed.txt.gz", zipped("\n\n".join(TEXTS).encode())),
         ("zstd.txt.zst", pa.compress("\n\n".join(TEXTS).encode(), "zstd", asbytes=True)),
         ("plain.jsonl", lines(ROWS)),
         ("UPPER.JSONL", lines(ROWS, "\r\n") + b"\r\n\r\n"),
         ("mark.jsonl", b"\xef\xbb\xbf" + lines(ROWS)),
         ("wide.jsonl", lines(ROWS).decode().encode("utf-16")),
-        ("packed.JSONL.GZ", gzip.compress(lines(ROWS))),
+        ("packed.JSONL.GZ", zipped(lines(ROWS))),
         ("array.jsonl", json.dumps(ROWS, indent=1).encode()),
         ("array.json", json.dumps(ROWS).encode()),
         ("member.json", json.dumps({"data": ROWS}, indent=1).encode()),
@@ -278,11 +294,11 @@ def comma_separated(separator=",") -> bytes:
         ("nested.parquet", table(text=TEXTS, meta=[{"a": [i]} for i in range(60)], other=TEXTS)),
         ("body.parquet", table(body=TEXTS, id=TEXTS, meta=[{"a": "words"}] * 60, n=range(60))),
         ("semicolon.CSV", comma_separated(";")),
-        ("packed.csv.gz", gzip.compress(comma_separated())),
+        ("packed.csv.gz", zipped(comma_separated())),
         ("plain.parquet", table(text=TEXTS)),
         ("bytes.parquet", table(text=[text.encode() for text in TEXTS])),
         ("categories.parquet", table(text=pd.Categorical(TEXTS), title=pd.Categorical([f"t{i}" for i in range(60)]))),
-        ("packed.parquet.gz", gzip.compress(table(text=TEXTS))),
+        ("packed.parquet.gz", zipped(table(text=TEXTS))),
     ],
 )
 def test_files_are_read_as_people_write_them(tmp_path, name, content):
@@ -449,6 +465,71 @@ def test_a_long_document_costs_no_more_than_what_is_asked_for(reader, tmp_path, 
     corpora.texts(reader, corpus, n_tokens=500, max_length=32)
     assert sum(map(len, seen)) < 20 * 500
     monkeypatch.setattr(teachers.Teacher, "adds_bos", adds_bos)
+
+
+PEAKS = """
+    import sys
+    from pathlib import Path
+    from helpers.models import corpora, teachers
+    teacher = teachers.load(sys.argv[1], device="cpu")
+    for corpus in sys.argv[2:]:
+        assert corpora.texts(teacher, corpus, n_tokens=1_000, max_length=32).n_tokens == 1_000
+        status = Path("/proc/self/status").read_text()
+        print(next(int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no mark of the highest resident memory here")
+def test_memory_does_not_grow_with_the_files(tmp_path):
+    """Forty documents of .2 MB and of 1.5 MB: what their files are larger by is not found in memory."""
+    corpora_of = {}
+    for size in (200_000, 1_500_000):
+        texts = [f"{i} " + " ".join(tiny.WORDS) * (size // len(" ".join(tiny.WORDS))) for i in range(40)]
+        contents = {
+            "jsonl": "\n".join(json.dumps({"text": text}) for text in texts).encode(),
+            "txt": "\n\n".join(texts).encode(),
+            "csv": ("text\n" + "\n".join(texts)).encode(),
+        }
+        corpora_of[size] = [write(tmp_path, f"{size}.{ending}", content) for ending, content in contents.items()]
+    small, large = corpora_of.values()
+    model = tiny.save(tmp_path / "model", "llama")
+    code = [sys.executable, "-c", textwrap.dedent(PEAKS), model, *small, *large]
+    done = subprocess.run(code, capture_output=True, text=True, cwd=ROOT)
+    assert not done.returncode, done.stderr
+    peaks = list(map(int, done.stdout.split()))
+    assert len(peaks) == 6 and peaks[-1] - peaks[2] < 1.5 * 52, peaks  # MB; each file is 52 MB longer
+
+
+def test_texts_laid_away_are_the_texts(monkeypatch, tmp_path):
+    corpus = documents(tmp_path, *[90] * 30)
+    whole = corpora.load(corpus).to_dict()
+    monkeypatch.setattr(files, "AWAY", 1_000)
+    for _ in ("a disk with room", "a full one"):
+        corpora._documents.cache_clear()
+        assert corpora.load(corpus).to_dict() == whole
+        assert len(corpora._rows(corpus, "train")[0]["text"].chunks) > 9
+        monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
+    corpora._documents.cache_clear()
+
+
+def full():
+    raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize("packed", ["", *files.PACKED])
+def test_a_folder_is_known_for_one_of_texts_before_a_kernel_starts(packed):
+    for kind in files.KINDS:
+        assert chapters.TEXT_FILE.fullmatch(f"My{kind.upper()}{packed}")
+        assert not chapters.TEXT_FILE.fullmatch(f".my{kind}{packed}")
+    assert not chapters.TEXT_FILE.fullmatch("my.pdf")
+
+
+def test_a_file_of_a_folder_that_is_packed_twice_is_not_passed_over(tmp_path):
+    for i in range(6):
+        write(tmp_path, f"{i}.txt", b"one\n\ntwo")
+    write(tmp_path, "more.txt.gz.ZST", b"")
+    with pytest.raises(ValueError, match="more.txt.gz.ZST is packed twice; allowed: a file packed once"):
+        corpora.load(str(tmp_path))
 
 
 def test_text_without_whitespace_is_cut_too(reader, tmp_path):

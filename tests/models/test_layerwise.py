@@ -482,6 +482,8 @@ def test_shards_of_later_blocks_need_not_be_there(harvest, tmp_path):
         ({"model__layers__1__mlp__experts__6__up_proj__weight": None}, "layer 1 has 7 router rows, but w_up differs"),
         ({"model__layers__0__input_layernorm__weight": torch.zeros(16, dtype=torch.int8)}, "is stored as I8; allowed"),
         ({"model__layers__1__mlp__gate__weight": torch.zeros(9, 16)}, r"is \[9, 16\], not \[7, 16\]"),
+        ({"lm_head__bias": torch.zeros(64)}, "the checkpoint has without a place for it lm_head.bias"),
+        ({"model__layers__4__input_layernorm__weight": torch.zeros(16)}, "layers behind the 4 .*: 4; allowed: 5"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(parts, message, harvest, unread, tmp_path):

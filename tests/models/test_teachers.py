@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import multiprocessing
 import operator
 import shutil
@@ -255,6 +256,7 @@ def test_damaged_weights_are_named(tmp_path):
 
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
+EMBEDDED_NORM = "model.embed_layernorm.weight"
 ALTERED = {
     "lost": (lambda w: {n: v for n, v in w.items() if n != DOWN}, f"the checkpoint lacks {DOWN}"),
     "not a number": (lambda w: w | {DOWN: w[DOWN] / 0 * 0}, f"{DOWN} has entries that are infinite or not a number"),
@@ -262,6 +264,9 @@ ALTERED = {
     "other prefix": (lambda w: {"student." + n: v for n, v in w.items()}, "lacks lm_head.weight, .* and 26 more"),
     "shape": (lambda w: w | {DOWN: w[DOWN][:, 1:].clone()}, rf"another shape {DOWN} \[16, 23\], not \[16, 24\]"),
     "bias": (lambda w: w | {DOWN[:-6] + "bias": torch.ones(16)}, f"without a place for it {DOWN[:-6]}bias"),
+    "bias of the head": (lambda w: w | {"lm_head.bias": torch.ones(64)}, "without a place for it lm_head.bias"),
+    "bias of the norm": (lambda w: w | {"model.norm.bias": torch.ones(16)}, "without a place for it model.norm.bias"),
+    "another norm": (lambda w: w | {EMBEDDED_NORM: torch.ones(16)}, f"without a place for it {EMBEDDED_NORM}"),
     "head": (lambda w: {n: v for n, v in w.items() if n != "lm_head.weight"}, "lacks lm_head.weight"),
 }
 
@@ -427,6 +432,29 @@ def test_buffers_and_value_heads_of_old_checkpoints_are_passed_over(tmp_path):
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "v_head.weight": torch.ones(1, 16)}
     save_file(load_file(file) | more, file, {"format": "pt"})
     assert teachers.load(folder, device="cpu").n_layers == 3
+
+
+def shortened(folder: Path, config=(), tensors=()) -> str:
+    """A Llama of three layers whose config.json names two."""
+    tiny.save(folder, "llama")
+    told = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 2, **dict(config)}
+    (folder / "config.json").write_text(json.dumps(told))
+    save_file(load_file(folder / "model.safetensors") | dict(tensors), folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_a_file_with_more_layers_of_the_models_make_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"layers behind the 2 that its config.json names: 2; allowed: 3 layers in"):
+        teachers.load(shortened(tmp_path), device="cpu")
+
+
+def test_layers_behind_the_last_that_are_no_more_of_the_same_are_named(tmp_path):
+    """They predict later tokens, as the configuration or their make says."""
+    told = shortened(tmp_path / "told", config={"num_nextn_predict_layers": 1})
+    other = shortened(tmp_path / "other", tensors={"model.layers.2.enorm.weight": torch.ones(16)})
+    for folder in (told, other):
+        with pytest.warns(UserWarning, match=r"layers behind the 2 .*: 2; they are left out"):
+            assert teachers.load(folder, device="cpu").n_layers == 2
 
 
 def test_no_network_is_an_error_within_seconds(monkeypatch):

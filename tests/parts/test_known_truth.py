@@ -260,8 +260,40 @@ def test_every_method_has_as_many_candidates():
     rows = pd.DataFrame(known_truth.candidates([1e-2, 2e-2], [1e-3, 3e-3]))
     counts = rows.groupby(["method", "centred"]).size()
     assert set(counts) == {4} and len(counts) == 2 * len(known_truth.REMEDIES)
+    few = pd.DataFrame(known_truth.candidates([1e-2, 2e-2], [1e-3, 3e-3], brief=["aligned", "frequency"]))
+    counts = few.groupby("method").size()
+    assert set(counts[["aligned", "frequency"]]) == {4} and set(counts.drop(["aligned", "frequency"])) == {8}
+    with pytest.raises(ValueError, match="brief='best' is unknown"):
+        known_truth.candidates([1e-2, 2e-2], [1e-3, 3e-3], brief=["best"])
     with pytest.raises(ValueError, match="extra_lrs has 1 values; allowed: 2"):
         known_truth.candidates([1e-2, 2e-2], [1e-3])
+
+
+def test_seeds_that_choose_do_not_judge_and_those_that_judge_do_not_choose():
+    """By the first seed's validation rows strength 1 is the better one, by the second's and on all test rows 2 is."""
+    both = table(of={("auxk", 1.0): (0.2, 0.1), ("auxk", 2.0): (0.1, 0.1), ("switch", 0.1): (0.3, 0.0)})
+    first = (both.seed == 0) & (both.strength == 1.0)
+    both.loc[first, "validation_fvu"] = 0.05
+    assert name(known_truth.chosen(both[both.method == "auxk"])) == ("auxk", 2.0)
+    apart = both.assign(judges=both.seed == 1)
+    mine = known_truth.chosen(apart[apart.method == "auxk"])
+    assert name(mine) == ("auxk", 1.0) and known_truth.validation(apart, mine) == (0.05, 0.1)
+    assert known_truth.lines_of(apart, mine).seed.tolist() == [1] and known_truth.judging(apart).seed.eq(1).all()
+    points = {"contest": known_truth.as_points(known_truth.judging(apart))}
+    points["choosing"] = known_truth.as_points(apart[~apart.judges].drop(columns="judges"))
+    again = known_truth.contest_of(json.loads(json.dumps(points))).sort_values(["seed", "strength"], ignore_index=True)
+    wanted = apart.sort_values(["seed", "strength"], ignore_index=True)
+    pd.testing.assert_frame_equal(again[wanted.columns], wanted, check_dtype=False)
+    with pytest.raises(ValueError, match=r"choosing=\[1\] has seeds \[1\] that judge"):
+        known_truth.contest(SMALL, {}, [0, 1], [1])
+
+
+def test_a_cell_where_nobody_finds_a_tenth_is_degenerate():
+    none = CONTEST.assign(found=0.09)
+    assert not known_truth.degenerate(CONTEST) and known_truth.degenerate(none)
+    one = none.assign(found=none.found.where(none.method != "ghost", 0.11))
+    assert not known_truth.degenerate(one)
+    assert known_truth.degenerate(one.assign(judges=one.method != "ghost"))
 
 
 def test_points_keep_a_contest():

@@ -409,6 +409,15 @@ def test_a_killed_kernel_is_reported(root):
     assert len(failures) == 1 and "the kernel stopped" in said
 
 
+def test_what_a_kernel_says_beside_its_notebook_is_kept_for_the_message(root, tmp_path, capfd, monkeypatch):
+    command = [sys.executable, "-c", "import sys; print('Traceback\\nno memory', file=sys.stderr); sys.exit(1)"]
+    monkeypatch.setattr(execution, "make_ipkernel_cmd", lambda **_: command)
+    write_chapter(root, "01_first", WRITES_RESULTS)
+    failures, said = run(root)
+    assert len(failures) == 1 and "it said: no memory" in said
+    assert "Traceback" not in said + "".join(capfd.readouterr())
+
+
 def test_no_progress_bar_is_left_on_a_page(root):
     """tqdm's bar for notebooks does not look at TQDM_DISABLE; ours does."""
     bar = "from helpers import settings\nfor _ in settings.progress(range(3), 'a long thing'):\n    pass"

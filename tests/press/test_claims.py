@@ -20,6 +20,7 @@ from pybtex.database import parse_file
 
 from helpers import settings
 from helpers.press import claims, rules, scoreboard, verdicts
+from helpers.study import scores
 
 SLUG = "01_topk_sae_is_rank1_moe"
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -403,6 +404,9 @@ def test_the_environment_knows_the_commit_and_does_without_one(tmp_path, monkeyp
     assert claims.environment("cpu")["commit"] is None
     git("commit", "-q", "--allow-empty", "-m", "first")
     assert re.fullmatch(r"[0-9a-f]{12}", claims.environment("cpu")["commit"])
+    (tmp_path / "results" / "cells").mkdir(parents=True)
+    (tmp_path / "results" / "cells" / "one.json").write_text("")
+    assert not claims.environment("cpu")["commit"].endswith("-dirty"), "a run writes it"
     (tmp_path / "new.py").write_text("")
     assert claims.environment("cpu")["commit"].endswith("-dirty")
     (tmp_path / "inside").mkdir()
@@ -709,6 +713,31 @@ def test_the_page_shows_every_claim_of_the_book_exactly_once(render):
 def test_the_long_runs_that_are_kept_can_be_read_and_stand_in_the_register():
     found = claims.load_results(claims.REFERENCE)
     assert {results.chapter for results, _ in found} == {path.stem for path in claims.REFERENCE.glob("*.json")}
+
+
+def made_again(record) -> tuple[float, float]:
+    """A record's interval, from what the number is without each unit."""
+    options = dict(record.jackknife)
+    return scores.interval(record.value, *map(np.array, options.pop("without")), **options)
+
+
+def test_the_interval_of_a_record_can_be_made_again_from_its_file(book, log):
+    rows = np.random.default_rng(0).uniform(2, 4, (3, 8))
+    table = scores.Sums({"a": {seed: {"errors": each, "norms": np.ones(8)} for seed, each in enumerate(rows)}})
+    log.record("rule.above", table.fvu("a"), scope="analogue")
+    log.record("rule.below", scores.over_seeds(rows.mean(1)), scope="analogue")
+    log.record("rule.within", 1.5, ci=(1.4, 1.6), n=5, resampled="articles", scope="analogue")
+    log.save()
+    ((_, (both, seeds, neither)),) = claims.load_results(log.path.parent)
+    assert [len(each) for each in both.jackknife["without"]] == [8, 3]
+    assert [len(each) for each in seeds.jackknife["without"]] == [3]
+    assert made_again(both) == pytest.approx(both.ci) and made_again(seeds) == pytest.approx(seeds.ci)
+    assert neither.jackknife is None and "jackknife" not in json.loads(log.path.read_text())["records"][2]
+
+
+def test_the_intervals_of_kept_runs_are_those_of_what_they_keep():
+    kept = [record for _, records in claims.load_results(claims.REFERENCE) for record in records if record.jackknife]
+    assert all(made_again(record) == pytest.approx(record.ci, rel=1e-9) for record in kept)
 
 
 def test_the_page_shows_controls_beside_records_and_counts_those_that_pass(book, log, tmp_path, render):

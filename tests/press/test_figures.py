@@ -10,7 +10,20 @@ from matplotlib.colors import to_rgb
 from helpers.press import figures
 
 COMPARED = [
-    ("none", "auxk", "ghost", "resample", "switch", "bias", "zloss"),
+    (
+        "none",
+        "auxk",
+        "ghost",
+        "resample",
+        "switch",
+        "bias",
+        "zloss",
+        "frequency",
+        "aligned",
+        "switch_early",
+        "anneal",
+        "both",
+    ),
     ("sae", "moe", "moe_lowrank", "dense", "expander", "implicit", "pca"),
     ("real", "gaussian", "padding", "synthetic", "random"),
 ]

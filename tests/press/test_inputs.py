@@ -47,6 +47,7 @@ SMALL = {
     "12_three_gaps": {
         "n_tokens": 600, "n_validation": 150, "n_held_out": 300, "max_length": 64, "steps": 2, "longer": 3,
         "lrs": [3e-3], "fine_lrs": [8e-3], "control_lrs": [1e-3], "ranks": [1, 4], "experts": 8, "active_experts": 2,
+        "longest": {"predict": 4, "reconstruct": 4},
     },
     "13_how_few_numbers": {
         "certified": [[512, 64, 15, 2]], "n_vectors": 50, "m_phase": 32, "n_phase": [64],

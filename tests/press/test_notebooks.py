@@ -183,7 +183,7 @@ def test_make_test_runs_every_check():
         "helpers book",
         "helpers verify",
         "--nbval-lax",
-        "pytest -rs tests/browser",
+        "pytest tests/browser",
     ]
     places = [said.find(step) for step in steps]
     assert -1 not in places and places == sorted(places)

@@ -63,6 +63,26 @@ def switch_gradient(s, chosen, alpha, temperature):
     return gradient
 
 
+def frequency(p, x, chosen, alpha, temperature, held):
+    """α·n·Σ f_i², f_i = ω_i/k: at the arrays `held` what was chosen; beside them f_i moves as in a soft choice of k.
+
+    Soft: fires_i = sigmoid((z_i − θ)/τ) with θ such that Σ fires_i stays what it is at θ = the smallest chosen score.
+    """
+    n, k, total = len(p["e"]), len(chosen[0]), 0.0
+    now, then = scores(p, x), scores(held, x)
+    moves = np.zeros(n)
+    for b, row in enumerate(chosen):
+        fires = [1 / (1 + math.exp(-(z - min(then[b][j] for j in row)) / temperature)) for z in then[b]]
+        slopes = [fire * (1 - fire) / temperature for fire in fires]
+        centre = sum(slope * (now[b][i] - then[b][i]) for i, slope in enumerate(slopes)) / sum(slopes)
+        for i in range(n):
+            moves[i] += slopes[i] * (now[b][i] - then[b][i] - centre) / (len(x) * k)
+    for i in range(n):
+        f = sum(1 for row in chosen for j in row if j == i) / sum(len(row) for row in chosen)
+        total += (f + moves[i]) ** 2
+    return alpha * n * total
+
+
 def zloss(p, x, coefficient):
     """Zoph et al. (2022), eq. 5."""
     return coefficient * sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in scores(p, x)) / len(x)
