@@ -523,6 +523,7 @@ def test_blocks_before_the_layer_run_once_and_change_nothing(on, monkeypatch):
         again = problem.judge(student, 0).sums["nats"]
         assert often and len(runs) == often
         monkeypatch.setattr(gaps, "KEPT_BYTES", 0)
+        on._entered.clear()
         plain = problem.judge(student, 0).sums["nats"]
         assert not on._entered
         problem.judge(student, 0)
