@@ -33,6 +33,7 @@ from helpers import kept, settings
 from helpers.dictionary import topk_sae
 from helpers.models import activations, layerwise, sources, store, teachers
 from helpers.parts import mixture
+from helpers.press.claims import environment
 from helpers.study.scores import by_group, evaluate
 from helpers.study.study import Arm, Judged, run, study
 from helpers.training import Run, Shuffled, fit, remedies
@@ -545,7 +546,8 @@ def write(rows: list[dict[str, Any]]) -> None:
         "with a random part of the room that is needed; they then grow. Flipped bytes: a bit of a file of each kind, "
         "with and without the others; what is not named was not needed, or its chapter ran again. A file whose size "
         "and time are as noted is taken to be whole: a byte that rots on the disk itself is found by `verify` alone. "
-        "Of a trial each of eight processes judges for itself what was trained once.",
+        "Of a trial each of eight processes judges for itself what was trained once. Each line was made at its own "
+        "commit.",
         device="cpu",
     )
 
@@ -553,9 +555,10 @@ def write(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """All works, or `SIZE WORK …`."""
     times, names = int((sys.argv[1:] or ["20"])[0]), sys.argv[2:] or list(WORKS)
+    commit = environment("cpu")["commit"]
     for row, bad in measure(names, times):
         print(row, *bad[:20], sep="\n   ", flush=True)
-        write([row])
+        write([row | {"commit": commit}])
 
 
 if __name__ == "__main__":
