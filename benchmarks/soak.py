@@ -1,10 +1,11 @@
 """The checks that take minutes, run whole, and how long each took: `make soak`.
 
-`python -m benchmarks.soak tests/press/test_inputs.py` runs some of them, and writes no record.
+`python -m benchmarks.soak tests/press/test_inputs.py` runs some of them; lines of the others stay in the record.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from xml.etree import ElementTree
 
 from benchmarks import common
 from helpers import settings
+from helpers.press.claims import environment
 
 OUTCOMES = ("passed", "failed", "skipped")
 
@@ -33,14 +35,14 @@ def run(report: Path, *chosen: str) -> None:
     `report`. Files run side by side, a thread each."""
     spread = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
     options = ["-m", "soak or whole", "--timeout=0", f"--junitxml={report}", *(chosen or files())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "pytest", *spread, *options], cwd=settings.ROOT, env=environment, check=False)
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "pytest", *spread, *options], cwd=settings.ROOT, env=threads, check=False)
 
 
-def rows(report: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """For each test its cases by outcome and their seconds together, and why cases were skipped."""
+def rows(report: Path) -> list[dict[str, Any]]:
+    """For each test its cases by outcome, their seconds together, and why some were skipped."""
     found: dict[str, Counter] = {}
-    why: set[str] = set()
+    why: dict[str, set[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = case.get("name", "").partition("[")[0].removeprefix("test_").replace("_", " ")
         skipped = case.find("skipped")
@@ -48,37 +50,40 @@ def rows(report: Path) -> tuple[list[dict[str, Any]], list[str]]:
         counts = found.setdefault(name, Counter())
         counts["failed" if bad else "passed" if skipped is None else "skipped"] += 1
         counts["seconds"] += float(case.get("time", 0))
-        if skipped is not None:
-            why.add(f"{name}: {skipped.get('message', '')}")
-    columns = ("seconds", *OUTCOMES)
-    return [{"check": name} | {each: counts[each] for each in columns} for name, counts in found.items()], sorted(why)
+        why.setdefault(name, set()).update([] if skipped is None else [skipped.get("message", "")])
+    commit = environment("cpu")["commit"]
+    return [
+        {"check": name} | {each: counts[each] for each in ("seconds", *OUTCOMES)}
+        | {"skipped because": ", ".join(sorted(why[name])), "commit": commit}
+        for name, counts in found.items()
+    ]  # fmt: skip
 
 
-def write(found: list[dict[str, Any]], why: list[str]) -> None:
+def write(found: list[dict[str, Any]]) -> None:
+    """The record; checks that did not run again stay in it."""
+    path = common.RESULTS / "soak.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    found = list({row["check"]: row for row in (*before, *found)}.values())
     cases, bad = (sum(sum(row[each] for each in of) for row in found) for of in (OUTCOMES, ("failed",)))
-    reasons = f" Skipped: {'; '.join(why)}." if why else " No case was skipped."
     common.write(
         "soak",
         title="What takes minutes to check",
         question="Are wrong questions refused, stops survived and texts read in every case, not in a sample alone?",
         rows=found,
         targets=[common.at_most(f"cases that fail, of {cases}", bad, 0)],
-        note=f"Every command of the tables of wrong questions, stops at many moments, every chapter on every kind of "
-        f"text, every causal class of transformers, and all faults of the section Reliability.{reasons}",
+        note="Every command of the tables of wrong questions, stops at many moments, every chapter on every kind of "
+        "text, every causal class of transformers, and all faults of the section Reliability. Seconds are those of one "
+        "core that others share; each line was made at its own commit.",
         device="cpu",
     )
 
 
 def main() -> int:
-    chosen = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        run(report, *chosen)
-        found, why = rows(report)
-    if chosen:
-        print(*found, *why, sep="\n")
-    else:
-        write(found, why)
+        run(report, *sys.argv[1:])
+        found = rows(report)
+    write(found)
     return int(any(row["failed"] for row in found) or not found)
 
 

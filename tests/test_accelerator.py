@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +41,7 @@ from helpers.parts import (
     mixture,
     own_codes,
     rivals,
+    stand_ins,
     storage,
 )
 from helpers.study.scores import evaluate
@@ -480,9 +480,10 @@ def in_gaps(home: Home) -> list:
     sizes = {"train": 400, "validation": 120, "test": 120}
     about = {"layer": 1, "sizes": sizes, "max_length": 16, "cache_dir": home.cache}
     layer, found = gaps.FrozenLayer(home.teacher("llama"), home.corpus, **about), []
-    for objective, signal in (("predict", "local"), ("reconstruct", max(gaps.SIGNALS, key=gaps.SIGNALS.get))):
-        builds = {"mixture": gaps.family("mixture", 4, 8, 1).build, "topk": partial(gaps.topk, 4, 16, False)}
-        arms = [Arm(name, build, gaps.EndToEnd(signal), 1e-2) for name, build in builds.items()]
+    for objective, signal in (("predict", "local"), ("reconstruct", max(stand_ins.SIGNALS, key=stand_ins.SIGNALS.get))):
+        kinds = ("mixture", "topk", *(["from weights"] if objective == "predict" else []))
+        builds = {kind: stand_ins.family(kind, 4, 8).build for kind in kinds}
+        arms = [Arm(name, build, stand_ins.EndToEnd(signal, 0.1), 1e-2) for name, build in builds.items()]
         found += home.ran(gaps.StandIn(layer, objective, 4, 8), *arms)
     return found
 

@@ -349,7 +349,7 @@ class Results(BaseModel):
     @property
     def whose(self) -> str:
         """Who made the numbers, as figures say it."""
-        return "the book's run"
+        return "the book's run" + (f", {self.parameters['teacher']}" if self.profile.endswith("smollm2") else "")
 
     @property
     def origin(self) -> str:

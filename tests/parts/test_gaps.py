@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, Rows
 from helpers.models import activations, teachers
-from helpers.parts import gaps
+from helpers.parts import gaps, stand_ins
 from helpers.settings import generator
 from helpers.study import study
 from helpers.study.study import Arm, Outcome
@@ -63,7 +63,9 @@ def moe(tmp_path_factory):
 
 def some(active, total, rank, d=6, seed=0):
     bias = torch.linspace(-1, 1, d)
-    return gaps.family("mixture", active, total, rank).build(SimpleNamespace(biases=(bias.clone(), 2 * bias)), seed)
+    return stand_ins.family("mixture", active, total, rank).build(
+        SimpleNamespace(biases=(bias.clone(), 2 * bias)), seed
+    )
 
 
 def formulas(*starts):
@@ -141,7 +143,7 @@ def test_gates_average_one_and_neurons_are_the_same_at_every_rank():
 @pytest.mark.parametrize(("active", "total", "rank"), [(8, 24, 3), (8, 20, 8), (8, 24, 0)])
 def test_a_rank_that_does_not_divide_is_named(active, total, rank):
     with pytest.raises(ValueError, match=f"rank={rank} does not divide"):
-        gaps.family("mixture", active, total, rank)
+        stand_ins.family("mixture", active, total, rank)
 
 
 @quickly(max_examples=40, deadline=None)
@@ -155,7 +157,7 @@ def test_equal_cost_is_as_many_neurons_as_the_budget_holds(chosen, ratio, rank):
 
 
 def test_topk_students_share_their_start_and_only_the_tied_one_shares_its_parts(on):
-    untied, tied = (gaps.family(kind, 2, 9).build(place(on, "reconstruct"), 0) for kind in ("topk", "tied"))
+    untied, tied = (stand_ins.family(kind, 2, 9).build(place(on, "reconstruct"), 0) for kind in ("topk", "tied"))
     assert tied.encoder is tied.decoder and tied.b_in is tied.b_out
     assert untied.b_in is not untied.b_out and untied.unit_norm and untied.router is untied.encoder
     assert torch.equal(untied.encoder.weight, untied.decoder.weight) and untied.encoder is not untied.decoder
@@ -164,21 +166,21 @@ def test_topk_students_share_their_start_and_only_the_tied_one_shares_its_parts(
 
 def test_arms_that_cannot_be_are_named(on):
     with pytest.raises(ValueError, match="kind='moe'"):
-        gaps.family("moe", 2, 8)
+        stand_ins.family("moe", 2, 8)
     with pytest.raises(ValueError, match="objective='reconstruct'"):
-        gaps.family("tied", 2, 8).build(place(on), 0)
+        stand_ins.family("tied", 2, 8).build(place(on), 0)
     with pytest.raises(ValueError, match="active=9"):
-        gaps.family("topk", 9, 8)
+        stand_ins.family("topk", 9, 8)
     with pytest.raises(ValueError, match="rank=2"):
-        gaps.family("topk", 2, 8, 2)
+        stand_ins.family("topk", 2, 8, 2)
     with pytest.raises(ValueError, match="objective='copy'"):
         place(on, "copy")
     with pytest.raises(ValueError, match="signal='both'"):
-        gaps.family("topk", 2, 8, signal="both")
+        stand_ins.family("topk", 2, 8, signal="both")
 
 
 def test_a_block_is_the_layer_itself(on, moe):
-    student = gaps.fresh(moe, LAYER, None, 0)
+    student = stand_ins.fresh(moe, LAYER, None, 0)
     x = torch.randn(9, 16, generator=generator(0))
     trace = student.trace(x)
     router, experts = student.block.gate.weight, student.block.experts
@@ -197,7 +199,7 @@ def test_a_block_is_the_layer_itself(on, moe):
 
 def test_fresh_weights_are_trainable_and_leave_the_model_alone(moe):
     before = {name: value.clone() for name, value in moe.mlp(LAYER).state_dict().items()}
-    one, same, other = (gaps.fresh(moe, LAYER, None, seed) for seed in (0, 0, 1))
+    one, same, other = (stand_ins.fresh(moe, LAYER, None, seed) for seed in (0, 0, 1))
     assert all(p.requires_grad for p in one.parameters())
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -208,7 +210,7 @@ def test_fresh_weights_are_trainable_and_leave_the_model_alone(moe):
 
 def test_a_dense_layer_is_no_block(on):
     with pytest.raises(ValueError, match="has no router"):
-        gaps.Block(on.teacher.mlp(LAYER), 16)
+        stand_ins.Block(on.teacher.mlp(LAYER), 16)
 
 
 # -- the bench ---------------------------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def test_pieces_are_the_rows_of_their_tokens(on):
 
 
 def test_a_student_that_is_the_layer_adds_nothing(on):
-    student = gaps.own(place(on), 0)
+    student = stand_ins.own(place(on), 0)
     rows = student(on.rows("test", "mlp_in"))
     torch.testing.assert_close(rows, on.rows("test", "mlp_out"), atol=1e-4, rtol=1e-4)
     judged = place(on).judge(student, 0)
@@ -263,14 +265,14 @@ class Swapped(torch.nn.Module):
 def test_end_to_end_is_the_gradient_of_the_models_loss(on, objective, monkeypatch):
     """Against a model whose MLP module is replaced and whose loss is written out here."""
     problem = place(on, objective, batch_size=4)
-    student, stream = gaps.family("mixture", 4, 8, 2).build(problem, 0), gaps.PieceStream(problem, 0)
+    student, stream = stand_ins.family("mixture", 4, 8, 2).build(problem, 0), gaps.PieceStream(problem, 0)
     inputs, targets = stream(2)
     trace = student.trace(inputs)
     mse = (trace.output - targets).square().mean()
     now = Moment(student, inputs, targets, trace, mse, torch.zeros(8, dtype=torch.long), 2, 4, stream=stream)
-    assert gaps.EndToEnd("fine-tuned").loss(replace(now, step=1)) == gaps.EndToEnd("local").loss(now) == 0.0
-    assert torch.equal(gaps.EndToEnd("fine-tuned").loss(now), gaps.EndToEnd("end to end").loss(now))
-    (mse + gaps.EndToEnd("end to end").loss(now)).backward()
+    assert stand_ins.EndToEnd("fine-tuned").loss(replace(now, step=1)) == stand_ins.EndToEnd("local").loss(now) == 0.0
+    assert torch.equal(stand_ins.EndToEnd("fine-tuned").loss(now), stand_ins.EndToEnd("end to end").loss(now))
+    (mse + stand_ins.EndToEnd("end to end").loss(now)).backward()
     ours = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
     block, mlp = on.teacher.blocks[LAYER], on.teacher.mlp(LAYER)
@@ -291,17 +293,17 @@ def test_end_to_end_is_the_gradient_of_the_models_loss(on, objective, monkeypatc
 
 def test_training_on_the_loss_lowers_it_and_fitting_lowers_the_error(on):
     problem = place(on, steps=60)
-    arms = (replace(gaps.family("mixture", 4, 8, 2, signal), lr=1e-2) for signal in ("local", "end to end"))
+    arms = (replace(stand_ins.family("mixture", 4, 8, 2, signal), lr=1e-2) for signal in ("local", "end to end"))
     (_, fitted), (joint, other) = (trained(problem, arm) for arm in arms)
-    start = gaps.family("mixture", 4, 8, 2).build(problem, 0)
+    start = stand_ins.family("mixture", 4, 8, 2).build(problem, 0)
     before, after = (on.nats("train", problem.splice(student)).nats.sum() for student in (start, joint))
     assert after < before
     assert fitted.sums["errors"].sum() < other.sums["errors"].sum() and fitted.validation["fvu"] < 1
 
 
 def test_the_rate_is_chosen_by_what_trains_and_every_seed_is_kept(on):
-    problem, arm = place(on, steps=40), gaps.family("topk", 3, 12)
-    assert arm.remedy.chosen_by == "fvu" and gaps.EndToEnd("end to end").chosen_by == "nats"
+    problem, arm = place(on, steps=40), stand_ins.family("topk", 3, 12)
+    assert arm.remedy.chosen_by == "fvu" and stand_ins.EndToEnd("end to end").chosen_by == "nats"
     tried = study.tune(problem, [arm], [1e-5, 1e-2], 0, by="fvu", cache_dir=False, workers=0)[arm.name]
     best = study.at_best({"": arm}, {"": tried}, by="fvu")
     found = study.study(problem, best, [0, 1], cache_dir=False, workers=0)[""]
@@ -315,7 +317,7 @@ def test_the_rate_is_chosen_by_what_trains_and_every_seed_is_kept(on):
 
 
 def test_a_grid_goes_on_where_its_best_is_an_end(on):
-    arm, how = gaps.family("topk", 3, 12), {"cache_dir": False, "workers": 0}
+    arm, how = stand_ins.family("topk", 3, 12), {"cache_dir": False, "workers": 0}
     slow = study.tune(place(on, steps=6), [arm], [1e-6, 1e-5], 0, further=2, **how)[arm.name]
     assert list(slow) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3])
     assert study.choose(slow) == pytest.approx(1e-3)
@@ -326,7 +328,7 @@ def test_a_grid_goes_on_where_its_best_is_an_end(on):
 
 
 def test_what_is_trained_is_kept_under_its_layer_and_not_under_its_name(on, moe, tmp_path):
-    arm = Arm("", partial(gaps.fresh, moe, LAYER), gaps.EndToEnd())
+    arm = Arm("", partial(stand_ins.fresh, moe, LAYER), stand_ins.EndToEnd())
     first, again = (study.run(place(on, steps=2), [arm], 0, cache_dir=tmp_path)[0] for _ in range(2))
     np.testing.assert_array_equal(first.sums["nats"], again.sums["nats"])
     assert first.seconds == again.seconds
@@ -336,7 +338,7 @@ def test_what_is_trained_is_kept_under_its_layer_and_not_under_its_name(on, moe,
 
 def test_half_way_adam_forgets_what_it_knows_of_squared_errors(on):
     stream = gaps.PieceStream(place(on, batch_size=4), 0)
-    student, balance, counts = gaps.family("topk", 3, 12).build(place(on), 0), gaps.EndToEnd("local"), []
+    student, balance, counts = stand_ins.family("topk", 3, 12).build(place(on), 0), stand_ins.EndToEnd("local"), []
     optimiser, silent = torch.optim.Adam(student.parameters()), torch.zeros(12, dtype=torch.long)
     (x, y) = stream(0)
     for step in range(7):
@@ -376,7 +378,7 @@ def test_a_layer_needs_all_three_splits(on):
 def outcomes(nats, errors):
     base = {name: np.full(3, value) for name, value in (("clean", 10.0), ("zero", 20.0), ("mean", 18.0), ("tokens", 5))}
     about = {"objective": "predict", "rates": [0.0, 1.0], "parameters": 1, "multiply_adds": 1, "router": 1}
-    arm = gaps.family("topk", 1, 2)
+    arm = stand_ins.family("topk", 1, 2)
     columns = [{"nats": np.array(n, float), "errors": np.array(e, float)} for n, e in zip(nats, errors, strict=True)]
     norms = {"norms": np.full(3, 4.0)}
     return [Outcome(c | norms | base, {}, about, arm=arm, seed=seed) for seed, c in enumerate(columns)]
@@ -439,8 +441,102 @@ def test_gaps_that_add_have_no_spread(parts):
     assert list(chapter.averages(values).values()) == pytest.approx(steps, abs=1e-9)
 
 
+def gated(neurons, on):
+    """The layer's MLP from a tiny Llama's, neuron by neuron: activations and what they write."""
+    mlp, x = on.teacher.mlp(LAYER), on.rows("train", "mlp_in") * on.scale["mlp_in"]
+    gate, up, down = (part.weight.detach() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    acts = F.silu(x @ gate[neurons].T) * (x @ up[neurons].T)
+    return x, acts, up[neurons], down[:, neurons]
+
+
+def test_a_transcoder_from_the_mlps_weights_is_its_neurons_made_linear(on):
+    """With all of its latents active, against least squares neuron by neuron."""
+    neurons = on.teacher.mlp(LAYER).up_proj.weight.shape[0]
+    student = stand_ins.family("from weights", 2 * neurons, 2 * neurons).build(place(on), 0)
+    x, acts, up, down = gated(slice(None), on)
+    centred, expected = x - x.mean(0), torch.zeros_like(x)
+    for i in range(neurons):
+        read = centred @ up[i]
+        slope = ((acts[:, i] - acts[:, i].mean()) * read).sum() / read.square().sum()
+        expected += torch.outer(slope * read, down[:, i])
+    found = student(x / on.scale["mlp_in"]) * on.scale["mlp_out"] - on.mean("mlp_out") * on.scale["mlp_out"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(student.decoder.weight.norm(dim=1), torch.ones(2 * neurons))
+
+
+def test_few_latents_take_the_neurons_that_write_most_and_many_leave_some_at_random(on):
+    _, acts, up, down = gated(slice(None), on)
+    writes = acts.square().mean(0) * down.square().sum(0)
+    few = stand_ins.family("from weights", 2, 4).build(place(on), 0)
+    kept = writes.topk(2).indices
+    torch.testing.assert_close(few.decoder.weight[:2], F.normalize(down.T[kept], dim=1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(few.decoder.weight[2:], -few.decoder.weight[:2])
+    neurons = len(up)
+    many, plain = (stand_ins.family(kind, 2, 3 * neurons).build(place(on), 0) for kind in ("from weights", "topk"))
+    assert torch.equal(many.decoder.weight[2 * neurons :], plain.decoder.weight[2 * neurons :])
+    assert not torch.equal(many.decoder.weight[: 2 * neurons], plain.decoder.weight[: 2 * neurons])
+    with pytest.raises(ValueError, match="objective='reconstruct' has no such start; allowed: 'predict'"):
+        stand_ins.family("from weights", 2, 4).build(place(on, "reconstruct"), 0)
+
+
+def test_an_mlp_whose_maps_are_not_found_is_named():
+    with pytest.raises(ValueError, match="Linear has linear maps"):
+        stand_ins._up_and_down(torch.nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("signal", ["local", "fine-tuned"])
+def test_a_balanced_twin_adds_the_switch_loss_and_nothing_else(on, signal):
+    arm = stand_ins.family("mixture", 4, 8, 2, signal)
+    twin, stream = stand_ins.balanced(arm, 0.5), gaps.PieceStream(place(on, batch_size=4), 0)
+    assert not arm.remedy.needs_scores and twin.remedy.needs_scores and twin.remedy.chosen_by == arm.remedy.chosen_by
+    student = arm.build(place(on), 0)
+    for step in (1, 3):  # in both halves
+        inputs, targets = stream(step)
+        trace = student.trace(inputs, score_gradient=True)
+        mse = (trace.output - targets).square().mean()
+        now = Moment(student, inputs, targets, trace, mse, torch.zeros(8, dtype=torch.long), step, 4, stream=stream)
+        scores = trace.scores
+        chosen = torch.zeros_like(scores).scatter(1, scores.topk(2).indices, 1.0).mean(0) / 2
+        expected = 0.5 * scores.shape[1] * (chosen * scores.softmax(-1).mean(0)).sum()
+        more = twin.remedy.loss(now) - arm.remedy.loss(now)
+        torch.testing.assert_close(more, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rates_are_chosen_on_validation_rows_alone(on):
+    student = stand_ins.family("topk", 3, 12).build(place(on), 0)
+    both, one = (
+        replace(place(on), judged=splits).judge(student, 0) for splits in (("validation", "test"), ("validation",))
+    )
+    assert both.validation == one.validation and both.sums and not one.sums
+    seen = student.encode(on.rows("validation", "mlp_in")).indices
+    assert one.validation["dead"] == pytest.approx(1 - len(seen.unique()) / 12, abs=0.2)  # chosen, at times with a zero
+
+
+def test_blocks_before_the_layer_run_once_and_change_nothing(on, monkeypatch):
+    problem = place(on, "reconstruct", batch_size=4)
+    student, runs = stand_ins.family("topk", 3, 12).build(problem, 0), []
+    hook = on.teacher.blocks[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        on._entered.clear()
+        first = problem.judge(student, 0).sums["nats"]
+        often = len(runs)
+        again = problem.judge(student, 0).sums["nats"]
+        assert often and len(runs) == often
+        monkeypatch.setattr(gaps, "KEPT_BYTES", 0)
+        on._entered.clear()
+        plain = problem.judge(student, 0).sums["nats"]
+        assert not on._entered
+        problem.judge(student, 0)
+        assert len(runs) > often
+    finally:
+        hook.remove()
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, plain)
+    assert "forward" not in vars(on.teacher.blocks[0])
+
+
 def test_a_dense_layer_is_the_familys_member_without_atoms(on):
-    student = gaps.own(place(on), 0)
+    student = stand_ins.own(place(on), 0)
     assert isinstance(student, RankOneDictionary) and student.k == 0 and isinstance(student.encoder, Rows)
     assert all(p.requires_grad for p in student.parameters())
     assert not any(p.requires_grad for p in on.teacher.model.parameters())

@@ -47,6 +47,7 @@ SMALL = {
     "12_three_gaps": {
         "n_tokens": 600, "n_validation": 150, "n_held_out": 300, "max_length": 64, "steps": 2, "longer": 3,
         "lrs": [3e-3], "fine_lrs": [8e-3], "control_lrs": [1e-3], "ranks": [1, 4], "experts": 8, "active_experts": 2,
+        "longest": {"predict": 4, "reconstruct": 4},
     },
     "13_how_few_numbers": {
         "certified": [[512, 64, 15, 2]], "n_vectors": 50, "m_phase": 32, "n_phase": [64],
@@ -68,7 +69,8 @@ SMALL = {
         "n_validation": 100, "n_held_out": 200, "n_routed": 200, "order": 3,
     },
     "17_every_rule_is_a_routing_rule": {
-        "n_tokens": 600, "n_held_out": 300, "n_features": 32, "k": 4, "steps": 4, "lrs": [1e-2], "seeds": [0, 1],
+        "n_tokens": 600, "n_held_out": 300, "n_features": 32, "k": 4, "other_ks": [2], "steps": 4, "lrs": [1e-2],
+        "divided": True, "n_ce": 60, "seeds": [0, 1],
     },
     "18_read_your_sae_as_a_mixture": {
         "n_tokens": 600, "n_held_out": 300, "n_ce": 150, "n_features": 32, "k": 4, "steps": 5, "seeds": [0, 1],
