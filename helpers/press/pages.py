@@ -31,8 +31,6 @@ def machine(environment: dict[str, Any]) -> str:
 # -- performance -------------------------------------------------------------------------------------------------------
 
 BENCHMARKS = settings.ROOT / "benchmarks" / "results"
-FOLDER = "benchmarks"
-"""Where the pages find these files."""
 
 INTRODUCTION = """# Performance
 
@@ -124,15 +122,10 @@ HEADS = {
     "W_down": "down weights",
     "PC1 (s)": "first direction (s)",
     "ε": "error bound",
-    "kept MB": "kept (MB)",
-    "peak grows MB": "peak grows (MB)",
-    "file MB": "file (MB)",
-    "peak MiB": "peak (MiB)",
     "work of 8 at once / alone": "work of 8 at once",
 }
 """What a benchmark's column is called on the page."""
-LONGEST = 12
-"""Rows of a table that stands open."""
+LONGEST = 12  # rows of a table that stands open
 
 
 def measured(rows: Sequence[dict[str, Any]]) -> Table:
@@ -156,19 +149,14 @@ def measured(rows: Sequence[dict[str, Any]]) -> Table:
 def _section(benchmark: Benchmark) -> str:
     parts = [f"## {plain(benchmark.title)}\n", f"{plain(benchmark.question)}\n"]
     if benchmark.targets:
-        targets = [
-            {"target": t.what, "asked": t.target, "measured": t.measured, "met": "✓ met" if t.met else "✗ missed"}
-            for t in benchmark.targets
-        ]
-        parts += ["```{raw} html", table([{k: _escaped(v) for k, v in row.items()} for row in targets]), "```\n"]
+        met = {True: "✓ met", False: "✗ missed"}
+        what = ((html.escape(t.what), html.escape(t.target), t.measured, met[t.met]) for t in benchmark.targets)
+        targets = [dict(zip(("target", "asked", "measured", "met"), each, strict=True)) for each in what]
+        parts += ["```{raw} html", table(targets), "```\n"]
     if rows := benchmark.rows:
         lines = ["```{raw} html", measured(rows)._repr_html_(), "```"]
         if len(rows) > LONGEST:
             lines = [f":::{{dropdown}} All {len(rows)} rows", *lines, ":::"]
-        parts += [*lines, f"\nAll columns: {{download}}`{benchmark.name}.json <{FOLDER}/{benchmark.name}.json>`\n"]
+        parts += [*lines, f"\nAll columns: {{download}}`{benchmark.name}.json <benchmarks/{benchmark.name}.json>`\n"]
     about = f"{plain(benchmark.note)} Measured on: {plain(machine(benchmark.environment))}."
     return "\n".join([*parts, f"<small>{about}</small>\n"])
-
-
-def _escaped(value: Any) -> Any:
-    return html.escape(value) if isinstance(value, str) else value
