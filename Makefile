@@ -86,6 +86,7 @@ browser: .venv/.ready-dev
 
 # Of each of these `make test` runs a sample.
 soak: .venv/.ready-dev
+	$(BIN)/python -m benchmarks faults
 	$(BIN)/python -m benchmarks.soak
 
 lab: .venv/.ready

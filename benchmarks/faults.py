@@ -33,6 +33,7 @@ from helpers import kept, settings
 from helpers.dictionary import topk_sae
 from helpers.models import activations, layerwise, sources, store, teachers
 from helpers.parts import mixture
+from helpers.press.claims import environment
 from helpers.study.scores import by_group, evaluate
 from helpers.study.study import Arm, Judged, run, study
 from helpers.training import Run, Shuffled, fit, remedies
@@ -138,9 +139,10 @@ def book(base: Path, cache: Path) -> str:
 
 
 def pages_of(root: Path) -> list[str]:
-    """The pages of a book, less times and seconds."""
+    """The pages of a book, less times and seconds; the page on performance says how long this very book took."""
     places = sorted((root / "_build" / "html").rglob("*.html"))
-    return [f"{path.name} {re.sub(r'[0-9]+ s on|[0-9T:+-]{16,}', '', path.read_text())}" for path in places]
+    less = {path: r"[0-9]" if path.name == "performance.html" else r"[0-9]+ s on|[0-9T:+-]{16,}" for path in places}
+    return [f"{path.name} {re.sub(less[path], '', path.read_text())}" for path in places]
 
 
 @dataclass(frozen=True)
@@ -544,7 +546,8 @@ def write(rows: list[dict[str, Any]]) -> None:
         "with a random part of the room that is needed; they then grow. Flipped bytes: a bit of a file of each kind, "
         "with and without the others; what is not named was not needed, or its chapter ran again. A file whose size "
         "and time are as noted is taken to be whole: a byte that rots on the disk itself is found by `verify` alone. "
-        "Of a trial each of eight processes judges for itself what was trained once.",
+        "Of a trial each of eight processes judges for itself what was trained once. Each line was made at its own "
+        "commit.",
         device="cpu",
     )
 
@@ -552,9 +555,10 @@ def write(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """All works, or `SIZE WORK …`."""
     times, names = int((sys.argv[1:] or ["20"])[0]), sys.argv[2:] or list(WORKS)
+    commit = environment("cpu")["commit"]
     for row, bad in measure(names, times):
         print(row, *bad[:20], sep="\n   ", flush=True)
-        write([row])
+        write([row | {"commit": commit}])
 
 
 if __name__ == "__main__":

@@ -24,16 +24,15 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 
 def files() -> list[str]:
-    """Those with such tests; that of the faults takes half of the time and comes first."""
+    """Those with such tests."""
     tests = (settings.ROOT / "tests").rglob("test_*.py")
-    marked = [path for path in tests if re.search("mark.(soak|whole)", path.read_text("utf-8"))]
-    return sorted(map(str, marked), key=lambda name: (not name.endswith("test_faults.py"), name))
+    return sorted(str(path) for path in tests if re.search("mark.(soak|whole)", path.read_text("utf-8")))
 
 
 def run(report: Path, *chosen: str) -> None:
-    """All tests that are marked `soak` or `whole`, or those of files that are `chosen`; what came of them goes to
-    `report`. Files run side by side, a thread each."""
-    spread = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
+    """All tests that are marked `soak` or `whole`, or those of files that are `chosen`, side by side, a thread each;
+    what came of them goes to `report`."""
+    spread = ["-n", "auto", "--dist", "worksteal"]
     options = ["-m", "soak or whole", "--timeout=0", f"--junitxml={report}", *(chosen or files())]
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "pytest", *spread, *options], cwd=settings.ROOT, env=threads, check=False)
@@ -72,8 +71,8 @@ def write(found: list[dict[str, Any]]) -> None:
         rows=found,
         targets=[common.at_most(f"cases that fail, of {cases}", bad, 0)],
         note="Every command of the tables of wrong questions, stops at many moments, every chapter on every kind of "
-        "text, every causal class of transformers, and all faults of the section Reliability. Seconds are those of one "
-        "core that others share; each line was made at its own commit.",
+        "text, every causal class of transformers. Seconds are those of one core that others share; each line was made "
+        "at its own commit. Kills, full disks and flipped bytes are the section Reliability.",
         device="cpu",
     )
 

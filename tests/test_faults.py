@@ -41,21 +41,7 @@ def test_one_of_each_fault_is_survived(sample, name):
     assert row["work of 8 at once / alone"] == 1 or name == "trial"
 
 
-def works_on_record():
-    """Works of the record, which missed nothing."""
+def test_the_record_has_every_work_and_nothing_was_missed():
     record = json.loads((common.RESULTS / "faults.json").read_text(encoding="utf-8"))
     assert all(target["met"] for target in record["targets"])
-    return [row["work"] for row in record["rows"]]
-
-
-def test_nothing_was_missed_in_the_record():
-    works = works_on_record()
-    assert works == [name for name in faults.WORKS if name in works]
-
-
-@pytest.mark.soak
-def test_all_faults_are_survived():
-    """Writes the record anew."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks", "faults"], cwd=settings.ROOT)
-    assert not done.returncode
-    assert works_on_record() == list(faults.WORKS)
+    assert [row["work"] for row in record["rows"]] == list(faults.WORKS)

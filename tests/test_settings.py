@@ -36,6 +36,17 @@ def test_a_folder_appears_when_it_is_complete_and_replaces_the_old_one(tmp_path)
     assert os.listdir(target) == ["new"] and os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "no room"), Exception("No space left on device (os error 28)")])
+def test_a_full_disk_is_named_by_whichever_library_meets_it(tmp_path, error):
+    target = tmp_path / "folder"
+    named = pytest.raises(ValueError, match=rf"{target} cannot be written: .*; allowed: a folder with room")
+    with named, settings.new_folder(target):
+        raise error
+    with pytest.raises(KeyError), settings.new_folder(target):
+        raise KeyError("of the content")
+    assert not os.listdir(tmp_path)
+
+
 def test_bad_values_are_named_with_what_is_allowed():
     settings.allowed(True, "k=1", "1 to 4")
     settings.one_of("rule", "a", "ab")

@@ -42,6 +42,7 @@ METHODS = {
     "aligned": Mark(WINE, "aligned", "P"),
     "switch_early": Mark(ROSE, "Switch, half the steps", "h"),
     "both": Mark(INK, "Switch and another", "*"),
+    "center": Mark(WINE, "centred", "P"),
     # models
     "sae": Mark(BLUE, "TopK SAE", "o"),
     "moe": Mark(VERMILION, "MoE", "s"),

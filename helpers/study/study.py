@@ -7,6 +7,7 @@ of arms and seeds on `sweep`, `tune` tries learning rates, and `choose` is the r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -153,12 +154,16 @@ def run(
         found[i] = {"sums": judged.sums, "validation": judged.validation, "about": judged.about}
         found[i] |= {"curve": (each.steps, each.loss), "seconds": each.seconds}
         if cache_dir is not False:
-            places[i].write(found[i])
+            with places[i].lock():  # under it what a killed process left of this file is cleared away
+                places[i].write(found[i])
     for file, place, each in zip(files, places, found, strict=True):
         if file is not None and not file.is_file():
             outcome = json.loads(json.dumps(each, default=settings.as_json))
             about = {"asked": json.loads(place.what), "check": _check(outcome)}
-            settings.write_json(file, about | {"outcome": outcome})
+            with place.lock() if cache_dir is not False else contextlib.nullcontext():
+                for left in file.parent.glob(f".{file.name}.*.part"):
+                    left.unlink(missing_ok=True)
+                settings.write_json(file, about | {"outcome": outcome})
     return [Outcome(**each, arm=arm, seed=seed) for each, arm in zip(found, arms, strict=True)]
 
 

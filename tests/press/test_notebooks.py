@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import statistics
 import subprocess
 
 import nbformat
@@ -19,6 +20,7 @@ COMMON = {"teacher", "layer", "layers", "corpus", "n_tokens", "seeds", "device",
 MOST_LINES = 25
 CHECKED = "nbval-check-output"
 MOST_OPEN = 15
+MEDIAN_OPEN = 6
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
@@ -30,6 +32,10 @@ def notebook(request):
 
 def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def ideas(notebook):
+    return [cell for cell in code(notebook) if "idea" in cell.metadata.get("tags", [])]
 
 
 def test_there_are_notebooks_and_all_of_them_are_chapters():
@@ -100,6 +106,14 @@ def test_only_the_ideas_are_open(notebook):
         assert folded != ("idea" in tags), f"{first!r}: tag it idea, or run `make strip`, which folds all others"
         assert cell.metadata.get("jupyter", {}).get("source_hidden", False) == folded, f"{first!r}: run `make strip`"
         assert folded or len(cell.source.splitlines()) <= MOST_OPEN, f"{first!r} is too long to be open"
+    assert any("assert " in cell.source for cell in ideas(notebook)), "an open cell asserts that the helper agrees"
+
+
+def test_half_of_the_open_cells_are_short():
+    """Lines of code, blank ones aside: an idea that needs more is split, and its check stands in a cell of its own."""
+    cells = [cell for path in NOTEBOOKS for cell in ideas(nbformat.read(path, as_version=4))]
+    lengths = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in cells]
+    assert statistics.median(lengths) <= MEDIAN_OPEN, sorted(lengths)
 
 
 def test_a_chapter_hands_over_every_parameter(notebook, request):

@@ -162,6 +162,17 @@ def test_a_finished_cell_is_a_small_file_that_goes_on_elsewhere(tmp_path, monkey
             run(Toy(), [PLAIN], 0, cache_dir=False, cells=cells)
 
 
+def test_what_a_kill_left_of_an_outcome_goes_when_it_is_written_again(tmp_path):
+    here, cells = tmp_path / "here", tmp_path / "cells"
+    run(Toy(), [PLAIN], 0, cache_dir=here, cells=cells)
+    (file,), (kept,) = cells.iterdir(), (here / "runs").glob("*.kept")
+    for path in (file, kept):
+        path.with_name(f".{path.name}.killed.part").write_text("ha")
+        path.unlink()
+    run(Toy(), [PLAIN], 0, cache_dir=here, cells=cells)
+    assert file.is_file() and kept.is_file() and not list(tmp_path.rglob("*.part"))
+
+
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
 
