@@ -7,7 +7,7 @@ import time
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import common, runs, soak, students
+from benchmarks import common, faults, runs, soak, students
 from helpers.press import pages
 
 
@@ -63,6 +63,36 @@ def test_rows_become_a_table_with_numbers_to_the_right(results):
     page = pages.performance_markdown(results)
     assert '<td class="number">4,096</td><td class="number">1.25</td><td>a|b</td>' in page
     assert "targets are met" not in page
+
+
+def heads(page):
+    """Of each table the names of its columns."""
+    return [re.findall(r"<th [^>]*>(.*?)</th>", head) for head in re.findall(r"<thead>.*?</thead>", page)]
+
+
+def test_the_tables_of_this_copy_fit_and_have_names():
+    found = heads(pages.performance_markdown())
+    assert len(found) > 20 and all(len(names) <= 7 for names in found)
+    assert not [name for names in found for name in names if re.search(r"iqr|_|^[mnd]$|W_|^$", name)]
+
+
+def test_what_faults_did_is_told_in_seven_columns(results):
+    row = {name: i for i, name in enumerate(faults.COLUMNS)}
+    write(rows=[{"work": "fit"} | row])
+    (names,) = heads(page := pages.performance_markdown(results))
+    assert names[:5] == ["work", "seconds", "kills", "full disks", "flipped bytes"]
+    assert names[5:] == ["what went wrong in all", "work of 8 at once"]
+    wrong = sum(row[name] for name in faults.NEVER)
+    shown = [f"{row['flipped bytes']} ({row['named']} named)", wrong, row["work of 8 at once / alone"]]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", page)[-3:] == list(map(str, shown))
+
+
+def test_many_rows_are_folded_and_the_file_lies_beside_them(results):
+    for many, folded in ((12, False), (13, True)):
+        write(rows=[{"n": i, "ms": 1.25, "iqr_ms": 0.5} for i in range(many)])
+        page = pages.performance_markdown(results)
+        assert (":::{dropdown} All 13 rows" in page) == folded and heads(page) == [["features", "ms"]]
+        assert "{download}`one.json <benchmarks/one.json>`" in page
 
 
 def test_without_results_the_page_says_so(tmp_path):
@@ -128,6 +158,7 @@ def test_the_soak_counts_what_fails_and_names_what_is_skipped(results, tmp_path)
     soak.write(found)
     page = pages.performance_markdown(results)
     assert "cases that fail, of 4" in page and "✗ missed" in page and "no tmpfs" in page
+    assert len(heads(page)[1]) == 7
     soak.write([found[0] | {"failed": 0, "passed": 2}])  # one of them again
     page = pages.performance_markdown(results)
     assert "cases that fail, of 4" in page and page.count("a disk") == 1

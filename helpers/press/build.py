@@ -101,6 +101,8 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(root / "book", folder)
     shutil.copytree(root / "third_party", folder / "third_party")
+    if pages.BENCHMARKS.is_dir():
+        shutil.copytree(pages.BENCHMARKS, folder / "benchmarks")
     (folder / "notebooks").mkdir()
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(root / name, folder / name)

@@ -161,10 +161,20 @@ def _lines(slug: str, board: Board) -> Iterator[str]:
         more = f"weakest of {len(families[first])}: " if len(families[first]) > 1 else ""
         whose = "the book's run" if shown.mark == LONG else "this build"
         small = f"{more}{rich(shown.record.metric)}; asked {html.escape(str(check.rule))}; {whose}"
-        for name in others:
-            record = _weakest(families[name])[1].record
-            small += f"; on {html.escape(name)} the weakest is {number(record.value, record.ci)}, {record.verdict}"
+        small += "".join(_there(html.escape(name), families[name], shown.record.metric) for name in others)
         yield f"<li>{badge(board.verdicts[claim.id])}<span>{title}</span>{measured}<small>{small}</small></li>"
+
+
+def _there(name: str, placed: Sequence[tuple[Check, Shown, list[float]]], metric: str) -> str:
+    """What another family has for the same measurement, and its weakest number where that says something else."""
+    same = [each for each in placed if each[1].record.metric == metric]
+    (_, first), (check, weakest) = _weakest(same or placed), _weakest(placed)
+    first, weakest = first.record, weakest.record
+    said = f"; on {name} {number(first.value, first.ci)}, {first.verdict}" if same else ""
+    if not same or weakest.verdict != first.verdict:
+        said += f"; weakest on {name} {number(weakest.value, weakest.ci)}, {weakest.verdict}: "
+        said += f"{rich(weakest.metric)}; asked {html.escape(str(check.rule))}"
+    return said
 
 
 def _weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> tuple[Check, Shown]:

@@ -24,6 +24,9 @@ NOT_PRINTED = re.compile(
 """Scripts, and code that is folded on the page."""
 WIDE, HIGH, MARGIN = 8.27, 11.69, 0.65
 """A4, in inches."""
+PAGE = re.compile(rb"\n(\d+) 0 obj\n<</Type /Page\n")
+"""A page of a PDF as Chromium writes it."""
+MOST_PAGES = 200
 AT_FOOT = '<div style="width: 100%; text-align: center; font-size: 8px"><span class="pageNumber"></span></div>'
 FIT = """const all = [...document.querySelectorAll(".print table, .print mjx-container[display], .print figure")];
 const room = (e) => e.parentElement.closest("section, div, dd").clientWidth;
@@ -96,8 +99,7 @@ def document(folder: Path, toc: dict[str, Any]) -> str:
 
 def numbers(pdf: bytes) -> dict[str, int]:
     """On which page each named place lies, as Chromium writes it; empty where it writes it in another way."""
-    found = re.findall(rb"\n(\d+) 0 obj\n<</Type /Page\n", pdf)
-    page = {name: number for number, name in enumerate(found, 1)}
+    page = {name: number for number, name in enumerate(PAGE.findall(pdf), 1)}
     places = re.findall(rb"/(p\d+) \[(\d+) 0 R /XYZ", pdf)
     return {name.decode(): page[at] for name, at in places if at in page}
 
@@ -144,7 +146,7 @@ def printed(browser: Any, path: Path) -> bytes:
 
 
 def make(root: Path = settings.ROOT) -> Path:
-    """`_build/dist/rank-one-experts.pdf`, from the rendered book."""
+    """`_build/dist/rank-one-experts.pdf`, from the rendered book; `ValueError` where it is too long, or unreadable."""
     html_folder, target = root / "_build" / "html", root / "_build" / "dist" / "rank-one-experts.pdf"
     settings.allowed(html_folder.is_dir(), f"{html_folder} is not there", "run `make book` first")
     whole = root / "_build" / "print" / "book.html"
@@ -152,6 +154,8 @@ def make(root: Path = settings.ROOT) -> Path:
     settings.write(whole, document(html_folder, toc).encode())
     with _chromium() as browser:
         settings.write(target, printed(browser, whole))
+    pages = len(PAGE.findall(target.read_bytes()))
+    settings.allowed(1 <= pages <= MOST_PAGES, f"{target} has {pages} pages", f"1 to {MOST_PAGES}")
     return target
 
 

@@ -32,11 +32,18 @@ def needs(chapter: Chapter) -> list[int]:
     return sorted({int(number) for number in re.findall(r"\]\((\d\d)_\w+\.ipynb\)", said[0] if said else "")})
 
 
+def prose(chapter: Chapter) -> str:
+    """What a chapter says in words, without what is folded, shown as code or set as a formula of its own."""
+    said = "\n".join(cell["source"] for cell in chapter.cells if cell["cell_type"] == "markdown")
+    folded = (
+        r"^(`{3,}|:{3,}) *\{(?:dropdown\}|[^\n]*\n:class: dropdown).*?^\1 *$|^`{3}.*?^`{3} *$|\$\$.*?\$\$|<!--.*?-->"
+    )
+    return re.sub(folded, "", said, flags=re.M | re.S)
+
+
 def minutes(job: Job) -> tuple[int, float | None]:
     """To read a chapter, without what is folded, and to run it as it was run here."""
-    prose = "\n".join(cell["source"] for cell in job.chapter.cells if cell["cell_type"] == "markdown")
-    folded = r"^(`{3,}|:{3,}) *\{[^\n]*\n:class: dropdown.*?^\1 *$|^`{3}.*?^`{3} *$|\$\$.*?\$\$|<!--.*?-->"
-    words = len(re.findall(r"\w+", re.sub(folded, "", prose, flags=re.M | re.S)))
+    words = len(re.findall(r"\w+", prose(job.chapter)))
     try:
         seconds = json.loads(job.stamp.read_text(encoding="utf-8"))["seconds"]
     except (OSError, ValueError, KeyError):

@@ -42,9 +42,27 @@ def test_every_figure_can_be_heard_and_seen(browser, page):
             assert browser.execute_script("return arguments[0].naturalWidth", image) > 0, "an image did not load"
 
 
+ANYWHERE = re.compile(r"<[^<>]* at 0x[0-9a-f]+>|<function \S+|Traceback \(most recent call last\)")
+ONE = r"(?:'[^']*'|-?[\d.]+(?:e-?\d+)?)"
+PRINTED = re.compile(
+    rf"(?<![\w.'’-])(?:nan|None|True|False)(?![\w'’-])|\b[A-Z]\w+\(\w+=|\({ONE}(?:, {ONE})+,?\)|\({ONE},\)"
+)
+"""Values, objects and tuples as Python spells them: no output that stands open has any."""
+
+
 def test_no_page_prints_what_only_python_reads(browser, page):
     text = browser.execute_script('return document.querySelector("article").textContent')
-    assert re.findall(r"<[^<>]* at 0x[0-9a-f]+>|<function \S+|Traceback \(most recent call last\)", text) == []
+    assert ANYWHERE.findall(text) == []
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('article .cell_output')].filter((e) => e.checkVisibility())"
+        ".map((e) => e.innerText)"
+    )
+    assert [hit[0] for each in shown for hit in PRINTED.finditer(each)] == []
+
+
+@pytest.mark.parametrize("bad", ["loss nan", "None", "held: True", "AuxK(k=3)", "(1, 2)", "('a', 0.5)", "(1,)"])
+def test_what_only_python_reads_is_seen(bad):
+    assert PRINTED.search(f"so {bad}\n") and not PRINTED.search("None-the-less, 1 [0, 2] (n = 3), Nonesuch (1) f(x)")
 
 
 def test_mathematics_is_typeset(browser, page):
@@ -113,6 +131,24 @@ def test_dark_mode_turns_the_page_and_its_figures(browser):
     image = browser.find_element(By.CSS_SELECTOR, "figure.book-slider img")
     assert browser.execute_script("return document.documentElement.dataset.theme") == "dark", "the choice is kept"
     assert "invert" in image.value_of_css_property("filter")
+
+
+def test_by_night_only_frames_of_sliders_are_turned_over(browser):
+    """They are dots of colour; every other figure has a drawing of its own for dark pages."""
+    open_page(browser, "index")
+    browser.execute_script("for (const k of ['mode', 'theme']) localStorage.setItem(k, 'dark')")
+    turned = """return [...document.querySelectorAll('article img')].filter((e) => e.checkVisibility())
+      .filter((e) => getComputedStyle(e).filter !== 'none')
+      .map((e) => [e.src.slice(0, 15), !!e.closest('.book-slider')]);"""
+    try:
+        seen = []
+        for page in PAGES:
+            open_page(browser, page)
+            assert browser.execute_script("return document.documentElement.dataset.theme") == "dark"
+            seen += browser.execute_script(turned)
+        assert len(seen) >= 10 and all(each == ["data:image/webp", True] for each in seen), seen
+    finally:
+        browser.execute_script("localStorage.clear()")
 
 
 def test_the_page_fits_a_narrow_screen(browser):

@@ -1,16 +1,23 @@
 """The head and the foot of a chapter's page: verdicts, and the reader's run beside the book's."""
 
+import html
 import json
+import re
 
 import nbformat
 import pytest
 
 from helpers.press import claims, finding, night, rules, tables
-from helpers.press.scoreboard import Board
+from helpers.press.scoreboard import Board, anchor, rich
+from helpers.press.tables import number
 from helpers.settings import ROOT
 from helpers.study.scores import Comparison
 
 SLUG = "09_dead_features_in_a_language_model"
+THERE = re.compile(
+    r"; (weakest )?on SmolLM2 ([^,]*(?:\[[^]]*\][^,]*)?), ([a-z ]+)(?:: ([^<]*(?:<(?!/small)[^<]*)*))?(?=;|<)"
+)
+"""What a line has of a second family: whether it is its weakest, its number, its verdict, its metric and rule."""
 
 
 def record(value, low, high):
@@ -156,11 +163,29 @@ def test_the_lead_is_the_books_run_unless_the_reader_chose_another(monkeypatch, 
 
 
 def test_a_second_family_is_named_beside_the_first(tmp_path):
-    """The number at the right is of the model that the figure is about; what holds on the other one is told."""
+    """The number at the right is of the model that the figure is about; what holds on the other one is told: of the
+    same measurement, or else with its own name and rule, so that number, rule and verdict fit each other."""
     board = Board.read(tmp_path)
     said = finding._verdicts("05_distilling_an_mlp", board, [])
-    assert said.count("on SmolLM2 the weakest is") == 2
+    assert said.count("on SmolLM2 ") == 2
     run = claims.reference("05_distilling_an_mlp")
     ours = {f"{record.value:.3f}" for record in run.records if record.claim == "secret.hypothesis"}
     assert any(f'<span class="measured">{value} [' in said for value in ours)
     assert "SmolLM2" not in finding._verdicts("07_a_benchmark_with_known_truth", board, [])
+    looked_at = []
+    for slug in {run.chapter for _, run, _ in board.runs}:
+        for line in finding._lines(slug, board):
+            claim = next(each for each in board.book.claims if f"#{anchor(each.id)}" in line)
+            metric, asked = re.search(r"<small>(?:weakest of \d+: )?(.*?); asked (.*?); the book's run", line).groups()
+            for weakest, value, verdict, own in THERE.findall(line):
+                metric, asked = own.split("; asked ") if weakest else (metric, asked)
+                looked_at.append((value, verdict))
+                records = [each for shown in board.of(claim) if (each := shown.record).verdict == verdict]
+                (record,) = [
+                    each for each in records if (rich(each.metric), number(each.value, each.ci)) == (metric, value)
+                ]
+                rule = claim.checks[claim.check_of(record.metric)].rule
+                outcome = rule.outcome(record.value, *(record.ci or (record.value, record.value)))
+                assert html.escape(str(rule)) == asked and "smollm2" in record.teacher.lower()
+                assert verdict == "too few" or finding.SIDES.get(verdict, "straddles") == outcome, line
+    assert len(looked_at) >= 13 and len({verdict for _, verdict in looked_at}) >= 3

@@ -1,6 +1,8 @@
 """The book on paper: one document whose links stay in it, proofs open, folded code left out, pages counted."""
 
+import contextlib
 import re
+import shutil
 
 import pytest
 import yaml
@@ -59,6 +61,20 @@ def test_pages_are_counted_as_chromium_writes_them():
 def test_a_book_that_is_not_built_is_named(tmp_path):
     with pytest.raises(ValueError, match="run `make book` first"):
         paper.make(tmp_path)
+
+
+@pytest.mark.parametrize("pages", [0, 200, 201])
+def test_a_book_with_too_many_pages_is_no_success(book, tmp_path, monkeypatch, pages):
+    shutil.copytree(book, tmp_path / "_build" / "html")
+    (tmp_path / "_toc.yml").write_text(yaml.safe_dump(TOC))
+    pdf = b"%PDF" + b"".join(b"\n%d 0 obj\n<</Type /Page\n>>\nendobj" % (i + 1) for i in range(pages))
+    monkeypatch.setattr(paper, "_chromium", contextlib.nullcontext)
+    monkeypatch.setattr(paper, "printed", lambda *_: pdf)
+    if pages == 200:
+        assert paper.make(tmp_path).read_bytes() == pdf
+    else:
+        with pytest.raises(ValueError, match=f"has {pages} pages; allowed: 1 to 200"):
+            paper.make(tmp_path)
 
 
 def test_every_page_of_the_book_is_in_the_contents():

@@ -63,6 +63,33 @@ def test_minutes_come_from_the_words_and_from_the_recorded_run(tmp_path):
     assert reading.minutes(job) == (2, 1.5)
 
 
+NO_WORDS = re.compile(
+    r"^(:{3,}|`{3,}) *\{(?:prf:proof|exercise)\b.*?^\1 *$|\$[^$]*\$|\]\([^)]*\)|\{[\w:]+\}(?=`)"
+    r"|^:\w+:[^\n]*$|^ *(?::{3,}|\|)[^\n]*$",
+    re.M | re.S,
+)
+"""Proofs, exercises, mathematics, addresses of links, rows of tables, and the lines that directives are made of."""
+MOST_WORDS = dict.fromkeys((3, 4, 10, 12, 13), 2800)
+ABOVE = {14: 2010}
+"""Chapters that are longer than they may be: a ratchet."""
+
+
+def words(said):
+    return sum(bool(re.search(r"\w", word)) for word in NO_WORDS.sub(" ", said).split())
+
+
+@pytest.mark.parametrize("number", CHAPTERS)
+def test_a_chapter_says_no_more_than_a_reader_takes(number):
+    assert words(reading.prose(CHAPTERS[number])) <= ABOVE.get(number, MOST_WORDS.get(number, 2000))
+
+
+def test_words_are_counted_without_mathematics_and_what_is_folded():
+    fold = "::::{dropdown} a b\nhidden words\n:::{prf:proof}\nmore\n:::\n::::\n"
+    proof = ":::{prf:proof}\nit is so\n:::\n"
+    said = f"# Two words\n\nOne $x + y$ [link](to/some/where.md), {{term}}`atom`.\n\n{fold}{proof}| a | b |\n\nlast"
+    assert words(reading.prose(chapter(said))) == 6
+
+
 def test_the_page_shows_all_of_it():
     text = reading.page(chapters.plan())
     assert "<!--" not in text and text.count("<table") == 2 and text.count("<svg") == 1

@@ -1,0 +1,85 @@
+"""How long a page may be, what a reader sees at once, and tables on every screen: nothing is cut."""
+
+import re
+
+import pytest
+
+from tests.browser.chromium import HTML, PAGES, open_page
+
+CHAPTERS = [page for page in PAGES if page.startswith("notebooks/")]
+HIGHEST, AT_ONCE = 10_000, 1_200
+ABOVE = {"06": 10_050, "09": 11_600, "10": 12_300, "14": 10_150}
+"""Chapters that are higher than they may be: a ratchet."""
+TOPS = """
+const top = (e) => e && e.getBoundingClientRect().top + scrollY;
+const seen = (e) => e.checkVisibility({opacityProperty: true, visibilityProperty: true});
+const first = (query) => top([...document.querySelectorAll('article ' + query)].find(seen)) ?? null;
+return {high: document.documentElement.scrollHeight, figure: first(':is(.cell_output img, figure, svg[role=img])'),
+        chip: first('.findings li'), hero: !!document.querySelector('article .findings')};
+"""
+TABLES = """
+const seen = (e) => e.checkVisibility({opacityProperty: true, visibilityProperty: true}), found = [];
+const scrolls = (e) => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX);
+const column = document.querySelector('article').getBoundingClientRect();
+for (const table of [...document.querySelectorAll('article table')].filter(seen)) {
+  let box = table.parentElement, name = table.textContent.trim().replace(/\\s+/g, ' ').slice(0, 60);
+  while (box && box.tagName !== 'ARTICLE' && !scrolls(box)) box = box.parentElement;
+  const inside = box && box.tagName !== 'ARTICLE';
+  const {left, right} = (inside ? box : table).getBoundingClientRect();
+  if (right > column.right + 1 || left < column.left - 1) found.push('wider than its column: ' + name);
+  if (inside && box.scrollWidth > box.clientWidth + 1 && box.tabIndex < 0) found.push('out of reach of keys: ' + name);
+  for (const cell of table.querySelectorAll('th, td')) {
+    const style = getComputedStyle(cell), cut = ['hidden', 'clip'].includes(style.overflowX);
+    if (cut && cell.scrollWidth > cell.clientWidth + 1) found.push('cut: ' + cell.textContent.trim().slice(0, 60));
+  }
+  if (arguments[0] && inside && box.scrollWidth > box.clientWidth + 1) found.push('scrolls on a desk: ' + name);
+}
+return found;
+"""
+
+
+@pytest.fixture
+def wide(browser):
+    """A screen as wide as asked; a window itself is never narrower than 500 pixels."""
+
+    def to(width):
+        screen = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+
+    yield to
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_a_chapter_is_no_longer_than_it_may_be_and_begins_with_its_finding(browser, wide, page):
+    wide(1440)
+    open_page(browser, page)
+    found = browser.execute_script(TOPS)
+    assert found["high"] <= ABOVE.get(page.removeprefix("notebooks/")[:2], HIGHEST)
+    if found["hero"]:
+        assert found["figure"] is not None and found["figure"] <= AT_ONCE, found
+        assert found["chip"] <= AT_ONCE, found
+
+
+def test_chapters_with_a_finding_show_it():
+    assert sum('class="findings"' in (HTML / f"{page}.html").read_text(encoding="utf-8") for page in CHAPTERS) >= 17
+
+
+@pytest.mark.parametrize("width", [1440, 820, 390])
+def test_no_table_is_cut(browser, wide, width):
+    wide(width)
+    looked_at = {}
+    for page in PAGES:
+        if not re.search(r"<table\b", (HTML / f"{page}.html").read_text(encoding="utf-8")):
+            continue
+        open_page(browser, page)
+        looked_at[page] = browser.execute_script(TABLES, width == 1440 and page == "performance")
+    assert len(looked_at) > 10 and {page: found for page, found in looked_at.items() if found} == {}
+
+
+def test_a_table_that_is_cut_is_seen(browser, wide):
+    wide(820)
+    open_page(browser, "glossary")
+    bad = "<table style='width: 2000px'><tr><td>a</td></tr></table>"
+    browser.execute_script("document.querySelector('article').insertAdjacentHTML('beforeend', arguments[0])", bad)
+    assert [found.split(":")[0] for found in browser.execute_script(TABLES, False)] == ["wider than its column"]
