@@ -141,7 +141,7 @@ def book(base: Path, cache: Path) -> str:
 def pages_of(root: Path) -> list[str]:
     """The pages of a book, less times and seconds; the page on performance says how long this very book took."""
     places = sorted((root / "_build" / "html").rglob("*.html"))
-    less = {path: r"[0-9]" if path.name == "performance.html" else r"[0-9]+ s on|[0-9T:+-]{16,}" for path in places}
+    less = {path: r"[0-9.]" if path.name == "performance.html" else r"[0-9]+ s on|[0-9T:+-]{16,}" for path in places}
     return [f"{path.name} {re.sub(less[path], '', path.read_text())}" for path in places]
 
 

@@ -62,7 +62,7 @@ def make(jobs: list[Job], profile: str, console: Console, at_once: int, root: Pa
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(jobs)} chapters failed[/]; the book was not built")
         return 1
-    made, stamp = _made_from(profile, root), root / "_build" / "pages.json"
+    made, stamp = _made_from(profile, root), root / "_build" / "pages.stamp"
     html = root / "_build" / "html"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == f"{made} {digest_files(html)}":
         console.print(f"nothing changed; the book is at {html / 'index.html'}", markup=False)
