@@ -70,8 +70,6 @@ NO_WORDS = re.compile(
 )
 """Proofs, exercises, mathematics, addresses of links, rows of tables, and the lines that directives are made of."""
 MOST_WORDS = dict.fromkeys((3, 4, 10, 12, 13), 2800)
-ABOVE = {14: 2010}
-"""Chapters that are longer than they may be: a ratchet."""
 
 
 def words(said):
@@ -80,7 +78,7 @@ def words(said):
 
 @pytest.mark.parametrize("number", CHAPTERS)
 def test_a_chapter_says_no_more_than_a_reader_takes(number):
-    assert words(reading.prose(CHAPTERS[number])) <= ABOVE.get(number, MOST_WORDS.get(number, 2000))
+    assert words(reading.prose(CHAPTERS[number])) <= MOST_WORDS.get(number, 2000)
 
 
 def test_words_are_counted_without_mathematics_and_what_is_folded():
