@@ -271,6 +271,15 @@ def validation(frame: pd.DataFrame, candidate: tuple) -> tuple[float, float]:
     return tuple(found[[each == tuple(candidate) for each in found.index]].iloc[0])
 
 
+NEWER = ("frequency", "aligned")
+"""Remedies that are newer than the paper, whose claim is of the others. They are shown beside them."""
+
+
+def rivals_of(frame: pd.DataFrame, method: str) -> pd.DataFrame:
+    """Candidates of the other methods that the paper's claim is about."""
+    return frame[~frame.method.str.contains(method) & ~frame.method.isin(NEWER)]
+
+
 def matched(frame: pd.DataFrame, method: str = "switch") -> tuple[tuple, tuple, bool]:
     """A method's chosen candidate, the other methods' with the fewest dead at no larger FVU, and whether there is one.
 
@@ -278,7 +287,7 @@ def matched(frame: pd.DataFrame, method: str = "switch") -> tuple[tuple, tuple, 
     by the same rule as the method's own, ties included.
     """
     mine = chosen(frame[frame.method == method])
-    others = frame[~frame.method.str.contains(method)]
+    others = rivals_of(frame, method)
     rival = fewest_dead(others, validation(frame, mine)[0])
     return mine, rival or chosen(others), rival is not None
 
@@ -289,7 +298,7 @@ def dominance(frame: pd.DataFrame, n_features: int, method: str = "switch") -> t
     For each candidate on that front the answer is the method's candidate of lowest validation FVU with at most one
     dead feature more (or its fewest dead, if none has so few); hardest is where the answer's FVU is largest in ratio.
     """
-    mine, others = frame[frame.method == method], frame[~frame.method.str.contains(method)]
+    mine, others = frame[frame.method == method], rivals_of(frame, method)
     pairs = []
     for rival in pareto_front(others):
         fvu, dead = validation(frame, rival)
@@ -301,7 +310,7 @@ def dominance(frame: pd.DataFrame, n_features: int, method: str = "switch") -> t
 
 def finalists(frame: pd.DataFrame, method: str = "switch") -> dict[str, tuple]:
     """Chosen candidates, each by the rule: nothing done, the method, the best of the others, and it with the method."""
-    other = frame[~frame.method.str.contains(method) & (frame.method != "none")]
+    other = rivals_of(frame, method).query("method != 'none'")
     parts = {"none": frame[frame.method == "none"], method: frame[frame.method == method], "other": other}
     parts["both"] = frame[frame.method.str.contains("+", regex=False)]
     return {name: chosen(part) for name, part in parts.items() if len(part)}
