@@ -168,3 +168,8 @@ def test_the_soak_runs_what_is_marked_and_reads_its_report(tmp_path):
     soak.run(tmp_path / "report.xml", "tests/press/test_errors.py", "-k", "verify_99")
     (row,) = soak.rows(tmp_path / "report.xml")
     assert row["passed"] == 1 and not row["failed"] and not row["skipped because"]
+
+
+def test_the_page_can_be_made_of_the_records_that_are_kept():
+    page = pages.performance_markdown()
+    assert "## Reliability" in page and "<td>sweep</td>" in page

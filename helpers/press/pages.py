@@ -135,8 +135,9 @@ def measured(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         row = dict(row)
         if set(WRONG) <= set(row):
-            row["what went wrong in all"] = sum(row[name] for name in WRONG)
-            row["flipped bytes"] = f"{row['flipped bytes']:g} ({row['named']:g} named)"
+            row["what went wrong in all"] = sum(row[name] or 0 for name in WRONG)
+            if row["named"] is not None:  # none is flipped in a sweep
+                row["flipped bytes"] = f"{row['flipped bytes']:g} ({row['named']:g} named)"
             row["work of 8 at once / alone"] = row.pop("work of 8 at once / alone")
             gone = {*WRONG, "named", "ends compared"}
         else:
