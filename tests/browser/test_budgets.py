@@ -8,7 +8,7 @@ from tests.browser.chromium import HTML, PAGES, open_page
 
 CHAPTERS = [page for page in PAGES if page.startswith("notebooks/")]
 HIGHEST, AT_ONCE = 10_000, 1_200
-ABOVE = {"07": 10_350, "12": 11_050, "13": 10_100, "14": 10_100, "17": 11_400}
+ABOVE = {"07": 10_250, "12": 11_050, "13": 10_100, "14": 10_100, "17": 11_400}
 """Chapters that are higher than they may be: a ratchet."""
 TOPS = """
 const top = (e) => e && e.getBoundingClientRect().top + scrollY;
