@@ -444,8 +444,9 @@ class Trials:
         """All at once, from nothing: how much work is done, of what one alone does."""
         cache, log = self.fresh("together"), self.scratch / "log"
         log.unlink(missing_ok=True)
-        for attempt in [self.start(cache, log=log) for _ in range(processes)]:
-            self.end(cache, attempt.ended())
+        attempts = [self.start(cache, log=log) for _ in range(processes)]
+        for told in [attempt.ended() for attempt in attempts]:  # looked at when none is writing any more
+            self.end(cache, told)
         done, alone = (len(path.read_text().split()) for path in (log, self.scratch / "alone"))
         self.row["work of 8 at once / alone"] = done / alone
 
