@@ -4,7 +4,7 @@
 `@n` after a case is its interval's end or its count. A row of a run's points is `entries[site=mlp_in, k=32].fvu`, a
 mean where several rows fit or a cell holds several numbers; `.ratio#0` is the first number of a cell, and
 `entries.candidates[…]` are the rows that such a row's cell holds. With braces it is arithmetic: `1 - 1 / {…}`. A form
-that ends in ` %` is in percent.
+that ends in ` %` is in percent. `<!--n 07/smollm2 …` is of the second model family's run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from helpers import settings
 from helpers.press import claims
 from helpers.press.rules import BETWEEN, register
 
-MARK = re.compile(r"<!--n (\d\d) (.+?) \| (.+?)-->(.*?)<!--/n-->", re.DOTALL)
+MARK = re.compile(r"<!--n (\d\d(?:/\w+)?) (.+?) \| (.+?)-->(.*?)<!--/n-->", re.DOTALL)
 ROW = re.compile(r"([\w ]+?)(?:\.(\w+))?\[(.*)\]\.(.+)")
 SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
@@ -46,10 +46,12 @@ def shown(number: float, form: str) -> str:
 
 
 def value(chapter: str, address: str) -> float:
-    """What an address says in the kept run of a chapter, given by its two digits."""
-    found = next(iter(sorted(claims.REFERENCE.glob(f"{chapter}_*.json"))), None)
+    """What an address says in the kept run of a chapter, given by its two digits and perhaps a family."""
+    number, _, family = chapter.partition("/")
+    folder = claims.REFERENCE / family
+    found = next(iter(sorted(folder.glob(f"{number}_*.json"))), None)
     settings.allowed(found is not None, f"number of chapter {chapter}", "a chapter with a kept run in results/")
-    run = claims.reference(found.stem)
+    run = claims.reference(found.stem, folder)
     if "{" not in address:
         return _at(run, address)
     return _sum(ast.parse(re.sub(r"\{(.*?)\}", lambda each: repr(_at(run, each[1])), address), mode="eval").body)

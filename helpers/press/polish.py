@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from bs4 import BeautifulSoup
+
 from helpers import settings
 from helpers.press import publish, search
 
@@ -19,6 +21,7 @@ TITLE = re.compile(r"<title>(.*?)</title>", re.S)
 PRINTED = re.compile(r'<div id="jb-print-docs-body".*?(?=<div id="searchbox">)', re.S)
 LEAD = re.compile(r"<article.*?</h1>.*?<p>(.*?)</p>", re.S)
 MATHS = re.compile(r"\\\((.*?)\\\)", re.S)
+TABLE = re.compile(r"<table\b(?:(?!<table\b).)*?</table>", re.S)
 LEFT = ("*.map", "*/fontawesome/*/js", "*/fontawesome/*/webfonts/*.ttf", "*/fa-brands-*", "*/fa-regular-*", "locales")
 """Files of the theme under `_static` that no page asks for."""
 
@@ -73,11 +76,37 @@ def mended(text: str, page: str, icons: Callable[[str], str], where: publish.Add
         text = search.PAGE.sub(lambda _: search.PLACE, search.SCRIPTS.sub("", text))
     for pattern, better in ACCESS:
         text = re.sub(pattern, better, text)
+    text = TABLE.sub(lambda found: carded(found[0]), text)
     lines = '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     lines += publish.head(page, title, about(text), where)
     text = VIEWPORT.sub("", text).replace("<title>", lines + "<title>", 1)
     end = '<div class="header-article-items__end">'
     return text.replace(end, end + publish.buttons(page, title, where), 1)
+
+
+PHONE = 46
+"""Letters beside each other on a narrow screen, in a table's size."""
+
+
+def carded(table: str) -> str:
+    """A table whose cells say the name of their column, of class `cards` where its columns need more room than a narrow
+    screen has: there the style sheet lays each row out as a card."""
+    soup = BeautifulSoup(table, "html.parser")
+    names = [cell.get_text(" ", strip=True) for cell in soup.select("thead > tr:last-of-type > *")]
+    rows = [row.find_all(["th", "td"], recursive=False) for row in soup.select("tbody > tr")]
+    if not names or not rows or any(len(row) != len(names) for row in rows) or soup.select("[colspan], [rowspan]"):
+        return table
+    words = [
+        [len(word) for cell in column for word in cell.get_text(" ").split()] for column in zip(*rows, strict=True)
+    ]
+    heads = [[len(word) for word in name.split()] for name in names]
+    if sum(max([0, *head, *cells]) + 3 for head, cells in zip(heads, words, strict=True)) <= PHONE:
+        return table
+    soup.table["class"] = [*soup.table.get("class", []), "cards"]
+    for row in rows:
+        for cell, name in zip(row, names, strict=True):
+            cell["data-name"] = name
+    return str(soup)
 
 
 def about(text: str) -> str:

@@ -102,10 +102,15 @@ class Table:
         return shown.replace('class="wide-table"', 'class="wide-table mathjax_ignore"', 1)  # a dollar is a dollar
 
 
-def outcomes(predictions: Mapping[str, bool | None]) -> Table:
-    """A row for each prediction with what became of it; None is an interval that holds the threshold."""
-    words = {True: "as predicted", False: "not as predicted", None: "undecided"}
-    rows = [{"prediction": text, "outcome": words[None if o is None else bool(o)]} for text, o in predictions.items()]
+def outcomes(predictions: Mapping[str, bool | None | str]) -> Table:
+    """A row for each prediction with what became of it; None is an interval that holds the threshold, a text is shown
+    as it is."""
+    words = {True: "as predicted", False: "not as predicted"}
+    said = {
+        text: o if isinstance(o, str) else "undecided" if o is None else words[bool(o)]
+        for text, o in predictions.items()
+    }
+    rows = [{"prediction": text, "outcome": outcome} for text, outcome in said.items()]
     return Table(rows)
 
 

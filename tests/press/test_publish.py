@@ -1,5 +1,6 @@
 """The book's address: where it comes from, what is shown when it is known, and that nothing is when it is not."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -134,3 +135,15 @@ def test_what_is_handed_on_is_one_archive(tmp_path):
     with zipfile.ZipFile(publish.dist(tmp_path)) as packed:
         names = [name.removeprefix("rank-one-experts/") for name in packed.namelist()]
     assert names == ["book/_static/a.css", "book/index.html", "notebooks/01_a.ipynb"]
+
+
+def test_a_table_too_wide_for_a_phone_says_in_each_cell_of_which_column_it_is():
+    def table(*heads):
+        row = "".join(f"<td>{'letters' if i else '<b>name</b>'} {i}</td>" for i in range(len(heads)))
+        return f"<table><thead><tr>{''.join(f'<th>{h}</th>' for h in heads)}</tr></thead><tbody><tr>{row}</tr></tbody></table>"
+
+    narrow, wide = table("a", "b"), table("first", "second", "third", "fourth", "fifth")
+    text = PAGE.replace("</body>", f"{narrow}<table><tr><td>{wide}</td></tr></table></body>")
+    mended = polish.mended(text, "index", lambda icon: "", None)
+    assert narrow in mended and mended.count('class="cards"') == 1
+    assert re.findall(r'data-name="(\w+)"', mended) == ["first", "second", "third", "fourth", "fifth"]
