@@ -275,9 +275,9 @@ def _check_names(values: Mapping[str, Any], chapters: Sequence[Chapter], where: 
 def fingerprint(job: Job) -> dict[str, str]:
     """What the executed copy of `job` follows from, part by part, with a hash of each.
 
-    The notebook; its parameters; the modules that its cells import, directly or not, as syntax trees (so
-    `press.figures` is a part of every chapter that draws, and its kept results stay); the register's entries that
-    `entries` names; `data/` where one of the modules reads it; and the pins.
+    The notebook, and its code alone; its parameters; the modules that its cells import, directly or not, as syntax
+    trees (so `press.figures` is a part of every chapter that draws, and its kept results stay); the register's entries
+    that `entries` names; `data/` where one of the modules reads it; and the pins.
     """
     from helpers import kept  # brings torch, which settling parameters does without
 
@@ -287,6 +287,7 @@ def fingerprint(job: Job) -> dict[str, str]:
     trees = {module: kept.tree_of(module, root) for module in modules}
     found = {
         "notebook": digest([(c["cell_type"], c["source"], _lasting(c["metadata"])) for c in cells]),
+        "code": digest([(c["source"], "parameters" in c["metadata"].get("tags", [])) for c in cells if _runs(c)]),
         "parameters": digest([job.parameters, _files_named(job.parameters)]),
         "requirements.txt": digest_files(root / "requirements.txt"),
         **{module: digest(tree) for module, tree in trees.items()},
@@ -341,6 +342,10 @@ def _parsed(code: str) -> ast.AST:
         return ast.parse(code)
     except SyntaxError:
         return ast.Module([], [])  # running it will say so, with the cell
+
+
+def _runs(cell: Mapping[str, Any]) -> bool:
+    return cell["cell_type"] == "code"
 
 
 def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:

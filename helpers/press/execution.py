@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from typing import Any
 
+import nbformat
 import papermill
 from filelock import FileLock, Timeout
 from ipykernel.kernelspec import make_ipkernel_cmd
@@ -146,6 +147,10 @@ def run(jobs: Sequence[Job], console: Console, force: bool = False, at_once: int
 
 def _run(job: Job, why: Sequence[str], place: str, desk: Desk) -> ChapterFailed | None:
     name = f"chapter {job.chapter.number}"
+    if why == ["notebook changed"]:  # and its code did not
+        reword(job)
+        desk.console.print(f"{place} {name}: new words around what was computed", markup=False)
+        return None
     desk.console.print(f"{place} {name}: {job.chapter.title} ({shortened(why)})", markup=False)
     try:
         seconds = execute(job, desk)
@@ -184,6 +189,27 @@ def execute(job: Job, desk: Desk) -> float:
     except ValueError as error:
         raise ChapterFailed(f"{job.chapter.slug}: {error}") from error
     return seconds
+
+
+def reword(job: Job) -> None:
+    """The executed copy with the notebook's present words, captions and tags; outputs stay, as the code is the same."""
+    executed, now = (nbformat.read(path, as_version=4) for path in (job.executed, job.chapter.path))
+    stamp, cells = json.loads(job.stamp.read_text(encoding="utf-8")), iter(now.cells)
+    ran = [cell for cell in executed.cells if cell.cell_type == "code"]
+    found = []
+    for old in ran:  # in the notebook's order, with the parameters that were put in
+        if "injected-parameters" not in old.metadata.get("tags", []):
+            for cell in cells:
+                found.append(cell)
+                if cell.cell_type == "code":
+                    cell.outputs, cell.execution_count = old.outputs, old.execution_count
+                    break
+        else:
+            found.append(old)
+    executed.cells = [*found, *cells]
+    settings.write(job.executed, nbformat.writes(executed).encode())
+    made_from = stamp["made_from"] | fingerprint(job)
+    settings.write_json(job.stamp, stamp | {"made_from": made_from, "copy": digest_files(job.executed)})
 
 
 def _check_syntax(job: Job) -> None:

@@ -241,12 +241,42 @@ def test_a_valid_chapter_is_kept_and_says_so(root):
     assert results(root) == before
 
 
+def test_new_words_do_not_run_a_chapter_again(root):
+    (root / "profiles" / "quick.yml").write_text("common: {k: 9}\n")  # so that parameters are put in
+    run(root)
+    copy, before = root / "_build/executed/quick/01_first.ipynb", results(root)
+    path = root / "notebooks" / "01_first.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].source = "# Another title"
+    notebook.cells[1:1] = [nbformat.v4.new_markdown_cell("New here.")]
+    notebook.cells[-1].metadata["mystnb"] = {"code_prompt_show": "A caption"}
+    notebook.cells.append(nbformat.v4.new_markdown_cell("And the end."))
+    outputs = [cell.get("outputs") for cell in nbformat.read(copy, as_version=4).cells if cell.cell_type == "code"]
+    nbformat.write(notebook, path)
+    failures, said = run(root)
+    assert not failures and "new words around what was computed" in said and results(root) == before
+    injected, copied = 0, []
+    for cell in nbformat.read(copy, as_version=4).cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            injected += 1
+        else:
+            copied.append(cell)
+    words = [(cell.cell_type, cell.source, cell.metadata.get("mystnb")) for cell in copied]
+    assert words == [(cell.cell_type, cell.source, cell.metadata.get("mystnb")) for cell in notebook.cells]
+    found = [cell.get("outputs") for cell in nbformat.read(copy, as_version=4).cells if cell.cell_type == "code"]
+    assert injected == 1 and found == outputs
+    assert "kept from" in run(root)[1]
+    notebook.cells[-2].source += "\n1 + 1"
+    nbformat.write(notebook, path)
+    assert "new words" not in run(root)[1] and results(root) != before
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda r: (r / "requirements.txt").write_text("torch==3\n"), "requirements.txt changed"),
         (lambda r: (r / "profiles" / "quick.yml").write_text("common: {k: 9}\n"), "parameters changed"),
-        (lambda r: write_chapter(r, "01_first", WRITES_RESULTS, "1 + 1"), "notebook changed"),
+        (lambda r: write_chapter(r, "01_first", WRITES_RESULTS, "1 + 1"), "code changed"),
         (lambda r: (r / "_build/results/quick/01_first.json").unlink(), "results missing"),
         (lambda r: (r / "_build/results/quick/01_first.json").write_text("{}"), "results rewritten"),
         (lambda r: (r / "_build/executed/quick/01_first.ipynb").unlink(), "executed copy missing"),

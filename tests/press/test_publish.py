@@ -140,7 +140,8 @@ def test_what_is_handed_on_is_one_archive(tmp_path):
 def test_a_table_too_wide_for_a_phone_says_in_each_cell_of_which_column_it_is():
     def table(*heads):
         row = "".join(f"<td>{'letters' if i else '<b>name</b>'} {i}</td>" for i in range(len(heads)))
-        return f"<table><thead><tr>{''.join(f'<th>{h}</th>' for h in heads)}</tr></thead><tbody><tr>{row}</tr></tbody></table>"
+        head = "".join(f"<th>{name}</th>" for name in heads)
+        return f"<table><thead><tr>{head}</tr></thead><tbody><tr>{row}</tr></tbody></table>"
 
     narrow, wide = table("a", "b"), table("first", "second", "third", "fourth", "fifth")
     text = PAGE.replace("</body>", f"{narrow}<table><tr><td>{wide}</td></tr></table></body>")
