@@ -255,6 +255,52 @@ def test_damaged_weights_are_named(tmp_path):
         teachers.load(folder)
 
 
+def as_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def in_shards(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="5KB")
+    assert len([*folder.glob("model-*-of-*.safetensors")]) > 2
+
+
+@pytest.mark.parametrize("name", ["plain", "mödel mit Raum"])
+@pytest.mark.parametrize("kept_as", [as_pickle, in_shards])
+def test_weights_are_read_as_people_keep_them(tmp_path, kept_as, name):
+    """The embedding is the head too, so that no file has a head."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**tiny.SIZES, tie_word_embeddings=True)
+    folder = tmp_path / name
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer(bos=True).save_pretrained(folder)
+    expected = teachers.load(str(folder), device="cpu")
+    kept_as(folder)
+    found = teachers.load(str(folder), device="cpu")
+    assert all(torch.equal(found.model.state_dict()[name], v) for name, v in expected.model.state_dict().items())
+    assert found.model.lm_head.weight is found.model.get_input_embeddings().weight
+    assert found.fingerprint != expected.fingerprint  # of other files
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = Path(tiny.save(tmp_path, "llama"))
+    in_shards(folder)
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"teacher='{folder}'.* could not be loaded: .*{shard.name}.*allowed: "):
+        teachers.load(str(folder), device="cpu")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    folder = Path(tiny.save(tmp_path, "llama"))
+    for path in folder.glob("token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=f"teacher='{folder}'.* could not be loaded: .*token.*allowed: "):
+        teachers.load(str(folder), device="cpu")
+
+
 DOWN = "model.layers.1.mlp.down_proj.weight"
 EMBEDDED_NORM = "model.embed_layernorm.weight"
 ALTERED = {
