@@ -19,7 +19,7 @@ from helpers import settings
 from helpers.dictionary import load_packed
 from helpers.dictionary.files import load_saelens, save_packed
 from helpers.dictionary.models import expander_sae
-from helpers.models import corpora, teachers
+from helpers.models import teachers
 from helpers.press import slider
 from tests import tiny
 
@@ -86,10 +86,11 @@ MEASURED = """
     import json, resource, sys, time
     from pathlib import Path
     from helpers.dictionary.files import load_packed, load_saelens
-    from helpers.models import checkpoints, layerwise, teachers
+    from helpers.models import checkpoints, corpora, layerwise, teachers
     READERS = {"checkpoints": checkpoints.read, "teachers": lambda p: teachers.load(p, device="cpu"),
                "layerwise": lambda p: layerwise.load(p, device="cpu"), "saelens": load_saelens,
-               "packed": lambda p: load_packed(p + "/model.safetensors")}
+               "packed": lambda p: load_packed(p + "/model.safetensors"),
+               "corpora": lambda p: corpora.load(p)}
     for line in sys.stdin:
         which, path = json.loads(line)
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark of resident memory
@@ -164,7 +165,11 @@ def refused(answer):
     assert seconds < 1 and megabytes < 200, answer
 
 
-@pytest.mark.parametrize("which", ["checkpoints", "teachers", "layerwise", "saelens", "packed"])
+TENSORS = ["checkpoints", "teachers", "layerwise", "saelens", "packed"]
+"""Readers of safetensors."""
+
+
+@pytest.mark.parametrize("which", TENSORS)
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_hostile_safetensors_header_is_refused_at_once(reader, tmp_path, which, name):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
@@ -174,14 +179,15 @@ def test_a_hostile_safetensors_header_is_refused_at_once(reader, tmp_path, which
     refused(reader(which, tmp_path))
 
 
-def test_a_header_of_a_billion_tensors_is_refused_at_once(reader, tmp_path):
+@pytest.mark.parametrize("which", TENSORS)
+def test_a_header_of_a_billion_tensors_is_refused_at_once(reader, tmp_path, which):
     """Sixty gigabytes that are not there: the file has holes."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    with (tmp_path / "model.safetensors").open("wb") as weights:
+    (tmp_path / "cfg.json").write_text(json.dumps({"architecture": "topk", "k": 1}))
+    with (tmp_path / ("sae_weights.safetensors" if which == "saelens" else "model.safetensors")).open("wb") as weights:
         weights.write((60 * 10**9).to_bytes(8, "little") + b'{"a')
         weights.truncate(61 * 10**9)
-    for which in ("checkpoints", "packed"):
-        refused(reader(which, tmp_path))
+    refused(reader(which, tmp_path))
 
 
 @pytest.mark.parametrize("which", ["checkpoints", "teachers", "layerwise", "saelens"])
@@ -201,11 +207,12 @@ def test_a_hostile_json_is_refused_at_once(reader, tmp_path, which, name):
 
 @pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**6], ids=["lists", "objects"])
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
-def test_a_corpus_of_deep_nesting_is_refused(tmp_path, ending, text):
+def test_a_corpus_of_deep_nesting_is_refused_at_once(reader, tmp_path, ending, text):
     path = tmp_path / f"deep.{ending}"
     path.write_text(text)
-    with pytest.raises(ValueError, match="corpus=.* cannot be read as"):
-        corpora.load(str(path))
+    answer = reader("corpora", path)
+    refused(answer)
+    assert answer[1].startswith(f"corpus={str(path)!r} cannot be read as .{ending}: ")
 
 
 @pytest.mark.parametrize("change", [{"degrees": 10**9}, {"degrees": -1}, {"rows": 10**4}, {"rows": -1}, {"k": "many"}])

@@ -302,7 +302,6 @@ def load(
         folder = _fetch(SMALL, hub)
         if not (folder / checkpoints.INDEX).exists():
             _fetch([checkpoints.SINGLE], hub)
-        fingerprint = fingerprint or folder.name  # the cache names a snapshot by its commit
     checkpoint = Checkpoint(str(folder), None)
     kind = checkpoint.config.get("model_type")
     allowed(kind in TYPES, f"teacher={teacher!r} has model_type={kind!r}, layerwise=True", ", ".join(TYPES))

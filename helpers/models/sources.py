@@ -65,11 +65,12 @@ LAYER_TENSORS = {
     "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
 }  # fmt: skip
+HEADER = 100_000_000  # bytes, as safetensors allows
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of GGUF
 
 
-def find(teacher: str, revision: str | None, cache_dir: str | Path | None) -> tuple[str, str | None, dict]:
-    """Where to load a teacher from, its fingerprint if known by now, and options that say what may be downloaded."""
+def find(teacher: str, revision: str | None, cache_dir: str | Path | None) -> tuple[str, str, dict]:
+    """Where to load a teacher from, its fingerprint, and options that say what may be downloaded."""
     place = Path(teacher).expanduser()
     if place.is_dir() and (teacher in (EMBEDDED, SECOND) or NAME.fullmatch(teacher)):
         warnings.warn(f"teacher={teacher!r} is the book's own; the folder of this name is './{teacher}'", stacklevel=2)
@@ -87,14 +88,23 @@ def find(teacher: str, revision: str | None, cache_dir: str | Path | None) -> tu
             allowed(layers <= 10_000, f"num_hidden_layers={layers}", "at most 10,000")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"teacher={teacher!r}: its config.json is damaged: {error}") from error
+        for path in place.glob("*.safetensors"):  # before all that such a file claims to hold is hashed
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+            given = f"teacher={teacher!r}: the header of {path.name} is {length:,} bytes long"
+            allowed(length <= HEADER, given, f"at most {HEADER:,}")
         return str(place), folder_hash(place), {}
     named = teacher.count("/") == 1 and not teacher.startswith((".", "/", "~"))
     allowed(named, f"teacher={teacher!r} is unknown", ALLOWED)
     try:
         sha = commit("model", teacher, revision)
         return teacher, sha, {"revision": sha}
-    except Unreachable:
-        return teacher, None, {"revision": revision, "local_files_only": True}
+    except Unreachable as error:
+        cached = try_to_load_from_cache(teacher, "config.json", revision=revision)
+        given = f"teacher={teacher!r} (revision={revision!r}) is not in the hub's cache, and the hub gives no answer: "
+        allowed(isinstance(cached, str), given + str(error), ALLOWED)
+        sha = Path(cached).parent.name  # the cache names a snapshot by its commit
+        return teacher, sha, {"revision": sha, "local_files_only": True}
     except ValueError as error:
         raise ValueError(f"teacher={teacher!r}: {error}; allowed: {ALLOWED}") from error
 

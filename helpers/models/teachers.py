@@ -406,7 +406,6 @@ def load(
         model.set_experts_implementation("grouped_mm" if _aligned(model) else "eager")
     if tokenizer.pad_token_id is None:  # attention never sees it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    fingerprint = fingerprint or getattr(model.config, "_commit_hash", None) or str(source)
     loaded = Teacher(teacher, fingerprint, _frozen(model.to(where)), tokenizer)
     loaded.check_sites()  # now, not after a harvest
     return loaded

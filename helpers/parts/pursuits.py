@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helpers.dictionary import Rows, SparseCodes
-from helpers.dictionary.atoms import Atoms, signals
+from helpers.dictionary.atoms import Atoms, at_unit_size
 from helpers.dictionary.pursuit import least_squares
 from helpers.settings import allowed
 
@@ -27,7 +27,7 @@ CHUNK = 512
 def gomp(x: Float[Tensor, "batch m"], atoms: Rows | Float[Tensor, "n m"], k: int, *, at_once: int = 2) -> SparseCodes:
     """Generalised OMP: at every step the `at_once` atoms of largest |d_j·r| that are not chosen yet, fewer at the end.
 
-    Atoms should have length 1. Raises `ValueError` for k above n or m, `at_once` outside 1 to k, x that is not finite.
+    Raises `ValueError` for k above n or m, `at_once` outside 1 to k, x that is not finite, atoms not of length 1 or 0.
     """
     allowed(1 <= at_once <= k, f"at_once={at_once} with k={k}", f"1 to {k}")
 
@@ -109,7 +109,12 @@ def _found(
 ) -> SparseCodes:
     """Codes on the atoms that `chosen` picks, a chunk of samples at a time; `most` are solved for at once."""
     every = Atoms(atoms)
-    x, least = signals(x, every).to(every.weight.dtype), min(len(every), every.width)
+    lengths = every.weight.double().norm(dim=1)
+    alike = ((lengths - 1).abs() < 0.02) | (lengths == 0)  # as far as half precision holds a length
+    given = f"atoms have lengths from {float(lengths.amin()):.3g} to {float(lengths.amax()):.3g}"
+    allowed(bool(alike.all()), given, "1 (or 0): divide each by its length")
+    scaled, least = at_unit_size(x, every)[0], min(len(every), every.width)
     allowed(k >= 1 and most <= least, f"k={k}: {most} atoms at once", f"1 to {least}, of n={len(every)} atoms")
-    supports = torch.cat([chosen(part, every) for part in x.split(CHUNK)]) if len(x) else x.new_zeros(0, k).long()
+    parts = [chosen(part, every) for part in scaled.split(CHUNK)]  # signals of any size
+    supports = torch.cat(parts) if len(x) else torch.zeros(0, k, dtype=torch.long, device=x.device)
     return SparseCodes(supports, least_squares(x, atoms, supports))

@@ -70,12 +70,18 @@ class Chapter:
         """The chapter of a notebook, with every parameter of its parameters cell as it stands in `namespace`.
 
         A chapter calls it with its `globals()`. Teacher and results_dir are the parameters of these names, unless
-        given. Raises `ValueError` where the notebook has no parameters cell, or the namespace lacks a parameter.
+        given. Raises `ValueError` where the notebook has no parameters cell, or the namespace lacks a parameter, and
+        for sizes that no training can have, before anything is harvested for it.
         """
         names = parameters(settings.ROOT / "notebooks" / f"{slug}.ipynb")
         missing = [name for name in names if name not in namespace]
         allowed(not missing, f"{slug}: the namespace has no {', '.join(missing)}", "the chapter's own globals()")
         given = {name: namespace[name] for name in names}
+        for name in (each for each in ("steps", "batch_size", "n_features") if each in given):
+            allowed(given[name] >= 1, f"{name}={given[name]}", "at least 1")
+        most = given.get("n_features", math.inf)
+        for k in (*([given["k"]] if "k" in given else []), *given.get("ks", [])):
+            allowed(1 <= k <= most, f"k={k}", f"1 to n_features={most}")
         options = {name: given.get(name) for name in ("teacher", "results_dir")} | options
         return cls(slug, given, **options)
 

@@ -283,7 +283,9 @@ class Run:
         """Total variance of the targets, from the first batches: the constant that makes the loss scale-free."""
         targets = torch.cat([self.stream(step)[1] for step in range(4)]).cpu().double()
         variance = float((targets - targets.mean(0)).square().sum(1).mean())
-        allowed(variance > 0, f"the stream's targets have variance {variance}", "targets that vary and are finite")
+        most = min(torch.finfo(next(student.parameters()).dtype).max for student in self.students.values())
+        cure = "targets that vary and are finite, with squares whose sums the students' dtype holds"
+        allowed(0 < variance * len(targets) < most, f"the stream's targets have variance {variance}", cure)
         return variance
 
     def _update(self, name: str, inputs: Tensor, targets: Tensor, step: int) -> None:
@@ -306,7 +308,8 @@ class Run:
             fit.steps.append(step)
             fit.loss.append(float(loss.detach()))
             if not math.isfinite(fit.loss[-1]):
-                raise FloatingPointError(f"the loss of student {name!r} is {fit.loss[-1]} at step {step}; lower lr")
+                cure = "lower lr, and see that all rows are finite and none is far longer than the others"
+                raise FloatingPointError(f"the loss of student {name!r} is {fit.loss[-1]} at step {step}; {cure}")
         optimiser.zero_grad(set_to_none=True)
         (loss + recipe.balance.loss(now)).backward()
         student.constrain_gradient_()

@@ -378,7 +378,7 @@ class Resample(Balance):
         dead = now.dead(max(1, self.every // 2))
         if done % self.every or done > self.until * now.steps or not len(dead):
             return
-        if now.residual.square().sum() <= now.rounding:
+        if not now.residual.square().sum() > now.rounding:  # nor where it is no number: the loss says so
             return
         model, alive = now.dictionary, torch.ones_like(now.silent, dtype=torch.bool)
         alive[dead] = False

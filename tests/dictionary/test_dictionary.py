@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import dictionary
-from helpers.dictionary import RankOneDictionary, Rows, SparseCodes
+from helpers.dictionary import RankOneDictionary, Rows, Select, SparseCodes
 from helpers.settings import generator
 from tests.reference import dictionary_numpy as reference
 
@@ -336,16 +336,46 @@ def test_indices_outside_are_refused(bad, dtype):
         dictionary.gather_dots(x, weight, indices)
 
 
+def test_indices_are_checked_once_a_call(monkeypatch):
+    seen, check = [], dictionary.rows.check_indices
+    monkeypatch.setattr(dictionary.rows, "check_indices", lambda *given: seen.append(check(*given)))
+    x, weight = random(4, 5).requires_grad_(), random(9, 5).requires_grad_()
+    dictionary.gather_dots(x, weight, distinct_indices(4, 9, 3)).sum().backward()
+    assert len(seen) == 1  # by the pass back neither
+
+
+def test_every_rule_of_choosing_is_among_the_models():
+    assert {model.select.rule for model in every_model().values()} == set(dictionary.RULES)
+
+
 def every_model() -> dict[str, RankOneDictionary]:
     """A model of each constructor; packed rows that are gathered, and packed rows that go through tiles."""
     rows = {q: torch.stack([torch.randperm(16, generator=generator(i))[:q] for i in range(32)]) for q in (4, 12)}
     sae = dictionary.topk_sae(16, 32, 4, generator=generator(0))
-    return {
-        "topk_sae": sae,
-        "sae_to_moe": dictionary.sae_to_moe(sae),
-        "secret_moe": dictionary.secret_moe(16, 16, 32, 4, router_rank=3, generator=generator(0)),
-        "dense_mlp": dictionary.dense_mlp(16, 16, 8, generator=generator(0)),
-    } | {f"expander_sae, {q}": dictionary.expander_sae(rows[q], 16, 4, generator=generator(0)) for q in rows}
+    return (
+        {
+            "topk_sae": sae,
+            "sae_to_moe": dictionary.sae_to_moe(sae),
+            "secret_moe": dictionary.secret_moe(16, 16, 32, 4, router_rank=3, generator=generator(0)),
+            "dense_mlp": dictionary.dense_mlp(16, 16, 8, generator=generator(0)),
+            "gated_sae": dictionary.gated_sae(16, 32, 4, generator=generator(0)),
+        }
+        | {f"expander_sae, {q}": dictionary.expander_sae(rows[q], 16, 4, generator=generator(0)) for q in rows}
+        | {
+            f"select, {rule}": dictionary.topk_sae(16, 32, 4, generator=generator(0), select=Select(rule, **numbers))
+            for rule, numbers in SELECTS.items()
+        }
+    )
+
+
+SELECTS = {
+    "batch": {}, "threshold": {"n_features": 32, "threshold": 0.1, "bandwidth": 0.5}, "atom": {}, "positive": {},
+    "groups": {"n_groups": 4, "groups": 2}, "always": {"always": 1}, "magnitude": {},
+}  # fmt: skip
+"""Rules of choosing beside the k best."""
+WIDE_AS_SCORES_SAY = ("batch", "threshold", "atom", "positive")
+"""Rules that give inputs different numbers of codes: how wide the indices are is read from the scores, and there a
+compiler must stop, so that these are several graphs."""
 
 
 def compiles(name: str) -> None:
@@ -358,7 +388,8 @@ def compiles(name: str) -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    compiled, grads, outputs = torch.compile(model, backend=backend, fullgraph=True), [], []
+    one = model.select.rule not in WIDE_AS_SCORES_SAY
+    compiled, grads, outputs = torch.compile(model, backend=backend, fullgraph=one), [], []
     for run in (model, compiled):
         model.zero_grad()
         outputs.append(run(x))
@@ -367,6 +398,10 @@ def compiles(name: str) -> None:
     torch.testing.assert_close(*outputs)
     torch.testing.assert_close(*grads)
     assert names and not [name for name in names if "mkldnn" in name or "sparse" in name]
+    torch._dynamo.reset()
+    if not one:  # else it is to be taken from the list
+        with pytest.raises(RuntimeError, match="(?i)data.dependent"):
+            torch.compile(model, backend=backend, fullgraph=True)(x)
 
 
 def test_every_model_compiles():

@@ -323,6 +323,21 @@ def test_no_signals_give_no_codes(options):
     assert codes.indices.shape == codes.values.shape == (0, 5)
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_an_atom_is_passed_over_below_the_documented_share_alone(way, dtype):
+    """At condition 1e4 a pair has a share of 2e-4 outside each other: float64 takes both, float32 a zero for one."""
+    bound = (100 * torch.finfo(dtype).eps) ** 0.5
+    base = torch.linalg.qr(torch.randn(40, 40, generator=generator(0), dtype=torch.float64)).Q
+    x = base[0] + torch.linspace(1, 2, 50, dtype=torch.float64)[:, None] * base[1]
+    for share in (bound / 2, 2 * bound, 2e-4, 1e-2):
+        atoms = base.clone()
+        atoms[1] = (1 - share**2) ** 0.5 * base[0] + share * base[1]
+        codes = pursuit.omp(x.to(dtype), atoms.to(dtype), 2, **way)
+        assert_sound(codes, 40)
+        assert (codes.to_dense(40)[:, :2] != 0).sum(1).tolist() == [2 if share > bound else 1] * 50, share
+
+
 # -- coefficients on a support -----------------------------------------------------------------------------------------
 
 

@@ -112,6 +112,19 @@ def test_a_split_column_is_used(tmp_path):
     assert corpora.load(str(file), "test")["text"][:] == ["test"] * 2
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_a_split_column_of_categories_is_used(tmp_path, kind):
+    """A category that no row has, and the order of the categories, say nothing."""
+    splits = pd.Categorical([*corpora.SPLITS] * 2, categories=["unused", *reversed(corpora.SPLITS)])
+    frame, file = pd.DataFrame({"text": [f"{s} {i}" for i, s in enumerate(splits)], "split": splits}), f"my.{kind}"
+    content = {"jsonl": lambda: frame.to_json(orient="records", lines=True), "parquet": frame.to_parquet}
+    content = content.get(kind, lambda: frame.to_csv(index=False))()
+    corpus = write(tmp_path, file, content if isinstance(content, bytes) else content.encode())
+    assert {s: corpora.load(corpus, s)["text"][:] for s in corpora.SPLITS} == {
+        s: [f"{s} {i}", f"{s} {i + 3}"] for i, s in enumerate(corpora.SPLITS)
+    }
+
+
 def write(folder, name, content: bytes) -> str:
     (folder / name).write_bytes(content)
     return str(folder / name)
@@ -233,6 +246,10 @@ def table(**columns) -> bytes:
     return pd.DataFrame(columns).to_parquet()
 
 
+def zstd(content: bytes) -> bytes:
+    return pa.compress(content, "zstd", asbytes=True)
+
+
 def comma_separated(separator=",") -> bytes:
     return pd.DataFrame({"n": range(60), "text": TEXTS}).to_csv(index=False, sep=separator).encode()
 
@@ -253,7 +270,12 @@ def comma_separated(separator=",") -> bytes:
         ("two_parts.txt.gz", b"".join(zipped(f"{text}\n\n".encode()) for text in TEXTS)),
         ("lines.txt", "\n".join(TEXTS).encode()),
         ("packed.txt.gz", zipped("\n\n".join(TEXTS).encode())),
-        ("zstd.txt.zst", pa.compress("\n\n".join(TEXTS).encode(), "zstd", asbytes=True)),
+        ("zstd.txt.zst", zstd("\n\n".join(TEXTS).encode())),
+        ("zstd.jsonl.zst", zstd(lines(ROWS))),
+        ("ZSTD.CSV.ZST", zstd(comma_separated())),
+        ("null.jsonl", lines({"article": None, "title": None, "text": t} for t in TEXTS)),
+        ("some.jsonl", lines({"article": i if i % 2 else None, "text": t} for i, t in enumerate(TEXTS))),
+        ("null.parquet", table(article=pd.Series([None] * 60, dtype="string"), text=TEXTS)),
         ("plain.jsonl", lines(ROWS)),
         ("UPPER.JSONL", lines(ROWS, "\r\n") + b"\r\n\r\n"),
         ("mark.jsonl", b"\xef\xbb\xbf" + lines(ROWS)),

@@ -255,6 +255,52 @@ def test_damaged_weights_are_named(tmp_path):
         teachers.load(folder)
 
 
+def as_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def in_shards(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="5KB")
+    assert len([*folder.glob("model-*-of-*.safetensors")]) > 2
+
+
+@pytest.mark.parametrize("name", ["plain", "mödel mit Raum"])
+@pytest.mark.parametrize("kept_as", [as_pickle, in_shards])
+def test_weights_are_read_as_people_keep_them(tmp_path, kept_as, name):
+    """The embedding is the head too, so that no file has a head."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**tiny.SIZES, tie_word_embeddings=True)
+    folder = tmp_path / name
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer(bos=True).save_pretrained(folder)
+    expected = teachers.load(str(folder), device="cpu")
+    kept_as(folder)
+    found = teachers.load(str(folder), device="cpu")
+    assert all(torch.equal(found.model.state_dict()[name], v) for name, v in expected.model.state_dict().items())
+    assert found.model.lm_head.weight is found.model.get_input_embeddings().weight
+    assert found.fingerprint != expected.fingerprint  # of other files
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = Path(tiny.save(tmp_path, "llama"))
+    in_shards(folder)
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"teacher='{folder}'.* could not be loaded: .*{shard.name}.*allowed: "):
+        teachers.load(str(folder), device="cpu")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    folder = Path(tiny.save(tmp_path, "llama"))
+    for path in folder.glob("token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=f"teacher='{folder}'.* could not be loaded: .*token.*allowed: "):
+        teachers.load(str(folder), device="cpu")
+
+
 DOWN = "model.layers.1.mlp.down_proj.weight"
 EMBEDDED_NORM = "model.embed_layernorm.weight"
 ALTERED = {
@@ -411,6 +457,25 @@ def test_splices_work_where_mlps_stand_side_by_side(beside, site):
     assert torch.equal(beside.loss(ids, mask).nats, clean)
 
 
+VISION = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+IMAGES = {"mm_tokens_per_image": 4, "image_token_index": 61, "boi_token_index": 62, "eoi_token_index": 63}
+
+
+@pytest.mark.parametrize("depth", [1, 3, 5])
+def test_blocks_are_those_of_the_text_however_deep_the_vision_tower_is(tmp_path, depth):
+    torch.manual_seed(0)
+    text, vision = tiny.GROUPED | {"sliding_window": 8}, VISION | {"num_hidden_layers": depth}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, **IMAGES)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny.tokenizer(bos=True).save_pretrained(tmp_path)
+    teacher = teachers.load(str(tmp_path), device="cpu")
+    assert len(teacher.model.model.vision_tower.encoder.layers) == depth
+    assert teacher.blocks is teacher.model.model.language_model.layers and teacher.n_layers == 3
+    ids, _ = sentences(teacher, LONG)
+    assert teacher.loss(ids).mean == pytest.approx(teacher.model(ids, labels=ids).loss.item(), rel=1e-5)
+    assert teacher.run_to(LAYER, ids)["mlp_out"].shape == (*ids.shape, 16)
+
+
 def test_mlps_that_do_not_add_up_are_refused(beside):
     teacher = dataclasses.replace(beside, model=copy.deepcopy(beside.model))
     block = teacher.blocks[LAYER]
@@ -463,6 +528,24 @@ def test_no_network_is_an_error_within_seconds(monkeypatch):
     with pytest.raises(ValueError, match=r"teacher='EleutherAI/pythia-70m'.*allowed: 'gemma-3-270m'"):
         teachers.load("EleutherAI/pythia-70m", device="cpu")
     assert time.monotonic() - started < 5
+
+
+def test_without_a_network_the_fingerprint_is_the_commit_that_was_loaded(tmp_path, monkeypatch):
+    """Two commits of one model lie in the hub's cache; `main` stands for the second."""
+    place, commits = tmp_path / "models--own--tiny", ["a" * 40, "b" * 40]
+    for seed, commit in enumerate(commits):
+        tiny.save(place / "snapshots" / commit, "gpt2", seed)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commits[1])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    found = [teachers.load("own/tiny", revision=revision, device="cpu") for revision in (commits[0], commits[1], None)]
+    assert [teacher.fingerprint for teacher in found] == [*commits, commits[1]]
+    first, second, main = (teacher.mlp(0).c_fc.weight for teacher in found)
+    assert torch.equal(second, main) and not torch.equal(first, second)
+    for name, revision in (("own/tiny", "c" * 40), ("own/tiny", "v1"), ("own/other", None)):
+        with pytest.raises(ValueError, match=f"teacher='{name}' .revision={revision!r}. is not in the hub's cache"):
+            teachers.load(name, revision=revision, device="cpu")
 
 
 def test_revision_the_hub_does_not_know(monkeypatch):

@@ -121,6 +121,32 @@ def test_packed_atoms_give_what_dense_ones_do(name):
 
 
 @pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("power", [-100, -50, 50, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_signals_have_no_unit(name, power, dtype):
+    """Sizes are powers of two, so codes are the same to the bit."""
+    atoms, _, x = planted(k=5, dtype=dtype)
+    plain, codes = WAYS[name](x, atoms, 5), WAYS[name](x * 2.0**power, atoms, 5)
+    assert torch.equal(codes.indices, plain.indices) and torch.equal(codes.values, plain.values * 2.0**power)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_atoms_not_of_length_one_are_refused_and_zeros_never_chosen(name):
+    atoms, _, x = planted()
+    for change, told in ((3 * atoms, "3 to 3"), (atoms * 1e-12, "1e-12 to 1e-12"), (atoms * torch.nan, "nan to nan")):
+        with pytest.raises(ValueError, match=f"atoms have lengths from {told}; allowed: 1"):
+            WAYS[name](x, change, 3)
+    one = atoms.clone()
+    one[7] *= 1.5
+    with pytest.raises(ValueError, match="atoms have lengths from 1 to 1.5; allowed: 1"):
+        WAYS[name](x, one, 3)
+    one[7] = 0
+    codes = WAYS[name](x, one, 3)
+    assert not codes.values[codes.indices == 7].any()
+    assert WAYS[name](x.float(), atoms.bfloat16(), 3).values.isfinite().all()
+
+
+@pytest.mark.parametrize("name", WAYS)
 def test_impossible_sizes_are_named_and_no_rows_are_fine(name):
     atoms, _, x = planted()
     with pytest.raises(ValueError, match="k=.*allowed: 1 to 48"):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pybtex.database import parse_file
 
 from helpers import settings
-from helpers.press import claims, rules, scoreboard, verdicts
+from helpers.press import chapters, claims, rules, scoreboard, verdicts
 from helpers.study import scores
 
 SLUG = "01_topk_sae_is_rank1_moe"
@@ -831,3 +831,20 @@ def test_points_of_a_longer_run_are_read_back_with_their_origin(tmp_path):
     (tmp_path / "06_other.json").write_text("{")
     with pytest.raises(ValueError, match="06_other.json is damaged"):
         claims.reference("06_other", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"k": 0}, "k=0; allowed: 1 to n_features=2048"),
+        ({"k": 9, "n_features": 8, "ks": [4]}, "k=9; allowed: 1 to n_features=8"),
+        ({"ks": [4, 2049]}, "k=2049; allowed: 1 to n_features=2048"),
+        ({"n_features": 0}, "n_features=0; allowed: at least 1"),
+        ({"steps": 0}, "steps=0; allowed: at least 1"),
+    ],
+)
+def test_sizes_that_no_training_can_have_are_refused_before_a_chapter_works(change, told):
+    (chapter,) = (each for each in chapters.find() if each.slug == "14_matching_pursuit")
+    claims.Chapter.of(chapter.slug, chapter.defaults)
+    with pytest.raises(ValueError, match=told):
+        claims.Chapter.of(chapter.slug, chapter.defaults | change)

@@ -531,6 +531,8 @@ MODELS = [
 def test_a_chapter_refuses_by_the_parameter(house, case, own):
     shutil.copytree(own, house.own, dirs_exist_ok=True)
     answer(house, case, "_build", "cache")
+    assert not [*house.cache.rglob("*.bin"), *house.cache.rglob("activations/*")], "said before any harvest"
+    assert not [path for path in (house.root / "_build").glob("results/**/*") if path.is_file()]
 
 
 # -- an output that cannot take what is said ---------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import ast
 import itertools
 import json
 import re
+import shutil
 import warnings
 
 import matplotlib.pyplot as plt
@@ -105,14 +106,20 @@ CASES = [
     for mlp in (("",) if chapter.slug in BOOK_MODELS else ("llama", "gpt-neox"))  # a gated MLP, and one without gates
 ]
 QUICK = ("00_how_to_read", "02_what_an_mlp_sees", "05_distilling_an_mlp", "06_ablations", "10_the_sae_inside")
-PLAIN = ("06_ablations", "13_how_few_numbers")
+ALSO = {
+    "book.txt": (
+        "06_ablations", "09_dead_features_in_a_language_model", "13_how_few_numbers", "15_storage_and_fidelity",
+    ),
+    "lines.txt": ("00_how_to_read",), "short.jsonl": ("02_what_an_mlp_sees",),
+    "article.txt": ("01_topk_sae_is_rank1_moe",), "note.txt": ("00_how_to_read",),
+}  # fmt: skip
 
 
 def sampled(chapter: chapters.Chapter, text: str, mlp: str) -> bool:
-    """Every chapter on the text that is too short, the quick ones on the fewest documents, and two on a plain text."""
+    """Every chapter on the text that is too short, the quick ones on the fewest documents, each other text in some."""
     if text == "five.jsonl":
         return mlp != "llama" and chapter.slug in QUICK
-    return mlp != "gpt-neox" and (text == "one.jsonl" or text == "book.txt" and chapter.slug in PLAIN)
+    return mlp != "gpt-neox" and (text == "one.jsonl" or chapter.slug in ALSO.get(text, ()))
 
 
 SAMPLE = [case for case in CASES if sampled(*case)]
@@ -148,6 +155,7 @@ def read(chapter, text, mlp, teachers, folder, monkeypatch) -> None:
         assert (results / f"{chapter.slug}.json").is_file()
         assert text != "one.jsonl", "one document is no split"
     except ValueError as error:
+        assert text != "book.txt", error  # a plain text is read by every chapter
         assert re.search(r"(corpus|n_\w+)=.*document.*; allowed: at least \d", str(error)), error
         assert not [*cache.rglob("*.bin")], "said before any harvest"
     finally:
@@ -157,6 +165,20 @@ def read(chapter, text, mlp, teachers, folder, monkeypatch) -> None:
 @pytest.mark.parametrize(("chapter", "text", "mlp"), SAMPLE, ids=lambda value: getattr(value, "slug", value))
 def test_a_sample_of_chapters_and_texts(chapter, text, mlp, teachers, tmp_path, monkeypatch):
     read(chapter, text, mlp, teachers, tmp_path, monkeypatch)
+
+
+def test_the_sample_has_every_text():
+    assert {text for _, text, _ in SAMPLE} == set(TEXTS)
+
+
+def test_a_chapter_reads_a_teacher_without_a_token_for_padding(teachers, tmp_path, monkeypatch):
+    """Pythia's and GPT-2's tokenizers have none; this chapter looks at padded batches."""
+    (chapter,) = (each for each in chapters.find() if each.slug == "02_what_an_mlp_sees")
+    shutil.copytree(teachers["gpt-neox"], tmp_path / "teacher")
+    tokens = tiny.tokenizer(bos=False)
+    tokens.pad_token = None
+    tokens.save_pretrained(tmp_path / "teacher")
+    read(chapter, "book.txt", "padless", {"padless": str(tmp_path / "teacher")}, tmp_path, monkeypatch)
 
 
 @pytest.mark.soak

@@ -323,7 +323,7 @@ def test_bad_parameters_are_named_before_training(call, message):
 
 def test_a_diverging_run_stops_and_says_where():
     with pytest.raises(FloatingPointError, match="at step .*lower lr"):
-        fit(sae(dtype=torch.float32), Shuffled(rows(dtype=torch.float32) * 1e18, batch_size=64), steps=50, lr=1e18)
+        fit(sae(dtype=torch.float32), Shuffled(rows(dtype=torch.float32) * 1e16, batch_size=64), steps=50, lr=1e18)
 
 
 def test_schedules():

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import settings
 from helpers.dictionary import (
     RankOneDictionary,
     Rows,
+    Select,
     SparseCodes,
     Trace,
     expander_sae,
@@ -554,6 +556,63 @@ def test_a_perfect_batch_is_left_alone(remedy, error):
     if error != "the same everywhere" or isinstance(remedy, remedies.AuxK):  # an offset is no variance, but a residual
         assert value == 0 and now.silent.equal(SILENT)
         assert all(np.array_equal(old, new) for old, new in zip(before.values(), arrays(model).values(), strict=True))
+
+
+def jumping():
+    return topk_sae(D, N, K, generator=generator(1), select=Select("threshold", N, threshold=0.1), dtype=torch.float64)
+
+
+ALWAYS = {
+    "gated": (lambda: gated()[0], remedies.Gated(0.7)),
+    "nested": (sae, remedies.Nested((2, 5))),
+    "switch": (sae, remedies.Switch(0.3)),
+    "l0": (jumping, remedies.TargetL0(2.0)),
+}
+"""Remedies whose losses are about more than the residual, each with a model for it."""
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+@pytest.mark.parametrize("rows", ["perfect", "zeros", "one row"])
+def test_losses_that_are_not_about_the_residual_are_finite_on_a_perfect_batch(name, rows):
+    model, remedy = ALWAYS[name][0](), ALWAYS[name][1]
+    x = {"perfect": normal(BATCH, D, seed=5), "zeros": torch.zeros(BATCH, D).double(), "one row": normal(1, D, seed=5)}
+    now = moment(model, x=x[rows].expand(BATCH, D), dense=remedy.needs_scores)
+    imperfect = remedy.loss(now)
+    now.target = now.trace.output.detach()
+    now.loss = normalised_mse(now.trace.output, now.target, VARIANCE)
+    value = torch.as_tensor(remedy.loss(now))
+    assert now.loss == 0 and torch.isfinite(value) and value >= 0
+    assert name in ("gated", "nested") or value == imperfect  # they see scores alone
+    value.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    before = arrays(model) if name != "gated" else {}
+    remedy.after_step(now)
+    assert now.silent.equal(SILENT)
+    assert all(np.array_equal(old, new) for old, new in zip(before.values(), arrays(model).values(), strict=False))
+
+
+RESTS = (
+    ALWAYS
+    | {
+        "none": (sae, remedies.Balance()),
+        "auxk": (sae, remedies.AuxK(silent_for=5)),
+        "ghost": (sae, remedies.Ghost(silent_for=5)),
+    }
+    | {f"resample, {toward}": (sae, remedies.Resample(every=5, toward=toward)) for toward in ("input", "residual")}
+)
+
+
+@pytest.mark.parametrize("name", RESTS)
+@pytest.mark.parametrize("bad", ["not a number", "infinite", "1e30"])
+@pytest.mark.parametrize("late", [False, True])
+def test_rows_that_cannot_be_learned_from_stop_the_training_by_name(name, bad, late):
+    """Early ones are in the batches that the variance is of; late ones come where no loss is recorded."""
+    model, remedy = RESTS[name][0]().float(), RESTS[name][1]
+    x = torch.randn(80 * BATCH, D, generator=generator(5))
+    order = torch.randperm(len(x), generator=generator(settings.mix(0, 0)))  # of `Shuffled`
+    x[order[(33 if late else 1) * BATCH]] *= {"not a number": torch.nan, "infinite": torch.inf, "1e30": 1e30}[bad]
+    with pytest.raises((ValueError, FloatingPointError), match="targets that vary and are finite|all rows are finite"):
+        fit(model, Shuffled(x, batch_size=BATCH), steps=60, balance=remedy)
 
 
 def test_ghosts_of_zero_atoms_are_nothing():
