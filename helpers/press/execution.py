@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import nbformat
@@ -114,6 +114,37 @@ class Desk:
                 ended.set()
 
 
+class Queue:
+    """What waits to be run. Beside one chapter the next is one of another teacher, where there is such a one: it would
+    only wait until the first has converted the teacher and harvested from it."""
+
+    def __init__(self, waiting: Sequence[tuple[Job, Sequence[str]]], desk: Desk):
+        self.waiting, self.all, self.desk = list(enumerate(waiting, 1)), len(waiting), desk
+        self.taken: list[Job] = []
+        self.turn = Lock()
+
+    def take(self) -> tuple[int, Job, Sequence[str]] | None:
+        with self.turn:
+            if not self.waiting or self.desk.halted.is_set():
+                return None
+            busy = {job.parameters.get("teacher") for job in self.taken} - {None}
+            apart = (n for n, (_, (job, _)) in enumerate(self.waiting) if job.parameters.get("teacher") not in busy)
+            place, (job, why) = self.waiting.pop(next(apart, 0))
+            self.taken.append(job)
+            return place, job, why
+
+    def work_off(self) -> list[tuple[int, ChapterFailed]]:
+        """In one of the threads; returns the failures of what it ran, with their places."""
+        failed = []
+        while (taken := self.take()) is not None:
+            place, job, why = taken
+            if (failure := _run(job, why, f"[{place}/{self.all}]", self.desk)) is not None:
+                failed.append((place, failure))
+            with self.turn:
+                self.taken.remove(job)
+        return failed
+
+
 def run(jobs: Sequence[Job], console: Console, force: bool = False, at_once: int = 1) -> list[ChapterFailed]:
     """Run the jobs that are not valid any more, `at_once` of them side by side; one that fails stops no other.
 
@@ -128,17 +159,17 @@ def run(jobs: Sequence[Job], console: Console, force: bool = False, at_once: int
         waiting = [(job, why) for job, why in zip(jobs, reasons, strict=True) if why]
         at_once = min(at_once, len(waiting))
         desk, started = Desk(console, max(1, settings.cores() // at_once) if at_once > 1 else None), time.perf_counter()
-        pool = ThreadPoolExecutor(max(1, at_once))
+        queue, pool = Queue(waiting, desk), ThreadPoolExecutor(max(1, at_once))
         with desk.in_view():
-            numbered = enumerate(waiting, 1)
-            ended = [pool.submit(_run, job, why, f"[{i}/{len(waiting)}]", desk) for i, (job, why) in numbered]
+            ended = [pool.submit(queue.work_off) for _ in range(max(1, at_once))]
             try:
-                failures = [failure for each in ended if (failure := each.result()) is not None]
+                failed = {place: failure for each in ended for place, failure in each.result()}
             except KeyboardInterrupt:
                 desk.halted.set()
                 raise
             finally:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown()
+        failures = [failed[place] for place in sorted(failed)]
         if len(waiting) == len(jobs) and not failures:
             took = {"seconds": round(time.perf_counter() - started, 1), "at_once": at_once, "cores": settings.cores()}
             settings.write_json(jobs[0].executed.parent / WHOLE, took)

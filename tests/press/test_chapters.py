@@ -509,6 +509,21 @@ def test_chapters_side_by_side_are_at_work_together_on_their_share_of_the_cores(
     assert len(run(root, force=True)[0]) == 1 and "share 6 None" in executed(root, "01_first")
 
 
+def test_chapters_of_one_teacher_do_not_wait_for_each_other_where_another_can_run(root):
+    for number, parameters in enumerate(("teacher = 'a'", "teacher = 'a'", "teacher = 'b'", "k = 1", "k = 2"), 2):
+        write_chapter(root, f"0{number}_more", parameters=parameters)
+    waiting = [(job, ["not run yet"]) for job in chapters.plan(["2", "3", "4", "5", "6"], root=root)]
+    desk = execution.Desk(Console(file=io.StringIO()))
+    queue = execution.Queue(waiting, desk)
+    assert [queue.take()[0] for _ in waiting] == [1, 3, 4, 5, 2] and queue.take() is None
+    one_by_one = execution.Queue(waiting, desk)
+    for place in range(1, 6):
+        assert one_by_one.take()[0] == place
+        one_by_one.taken.clear()
+    desk.halted.set()
+    assert execution.Queue(waiting, desk).take() is None
+
+
 def test_only_the_quick_book_runs_side_by_side_unasked(monkeypatch):
     """A long profile's kernel may need twelve gigabytes, and two models of a reader's may not fit one GPU."""
     monkeypatch.setenv("RANK1_CORES", "16")
