@@ -44,5 +44,4 @@ def test_one_of_each_fault_is_survived(sample, name):
 def test_nothing_was_missed_in_the_record():
     record = json.loads((common.RESULTS / "faults.json").read_text(encoding="utf-8"))
     assert all(target["met"] for target in record["targets"])
-    works = [row["work"] for row in record["rows"]]
-    assert works == [name for name in faults.WORKS if name in works] and len(works) >= 8
+    assert [row["work"] for row in record["rows"]] == list(faults.WORKS)
