@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from helpers import settings
+from helpers.press import claims
 from helpers.press.claims import REFERENCE, Results, load_results
 from helpers.press.pages import machine
 from helpers.press.rules import BETWEEN, Bound, Check, Claim, Identity, IntervalWithin, Register, Trend, register
@@ -40,7 +41,9 @@ PAGE = settings.ROOT / "book" / "scoreboard.md"
 
 
 LONG, BUILD, OTHER = "●", "○", "□"
-"""Marks of a number's run: a long one that is kept with the book, this build, or another profile on this machine."""
+"""Kinds of runs: a long one that is kept with the book, this build, or another profile on this machine."""
+WHOSE = {LONG: "the book's run", BUILD: claims.Chapter.whose, OTHER: "another run of yours"}
+"""A run as pages name it, in the words of the figures."""
 
 
 class Shown(NamedTuple):
@@ -392,17 +395,16 @@ def _record_row(shown: Shown) -> dict[str, Any]:
         "ours": f'<span class="whole">{number(record.value, record.ci)}</span>',
         "n": f"{counted(record.n)} {record.resampled or ''}",
         "verdict": badge(record.verdict),
-        "run": f'<span class="whole">{shown.mark} ch. {int(shown.run.chapter[:2])}</span>',
+        "run": f'{WHOSE[shown.mark]}, <span class="whole">ch. {int(shown.run.chapter[:2])}</span>',
         "setting": f"<small>{html.escape(about)}</small>",
     }
 
 
 def _runs(board: Board) -> str:
-    kinds = {LONG: "long run", BUILD: "this build", OTHER: "another"}
     rows = [
         {
             "chapter": f"{int(run.chapter[:2])}",
-            "run": f"{mark} {kinds[mark]}, profile {html.escape(run.profile)}",
+            "run": f"{WHOSE[mark]}, profile {html.escape(run.profile)}",
             "seconds": round(run.seconds),
             "machine": html.escape(machine(run.environment)),
         }

@@ -109,6 +109,9 @@ def test_another_model_and_a_readers_own_run_have_columns_and_decide_nothing(tmp
     claim = board.book["dead.lm"]
     assert [shown.run.profile for _, shown in board.drawn(claim)] == ["quick", "smollm2", "quick+custom"]
     made = scoreboard.pages(board)["scoreboard.md"]
+    assert {"your run, profile quick", "another run of yours, profile smollm2"} <= set(
+        re.findall(r"[^<>]*, profile \w+", made)
+    )
     for folder in ("kept", "kept/smollm2"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "09.json").write_text((tmp_path / "smollm2" / "09.json").read_text())
