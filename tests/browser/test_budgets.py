@@ -38,18 +38,6 @@ return found;
 """
 
 
-@pytest.fixture
-def wide(browser):
-    """A screen as wide as asked; a window itself is never narrower than 500 pixels."""
-
-    def to(width):
-        screen = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-
-    yield to
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
 @pytest.mark.parametrize("page", CHAPTERS)
 def test_a_chapter_is_no_longer_than_it_may_be_and_begins_with_its_finding(browser, wide, page):
     wide(1440)
