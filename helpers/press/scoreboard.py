@@ -319,7 +319,7 @@ def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], ord
     links = " ".join(f'<a href="notebooks/{chapter}.html">{int(chapter[:2])}</a>' for chapter in ours)
     paper = board.book.papers[claim.source.paper]
     cells = [
-        f'<th scope="row"><span class="title">{rich(claim.title or claim.id)}</span><small>{claim.id}</small></th>',
+        f'<th scope="row"><span class="title">{rich(claim.title or claim.id)}</span></th>',
         f'<td class="paper"><span>{rich(claim.paper_says.number)}</span></td>',
         f'<td class="strip">{_strip(placed, words)}</td>',
         *_ours(placed, columns),
@@ -351,8 +351,7 @@ def _weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> str:
     if not placed:
         return '<span class="none">not run</span>'
     check, shown, _ = min(placed, key=lambda each: (each[2][0], each[2][1]))
-    more = f" · weakest of {len(placed)}" if len(placed) > 1 else ""
-    return f"<span>{number(shown.record.value, shown.record.ci)}</span><small>{_asked(check)}{more}</small>"
+    return f"<span>{number(shown.record.value, shown.record.ci)}</span> <small>{_asked(check)}</small>"
 
 
 def _asked(check: Check) -> str:
