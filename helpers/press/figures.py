@@ -78,6 +78,10 @@ METHODS = {
     "clean": Mark(INK, "intact", "o"),
     "zero": Mark(WINE, "zero ablation", "s", "--"),
     "mean": Mark(AMBER, "mean ablation", "^", "-."),
+    # what is no method: sites, statistics, tokens
+    "one": Mark(INK, "one", "o"),
+    "two": Mark(SLATE, "two", "s", "--"),
+    "three": Mark("#8A929C", "three", "^", "-."),
     # yardsticks
     "random": Mark(SLATE, "random", "x", ":"),
     "bound": Mark(INK, "bound", "", "--"),

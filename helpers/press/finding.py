@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import nbformat
 
 from helpers.press.rules import Check, Claim
-from helpers.press.scoreboard import BUILD, LONG, Board, Shown, anchor, badge, on_lines, rich
+from helpers.press.scoreboard import BUILD, LONG, WHOSE, Board, Shown, anchor, badge, on_lines, rich
 from helpers.press.tables import number, table
-from helpers.press.verdicts import Verdict
+from helpers.press.verdicts import Verdict, overall
 
 HERO, OWN = "hero", "own"
 """Tags of the cell that draws the finding from the book's run, and of the last one, which draws this run alike."""
@@ -66,17 +66,18 @@ def compared(slug: str, board: Board) -> list[Compared]:
 def page(notebook: nbformat.NotebookNode, slug: str, board: Board) -> nbformat.NotebookNode:
     """The chapter with its verdicts under the hero figure, and the reader's own run beside the book's at the foot.
 
-    Where the run is not the quick one that comes with the book, its own figure leads, and a line under the title says
-    how it differs from the book's.
+    Where the run is not the quick one that comes with the book, its own figure and numbers lead, and a line under the
+    title says how it differs from the book's.
     """
     notebook.cells = list(_joined(notebook.cells))
     rows, run = compared(slug, board), next((run for mark, run, _ in board.runs if _is_own(mark, run, slug)), None)
     heroes = [place for place, cell in enumerate(notebook.cells) if HERO in cell.metadata.get("tags", [])]
-    if run and run.profile != "quick":
+    own = run is not None and run.profile != "quick"
+    if own:
         _swap(notebook.cells)
         notebook.cells[0].source = _with_banner(notebook.cells[0].source, run.profile, run.parameters, rows)
     at = heroes[0] + 1 if heroes else 1
-    if chips := _verdicts(slug, board, rows):
+    if chips := _verdicts(slug, board, rows, own):
         notebook.cells.insert(at, nbformat.v4.new_markdown_cell(f"```{{raw}} html\n{chips}\n```"))
     if rows:
         notebook.cells.append(nbformat.v4.new_markdown_cell(_foot(rows, run.seconds)))
@@ -114,7 +115,7 @@ def _swap(cells: list[nbformat.NotebookNode]) -> None:
 def _with_banner(source: str, profile: str, parameters: dict[str, Any], rows: Sequence[Compared]) -> str:
     title, _, rest = source.partition("\n")
     model = f", teacher {parameters['teacher']}" if parameters.get("teacher") else ""
-    said = f"The figure and the numbers beside *your run* are yours (profile {profile}{model}). {summary(rows)}"
+    said = f"The figure and the numbers marked *your run* are yours (profile {profile}{model}). {summary(rows)}"
     said += " The text tells the book's finding."
     return f"{title}\n\n:::{{admonition}} Your own run\n:class: note own-run\n{said}\n:::\n{rest}"
 
@@ -133,9 +134,9 @@ def summary(rows: Sequence[Compared]) -> str:
     return ", ".join(parts) + "."
 
 
-def _verdicts(slug: str, board: Board, rows: Sequence[Compared]) -> str:
+def _verdicts(slug: str, board: Board, rows: Sequence[Compared], own: bool = False) -> str:
     """A line a claim: verdict, what is claimed, the weakest number against its threshold; then one on controls."""
-    lines = list(_lines(slug, board))
+    lines = list(_lines(slug, board, own))
     if not lines:
         return ""
     runs = [run for mark, run, _ in board.runs if mark in (LONG, BUILD) and run.chapter == slug]
@@ -146,9 +147,18 @@ def _verdicts(slug: str, board: Board, rows: Sequence[Compared]) -> str:
     return f'<ul class="findings">{"".join(lines)}</ul>{foot}'
 
 
-def _lines(slug: str, board: Board) -> Iterator[str]:
+def _lines(slug: str, board: Board, own: bool = False) -> Iterator[str]:
+    """Of a reader's `own` run its numbers, and the verdicts as they would be by them; the book's where it has none."""
+    verdicts = board.verdicts
+    if own:
+        kinds = [
+            [each for mark, _, records in board.runs if mark == kind for each in records] for kind in (LONG, BUILD)
+        ]
+        verdicts = overall(*kinds, board.book)
     for claim in board.book.claims:
-        deciding = [each for each in board.deciding(claim) if each[1].run.chapter == slug]
+        theirs = [(name, each) for name in claim.checks for each in board.of(claim, name) if each.mark == BUILD and own]
+        found = [(claim.checks[name], each) for name, each in theirs] or board.deciding(claim)
+        deciding = [each for each in found if each[1].run.chapter == slug]
         if not deciding:
             continue
         families = {}
@@ -159,10 +169,9 @@ def _lines(slug: str, board: Board) -> Iterator[str]:
         title = f'<a href="../scoreboard.html#{anchor(claim.id)}">{rich(claim.title or claim.id)}</a>'
         measured = f'<span class="measured">{number(shown.record.value, shown.record.ci)}</span>'
         more = f"weakest of {len(families[first])}: " if len(families[first]) > 1 else ""
-        whose = "the book's run" if shown.mark == LONG else "this build"
-        small = f"{more}{rich(shown.record.metric)}; asked {html.escape(str(check.rule))}; {whose}"
+        small = f"{more}{rich(shown.record.metric)}; asked {html.escape(str(check.rule))}; {WHOSE[shown.mark]}"
         small += "".join(_there(html.escape(name), families[name], shown.record.metric) for name in others)
-        yield f"<li>{badge(board.verdicts[claim.id])}<span>{title}</span>{measured}<small>{small}</small></li>"
+        yield f"<li>{badge(verdicts[claim.id])}<span>{title}</span>{measured}<small>{small}</small></li>"
 
 
 def _there(name: str, placed: Sequence[tuple[Check, Shown, list[float]]], metric: str) -> str:

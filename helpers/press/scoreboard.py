@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from helpers import settings
+from helpers.press import claims
 from helpers.press.claims import REFERENCE, Results, load_results
 from helpers.press.pages import machine
 from helpers.press.rules import BETWEEN, Bound, Check, Claim, Identity, IntervalWithin, Register, Trend, register
@@ -40,7 +41,9 @@ PAGE = settings.ROOT / "book" / "scoreboard.md"
 
 
 LONG, BUILD, OTHER = "●", "○", "□"
-"""Marks of a number's run: a long one that is kept with the book, this build, or another profile on this machine."""
+"""Kinds of runs: a long one that is kept with the book, this build, or another profile on this machine."""
+WHOSE = {LONG: "the book's run", BUILD: claims.Chapter.whose, OTHER: "another run of yours"}
+"""A run as pages name it, in the words of the figures."""
 
 
 class Shown(NamedTuple):
@@ -316,7 +319,7 @@ def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], ord
     links = " ".join(f'<a href="notebooks/{chapter}.html">{int(chapter[:2])}</a>' for chapter in ours)
     paper = board.book.papers[claim.source.paper]
     cells = [
-        f'<th scope="row"><span class="title">{rich(claim.title or claim.id)}</span><small>{claim.id}</small></th>',
+        f'<th scope="row"><span class="title">{rich(claim.title or claim.id)}</span></th>',
         f'<td class="paper"><span>{rich(claim.paper_says.number)}</span></td>',
         f'<td class="strip">{_strip(placed, words)}</td>',
         *_ours(placed, columns),
@@ -348,8 +351,7 @@ def _weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> str:
     if not placed:
         return '<span class="none">not run</span>'
     check, shown, _ = min(placed, key=lambda each: (each[2][0], each[2][1]))
-    more = f" · weakest of {len(placed)}" if len(placed) > 1 else ""
-    return f"<span>{number(shown.record.value, shown.record.ci)}</span><small>{_asked(check)}{more}</small>"
+    return f"<span>{number(shown.record.value, shown.record.ci)}</span> <small>{_asked(check)}</small>"
 
 
 def _asked(check: Check) -> str:
@@ -392,17 +394,16 @@ def _record_row(shown: Shown) -> dict[str, Any]:
         "ours": f'<span class="whole">{number(record.value, record.ci)}</span>',
         "n": f"{counted(record.n)} {record.resampled or ''}",
         "verdict": badge(record.verdict),
-        "run": f'<span class="whole">{shown.mark} ch. {int(shown.run.chapter[:2])}</span>',
+        "run": f'{WHOSE[shown.mark]}, <span class="whole">ch. {int(shown.run.chapter[:2])}</span>',
         "setting": f"<small>{html.escape(about)}</small>",
     }
 
 
 def _runs(board: Board) -> str:
-    kinds = {LONG: "long run", BUILD: "this build", OTHER: "another"}
     rows = [
         {
             "chapter": f"{int(run.chapter[:2])}",
-            "run": f"{mark} {kinds[mark]}, profile {html.escape(run.profile)}",
+            "run": f"{WHOSE[mark]}, profile {html.escape(run.profile)}",
             "seconds": round(run.seconds),
             "machine": html.escape(machine(run.environment)),
         }

@@ -14,6 +14,7 @@ from typing import Any
 import ipywidgets
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 MOST_FRAMES = 150
@@ -47,19 +48,20 @@ def slider(
     _check(values, labels, start or {})
     grid = list(itertools.product(*values.values()))
     frames = [_frame(draw(*point), dpi, point) for point in grid]
-    if len(sizes := {size for _, size in frames}) > 1:
+    if len(sizes := {size for _, size, _ in frames}) > 1:
         raise ValueError(f"draw returned figures of different sizes, {sorted(sizes)}; give all the same figsize")
-    unique = list(dict.fromkeys(image for image, _ in frames))
+    unique = list(dict.fromkeys(image for image, *_ in frames))
     places = {image: i for i, image in enumerate(unique)}
     return Slider(
         values={name: list(choices) for name, choices in values.items()},
         labels={name: labels.get(name, name) for name in values},
         images=unique,
-        order=[places[image] for image, _ in frames],
+        order=[places[image] for image, *_ in frames],
         alts=[alt(*point) for point in grid],
         size=frames[0][1],
         at=[list(choices).index((start or {}).get(name, choices[0])) for name, choices in values.items()],
         caption=caption,
+        letters=min(letters for *_, letters in frames),
     )
 
 
@@ -75,6 +77,8 @@ class Slider:
     size: tuple[int, int]
     at: list[int]
     caption: str = ""
+    letters: float = 0.0
+    """The smallest letters of all frames, as a share of a frame's width."""
 
     def index(self, places: Sequence[int]) -> int:
         """Row number in the grid, the last slider running fastest."""
@@ -117,6 +121,7 @@ class Slider:
         }
         return _PAGE.format(
             id=name,
+            letters=f"{self.letters:.4f}",
             image=self.image(self.at),
             knobs=knobs,
             caption=f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else "",
@@ -147,7 +152,7 @@ _KNOB = """
 <input type="range" id="{id}" min="0" max="{last}" step="1" value="{at}" aria-label="{label}" aria-valuetext="{text}">
 <output for="{id}" aria-live="polite">{text}</output></div>"""
 
-_PAGE = """<figure class="book-slider" id="{id}">{image}{knobs}{caption}
+_PAGE = """<figure class="book-slider" id="{id}" data-letters="{letters}">{image}{knobs}{caption}
 <script type="application/json">{data}</script>
 <script>(() => {{
   const root = document.getElementById("{id}");
@@ -184,8 +189,9 @@ def _check(values: Mapping[str, Sequence[Any]], labels: Mapping[str, str], start
             raise ValueError(f"start={value!r} for {name} is not one of its values {list(values[name])}")
 
 
-def _frame(figure: Any, dpi: int, point: tuple[Any, ...]) -> tuple[str, tuple[int, int]]:
-    """One frame as a data address, at `dpi`, with the size (width, height) at which it is shown; closes the figure."""
+def _frame(figure: Any, dpi: int, point: tuple[Any, ...]) -> tuple[str, tuple[int, int], float]:
+    """One frame as a data address, at `dpi`, with the size (width, height) at which it is shown, and its smallest
+    letters as a share of its width; closes the figure."""
     if not isinstance(figure, Figure):
         raise ValueError(f"draw returned {type(figure).__name__} at {point}; it must return a Matplotlib Figure")
     raw, packed = io.BytesIO(), io.BytesIO()
@@ -194,7 +200,8 @@ def _frame(figure: Any, dpi: int, point: tuple[Any, ...]) -> tuple[str, tuple[in
     Image.open(raw).convert("RGB").save(packed, format="webp", lossless=True, method=4)
     inches = figure.get_size_inches()
     address = "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode()
-    return address, (round(inches[0] * 100), round(inches[1] * 100))
+    letters = [text.get_fontsize() / 72 for text in figure.findobj(Text) if text.get_text().strip()]
+    return address, (round(inches[0] * 100), round(inches[1] * 100)), min(letters, default=1.0) / inches[0]
 
 
 def _named(choices: Sequence[Any]) -> bool:

@@ -9,3 +9,15 @@ from tests.browser import chromium
 def browser():
     with chromium.started() as chrome:
         yield chrome
+
+
+@pytest.fixture
+def wide(browser):
+    """A screen as wide as asked; a window itself is never narrower than 500 pixels."""
+
+    def to(width):
+        screen = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+
+    yield to
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -31,20 +31,34 @@ Promise.all(shown.map(i => i.decode().catch(() => 0))).then(() => done(shown.map
 """The images that are neither folded nor of the other scheme, with their sizes as shown and as drawn."""
 
 
-@pytest.mark.parametrize("width", [1440, 820, 500])
-def test_figures_keep_their_proportions(browser, width):
-    browser.set_window_size(width, 1000)
-    try:
-        looked_at = 0
-        for page in PAGES:
-            open_page(browser, page)
-            for name, across, down, natural_across, natural_down in browser.execute_async_script(SHOWN):
-                off = (across / down) / (natural_across / natural_down) - 1
-                assert abs(off) < 0.01 + 1 / down, f"{page} at {width}: {name} by {off:.1%}"
-                looked_at += 1
-        assert looked_at > len(PAGES)
-    finally:
-        browser.set_window_size(1300, 1000)
+@pytest.mark.parametrize("width", [1440, 820, 390])
+def test_figures_keep_their_proportions(browser, wide, width):
+    wide(width)
+    looked_at = 0
+    for page in PAGES:
+        open_page(browser, page)
+        for name, across, down, natural_across, natural_down in browser.execute_async_script(SHOWN):
+            off = (across / down) / (natural_across / natural_down) - 1
+            assert abs(off) < 0.01 + 1 / down, f"{page} at {width}: {name} by {off:.1%}"
+            looked_at += 1
+    assert looked_at > len(PAGES)
+
+
+LETTERS = """
+document.querySelectorAll('article details').forEach(fold => { fold.open = true; });
+return [...document.querySelectorAll('.book-slider')].map(
+  f => [f.dataset.letters * f.querySelector('img').clientWidth, f.querySelector('figcaption').textContent]);
+"""
+
+
+def test_letters_of_sliders_can_be_read_on_a_phone(browser, wide):
+    wide(390)
+    pages = [page for page in PAGES if "book-slider" in (HTML / f"{page}.html").read_text(encoding="utf-8")]
+    found = []
+    for page in pages:
+        open_page(browser, page)
+        found += [(page, *each) for each in browser.execute_script(LETTERS)]
+    assert len(found) >= 20 and [each for each in found if each[1] < LEAST] == []
 
 
 def faults(drawn):

@@ -4,8 +4,11 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from urllib.parse import unquote
 
 import pytest
+from bs4 import BeautifulSoup
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -151,15 +154,34 @@ def test_by_night_only_frames_of_sliders_are_turned_over(browser):
         browser.execute_script("localStorage.clear()")
 
 
-def test_the_page_fits_a_narrow_screen(browser):
-    browser.set_window_size(500, 900)
-    try:
-        for page in PAGES:
-            open_page(browser, page)
-            wide = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-            assert wide <= 1, f"{page} is {wide} pixels wider than the screen"
-    finally:
-        browser.set_window_size(1300, 1000)
+def test_the_page_fits_a_narrow_screen(browser, wide):
+    wide(390)
+    for page in PAGES:
+        open_page(browser, page)
+        over = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+        assert over <= 1, f"{page} is {over} pixels wider than the screen"
+
+
+REFERENCES = ("for", "headers", "aria-labelledby", "aria-describedby", "aria-controls", "aria-owns")
+
+
+def listed(names):
+    return names.split() if isinstance(names, str) else names
+
+
+def test_no_name_stands_twice_on_a_page_and_each_that_is_asked_for_is_there():
+    """In the files, before any script: a reader without one has the same."""
+    asked_for = 0
+    for page in PAGES:
+        soup = BeautifulSoup((HTML / f"{page}.html").read_text(encoding="utf-8"), "html.parser")
+        names = Counter(element["id"] for element in soup.find_all(id=True))
+        assert [name for name, times in names.items() if times > 1] == [], page
+        links = [link["href"][1:] for link in soup.select('a[href^="#"]')]
+        links = [link for link in links if link and "/" not in link]  # the explorer's are its script's
+        labels = [name for key in REFERENCES for e in soup.find_all(attrs={key: True}) for name in listed(e[key])]
+        assert [name for name in links + labels if unquote(name) not in names] == [], page
+        asked_for += len(links) + len(labels)
+    assert asked_for > len(PAGES)
 
 
 def shown(browser, selector="tbody.claim"):

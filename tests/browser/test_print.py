@@ -5,7 +5,7 @@ import re
 import pytest
 
 from helpers.press import paper
-from tests.browser.chromium import HTML
+from tests.browser.chromium import HTML, open_page
 
 TOC = {"root": "glossary", "parts": [{"caption": "Back matter", "chapters": [{"file": "bibliography"}]}]}
 WIDER = """const paper = document.documentElement.clientWidth;
@@ -27,6 +27,25 @@ def test_two_pages_are_printed_with_their_numbers(browser, tmp_path):
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+ALONE = """const seen = (query) => [...document.querySelectorAll(query)].map((e) => e.checkVisibility());
+const paper = document.documentElement.clientWidth;
+const beside = ".bd-sidebar, .bd-header-article, .above-input:not([open])";
+return [seen("h1"), seen(beside), seen(".sd-dropdown > :last-child"),
+  [...document.querySelectorAll("article :not(mjx-container, mjx-container *)")]
+    .filter((e) => e.checkVisibility() && e.getBoundingClientRect().right > paper + 2).map((e) => e.outerHTML)];"""
+
+
+def test_a_page_printed_by_itself_has_its_title_no_sidebars_and_proofs_open(browser, wide):
+    wide(700)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        open_page(browser, "notebooks/04_sparse_inputs_sparse_experts")
+        titles, beside, folded, wider = browser.execute_script(ALONE)
+        assert titles and all(titles) and beside and not any(beside) and len(folded) > 3 and all(folded) and wider == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 @pytest.mark.soak

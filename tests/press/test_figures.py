@@ -26,6 +26,7 @@ COMPARED = [
     ),
     ("sae", "moe", "moe_lowrank", "dense", "expander", "implicit", "pca"),
     ("real", "gaussian", "padding", "synthetic", "random"),
+    ("one", "two", "three"),
 ]
 
 

@@ -7,7 +7,7 @@ import re
 import nbformat
 import pytest
 
-from helpers.press import claims, finding, night, rules, tables
+from helpers.press import claims, finding, night, rules, scoreboard, tables
 from helpers.press.scoreboard import Board, anchor, rich
 from helpers.press.tables import number
 from helpers.settings import ROOT
@@ -69,13 +69,15 @@ def test_the_book_leads_a_quick_run_and_a_readers_own_leads_the_book(board):
     assert own.cells[1].outputs[0].data["text/plain"] == "own" and own.cells[4].outputs[0].data["text/plain"] == "book"
     assert own.cells[0].source.startswith("# A title\n\n:::{admonition} Your own run")
     assert "differs on 1" in own.cells[0].source and "teacher mine" in own.cells[0].source
+    chip = own.cells[2].source
+    assert "1.35 [1.30, 1.40]" in chip and "; your run" in chip and "0.150" not in chip and "verdict-fails-here" in chip
 
 
 def test_a_chapter_without_a_kept_run_shows_its_own_numbers(board, tmp_path):
     read = board(0.1, 0.3)
     alone = Board.read(tmp_path / "own", tmp_path / "none")
     page = finding.page(chapter(), SLUG, alone)
-    assert len(read.runs) == 2 and len(page.cells) == 5 and "this build" in page.cells[2].source
+    assert len(read.runs) == 2 and len(page.cells) == 5 and "; your run" in page.cells[2].source
 
 
 def test_folded_cells_that_show_nothing_are_one_with_the_next():
@@ -157,9 +159,9 @@ def test_by_night_a_colour_stands_out_as_it_does_by_day(colour):
 def test_the_lead_is_the_books_run_unless_the_reader_chose_another(monkeypatch, tmp_path):
     log = claims.Chapter("07_a_benchmark_with_known_truth", {}, results_dir=tmp_path)
     monkeypatch.setenv("RANK1_PROFILE", "quick")
-    assert log.leading.whose == "the book's run"
+    assert log.leading.whose == scoreboard.WHOSE[scoreboard.LONG]
     monkeypatch.setenv("RANK1_PROFILE", "quick+custom")
-    assert log.leading is log and log.whose == "your run"
+    assert log.leading is log and log.whose == scoreboard.WHOSE[scoreboard.BUILD] == "your run"
 
 
 def test_a_second_family_is_named_beside_the_first(tmp_path):

@@ -109,6 +109,9 @@ def test_another_model_and_a_readers_own_run_have_columns_and_decide_nothing(tmp
     claim = board.book["dead.lm"]
     assert [shown.run.profile for _, shown in board.drawn(claim)] == ["quick", "smollm2", "quick+custom"]
     made = scoreboard.pages(board)["scoreboard.md"]
+    assert {"your run, profile quick", "another run of yours, profile smollm2"} <= set(
+        re.findall(r"[^<>]*, profile \w+", made)
+    )
     for folder in ("kept", "kept/smollm2"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "09.json").write_text((tmp_path / "smollm2" / "09.json").read_text())
@@ -149,6 +152,7 @@ def test_a_row_shows_claim_paper_numbers_verdict_and_chapter(soup):
     assert row.select_one(".title").text and "18.6" in row.select_one(".paper").text
     assert len(row.select("circle")) == 18 and len(row.select("path.paper")) == 4, "a diamond for each paper's number"
     assert row["data-verdict"] in row.select_one(".verdict").text
+    assert row.select_one(".ours span").text and row.select_one(".ours small").text[0] in "<>≤"
     assert row.select_one(".chapters a")["href"] == "notebooks/07_a_benchmark_with_known_truth.html"
     outer = soup.select_one(".scoreboard > table")
     head = len(outer.select_one("thead").find_all("th"))

@@ -110,6 +110,17 @@ def test_several_sliders_on_a_page_have_different_ids(one):
     assert len(ids) == len(set(ids)) == 4
 
 
+def test_a_page_knows_how_small_the_letters_of_a_slider_are():
+    def draw(size):
+        figure = plt.figure(figsize=(6, 2))
+        figure.text(0, 0, "small", fontsize=size)
+        figure.text(0, 0.5, "large", fontsize=24)
+        return figure
+
+    figure = page(slider.slider(draw, {"size": [18, 9, 12]}, alt=str)).find("figure")
+    assert float(figure["data-letters"]) == pytest.approx(9 / 72 / 6, abs=1e-4)
+
+
 def test_no_figure_is_left_open():
     plt.close("all")
     slider.slider(draw, {"k": [1, 5]}, alt=str)
