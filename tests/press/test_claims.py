@@ -806,8 +806,8 @@ def test_reference_runs_carry_the_verdict_and_are_labelled_apart(book, tmp_path,
     text = card(render(), "rule.above")
     assert text.startswith(' data-verdict="reproduced"')
     long, here = re.findall(r"<tr><td>–.*</tr>", text)
-    assert "3.00 [2.50, 3.50]" in long and "● ch. 1" in long and "reproduced" in long
-    assert "1.20 [1.00, 1.50]" in here and "○ ch. 1" in here and "fails here" in here
+    assert "3.00 [2.50, 3.50]" in long and "the book's run" in long and "reproduced" in long
+    assert "1.20 [1.00, 1.50]" in here and "your run" in here and "fails here" in here
     assert text.count("<circle") == 1, "the line shows what the verdict rests on"
     assert f'<a href="notebooks/{SLUG}.html">' in text
 
