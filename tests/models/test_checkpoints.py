@@ -326,8 +326,10 @@ def test_all_classes_that_are_allowed_are_compared():
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_route_is_what_the_models_experts_are_given(name, tmp_path):
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **ROUTERS[name]})
+@pytest.mark.parametrize("told", [{}, {"norm_topk_prob": False}, {"norm_topk_prob": True}], ids=str)
+def test_route_is_what_the_models_experts_are_given(name, told, tmp_path):
+    """Whatever the configuration says of the weights' sum."""
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **ROUTERS[name], **told})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
     given = []
@@ -342,6 +344,10 @@ def test_route_is_what_the_models_experts_are_given(name, tmp_path):
         model(torch.randint(4, 60, (2, 20), generator=torch.Generator().manual_seed(1)))
     x, indices, weights = (each.reshape(40, -1) for each in given[:3])
     expected = torch.zeros(40, 8).scatter(1, indices, weights.float())
+    if name == "DeepseekV2" and told.get("norm_topk_prob"):
+        with pytest.raises(ValueError, match="norm_topk_prob=True, model_type='deepseek_v2'; allowed: False"):
+            checkpoints.read(tmp_path, [1])
+        return
     (layer,) = checkpoints.read(tmp_path, [1])
     torch.testing.assert_close(layer.route(x).to_dense(8), expected, rtol=1e-4, atol=1e-5)
 
