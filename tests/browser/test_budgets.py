@@ -30,7 +30,7 @@ for (const table of [...document.querySelectorAll('article table')].filter(seen)
   const {left, right} = (inside ? box : table).getBoundingClientRect();
   if (right > column.right + 1 || left < column.left - 1) found.push('wider than its column: ' + name);
   if (inside && box.scrollWidth > box.clientWidth + 1 && box.tabIndex < 0) found.push('out of reach of keys: ' + name);
-  const cells = [...table.querySelectorAll('th, td, :is(th, td) :not(mjx-container *)')].filter(seen);
+  const cells = [...table.querySelectorAll('th, td, :is(th, td) :not(.math, .math *)')].filter(seen);
   for (const cell of cells) {
     const style = getComputedStyle(cell), hides = (over) => ['hidden', 'clip'].includes(over);
     const cut = hides(style.overflowX) && cell.scrollWidth > cell.clientWidth + 1;
