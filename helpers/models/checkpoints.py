@@ -361,11 +361,10 @@ class Checkpoint:
                 )
         layout, router_name = self._layout(n)
         known, model_type, top_k = RENORMALISED + PLAIN, config.get("model_type"), config.get("num_experts_per_tok")
-        given = f"{self.source} has model_type={model_type!r}, whose routing was not compared with its class"
-        allowed(model_type in known, given, ", ".join(known))
-        summed = model_type == "deepseek_v2" and config.get("norm_topk_prob")
-        given = f"config.json of {self.source}: norm_topk_prob={config.get('norm_topk_prob')}, model_type='deepseek_v2'"
-        allowed(not summed, given, "False: the authors' own class divides by the sum, that of transformers does not")
+        given = f"{self.source} has model_type={model_type!r}"
+        allowed(model_type in known, f"{given}, whose routing was not compared with its class", ", ".join(known))
+        if model_type == "deepseek_v2":  # the authors' own class divides by the sum, that of transformers does not
+            allowed(not config.get("norm_topk_prob"), f"{given} and norm_topk_prob={config['norm_topk_prob']}", "False")
         router = self.tensor(names[router_name])
         correction = self.tensor(next((names[s] for s in names if s.endswith("e_score_correction_bias")), None))
         plan = partial(self.slabs, n, layout, tuple(router.shape))

@@ -283,7 +283,8 @@ class Run:
         """Total variance of the targets, from the first batches: the constant that makes the loss scale-free."""
         targets = torch.cat([self.stream(step)[1] for step in range(4)]).cpu().double()
         variance = float((targets - targets.mean(0)).square().sum(1).mean())
-        most = min(torch.finfo(next(student.parameters()).dtype).max for student in self.students.values())
+        dtypes = {next(student.parameters()).dtype for student in self.students.values()} or {torch.float32}
+        most = min(torch.finfo(dtype).max for dtype in dtypes)
         cure = "targets that vary and are finite, with squares whose sums the students' dtype holds"
         allowed(0 < variance * len(targets) < most, f"the stream's targets have variance {variance}", cure)
         return variance
