@@ -86,7 +86,7 @@ def mended(text: str, page: str, icons: Callable[[str], str], where: publish.Add
     return text.replace(end, end + publish.buttons(page, title, where), 1)
 
 
-PHONE = 46
+PHONE = 44
 """Letters beside each other on a narrow screen, in a table's size."""
 
 
