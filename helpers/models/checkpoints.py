@@ -364,7 +364,7 @@ class Checkpoint:
         given = f"{self.source} has model_type={model_type!r}"
         allowed(model_type in known, f"{given}, whose routing was not compared with its class", ", ".join(known))
         if model_type == "deepseek_v2":  # the authors' own class divides by the sum, that of transformers does not
-            allowed(not config.get("norm_topk_prob"), f"{given} and norm_topk_prob={config['norm_topk_prob']}", "False")
+            allowed(not config.get("norm_topk_prob"), f"{given} and norm_topk_prob", "false or none")
         router = self.tensor(names[router_name])
         correction = self.tensor(next((names[s] for s in names if s.endswith("e_score_correction_bias")), None))
         plan = partial(self.slabs, n, layout, tuple(router.shape))

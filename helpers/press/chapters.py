@@ -282,12 +282,13 @@ def fingerprint(job: Job) -> dict[str, str]:
     from helpers import kept  # brings torch, which settling parameters does without
 
     root, cells = job.root, job.chapter.cells
-    code = "\n".join(re.sub(r"^\s*[%!].*", "", c["source"], flags=re.M) for c in cells if c["cell_type"] == "code")
+    coded = [c for c in cells if c["cell_type"] == "code"]
+    code = "\n".join(re.sub(r"^\s*[%!].*", "", c["source"], flags=re.M) for c in coded)
     modules = kept.closure(*kept.imports_in(_parsed(code), root), root=root)
     trees = {module: kept.tree_of(module, root) for module in modules}
     found = {
         "notebook": digest([(c["cell_type"], c["source"], _lasting(c["metadata"])) for c in cells]),
-        "code": digest([(c["source"], "parameters" in c["metadata"].get("tags", [])) for c in cells if _runs(c)]),
+        "code": digest([(c["source"], "parameters" in c["metadata"].get("tags", [])) for c in coded]),
         "parameters": digest([job.parameters, _files_named(job.parameters)]),
         "requirements.txt": digest_files(root / "requirements.txt"),
         **{module: digest(tree) for module, tree in trees.items()},
@@ -342,10 +343,6 @@ def _parsed(code: str) -> ast.AST:
         return ast.parse(code)
     except SyntaxError:
         return ast.Module([], [])  # running it will say so, with the cell
-
-
-def _runs(cell: Mapping[str, Any]) -> bool:
-    return cell["cell_type"] == "code"
 
 
 def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -225,19 +225,15 @@ def execute(job: Job, desk: Desk) -> float:
 def reword(job: Job) -> None:
     """The executed copy with the notebook's present words, captions and tags; outputs stay, as the code is the same."""
     executed, now = (nbformat.read(path, as_version=4) for path in (job.executed, job.chapter.path))
-    stamp, cells = json.loads(job.stamp.read_text(encoding="utf-8")), iter(now.cells)
-    ran = [cell for cell in executed.cells if cell.cell_type == "code"]
-    found = []
-    for old in ran:  # in the notebook's order, with the parameters that were put in
-        if "injected-parameters" not in old.metadata.get("tags", []):
-            for cell in cells:
-                found.append(cell)
-                if cell.cell_type == "code":
-                    cell.outputs, cell.execution_count = old.outputs, old.execution_count
-                    break
-        else:
-            found.append(old)
-    executed.cells = [*found, *cells]
+    stamp = json.loads(job.stamp.read_text(encoding="utf-8"))
+    ran, executed.cells = iter([cell for cell in executed.cells if cell.cell_type == "code"]), []
+    for cell in now.cells:
+        executed.cells.append(cell)
+        if cell.cell_type == "code":
+            old = next(ran)
+            cell.outputs, cell.execution_count = old.outputs, old.execution_count
+            if job.given and "parameters" in cell.metadata.get("tags", []):
+                executed.cells.append(next(ran))  # the parameters that were put in
     settings.write(job.executed, nbformat.writes(executed).encode())
     made_from = stamp["made_from"] | fingerprint(job)
     settings.write_json(job.stamp, stamp | {"made_from": made_from, "copy": digest_files(job.executed)})

@@ -105,13 +105,8 @@ class Table:
 def outcomes(predictions: Mapping[str, bool | None | str]) -> Table:
     """A row for each prediction with what became of it; None is an interval that holds the threshold, a text is shown
     as it is."""
-    words = {True: "as predicted", False: "not as predicted"}
-    said = {
-        text: o if isinstance(o, str) else "undecided" if o is None else words[bool(o)]
-        for text, o in predictions.items()
-    }
-    rows = [{"prediction": text, "outcome": outcome} for text, outcome in said.items()]
-    return Table(rows)
+    words = {True: "as predicted", False: "not as predicted", None: "undecided"}
+    return Table([{"prediction": text, "outcome": words.get(o, o)} for text, o in predictions.items()])
 
 
 def _numeric(shown: str) -> bool:
