@@ -29,6 +29,10 @@ from helpers.models.teachers import Teacher
 from helpers.parts.explained import mean_loss
 from helpers.parts.mixture import BOS
 from helpers.settings import allowed
+from helpers.study.scores import interval
+
+BLOCKS = 10
+"""Runs of text that information is measured without, one after the other."""
 
 # -- n-grams -----------------------------------------------------------------------------------------------------------
 
@@ -214,7 +218,8 @@ class Routing:
     def information(self, offset: int = 0, *, shuffles: int = 20, seed: int = 0) -> pd.DataFrame:
         """Mutual information in bits of the token `offset` places on (0: the routed one) and an expert drawn from its
         chosen k: one row a layer with `bits`, and `shuffled` and `largest shuffled`, its mean and largest value over
-        `shuffles` times that tokens were dealt out anew (`bits` above the largest: p ≤ 1/(shuffles + 1)).
+        `shuffles` times that tokens were dealt out anew (`bits` above the largest: p ≤ 1/(shuffles + 1)); `low` and
+        `high` are the interval of `bits` minus `shuffled`, a jackknife over `BLOCKS` runs of text.
 
         Counts alone give positive information between things that have none to do with each other, the more the rarer
         the tokens are; `shuffled` is how much.
@@ -222,12 +227,22 @@ class Routing:
         there = np.flatnonzero(self.pieces == np.roll(self.pieces, -offset))
         there = there[(there + offset >= 0) & (there + offset < len(self.pieces))]
         tokens = np.unique(self.tokens[there + offset], return_inverse=True)[1]
-        random, rows = np.random.default_rng(seed), []
+        blocks = np.arange(len(there)) * BLOCKS // max(1, len(there))
+        random, apart, rows = np.random.default_rng(seed), np.random.default_rng([seed, 1]), []
         for layer, chosen in enumerate(self.experts[there].transpose(1, 0, 2)):
-            by_chance = [_information(random.permutation(tokens), chosen, self.n_experts) for _ in range(shuffles)]
-            found = _information(tokens, chosen, self.n_experts)
-            rows.append((layer, found, np.mean(by_chance), max(by_chance)))
-        return pd.DataFrame(rows, columns=["layer", "bits", "shuffled", "largest shuffled"])
+
+            def parts(rows, random, chosen=chosen):
+                """Information of some rows, and what it is by chance."""
+                dealt = [random.permutation(tokens[rows]) for _ in range(shuffles)]
+                by_chance = [_information(each, chosen[rows], self.n_experts) for each in dealt]
+                return _information(tokens[rows], chosen[rows], self.n_experts), by_chance
+
+            found, by_chance = parts(blocks >= 0, random)
+            left = [parts(blocks != block, apart) for block in range(BLOCKS)]
+            without = np.array([bits - np.mean(chance) for bits, chance in left])
+            low, high = interval(found - np.mean(by_chance), without)
+            rows.append((layer, found, np.mean(by_chance), max(by_chance), low, high))
+        return pd.DataFrame(rows, columns=["layer", "bits", "shuffled", "largest shuffled", "low", "high"])
 
     def favourites(
         self, layer: int, tokenizer: PreTrainedTokenizerBase, *, n: int = 5, least: int = 10

@@ -363,6 +363,8 @@ def test_information_is_all_there_is_where_the_token_decides_and_none_where_it_d
     assert (decided.information(-1).bits < 0.02).all()
     noise = routing_by(lambda tokens, random: random.random((len(tokens), 4)).argsort(1)[:, :2]).information()
     assert (noise.bits > 0).all() and (noise.bits < 2 * noise.shuffled).all()
+    assert (decided.information().low > 0.9).all(), "the interval is far from chance, and about the value"
+    assert ((noise.low < 0) & (noise.high > 0)).all()
 
 
 def test_the_token_before_is_taken_from_the_same_piece():
