@@ -309,7 +309,7 @@ def _chosen(bench: LayerRows, seeds, controls, ranks) -> Iterator[tuple[str, int
         if which in controls:
             other = checkpoints.principal(moe, 1, which, device=bench.device).directions[:, 0]
             yield which, 1, other.to(own.device), own
-    for seed in seeds:
+    for seed in settings.progress(seeds, "random draws", delay=2):
         drawn, router, moved, rows, _ = _draw(bench, seed)
         elsewhere = bench.choice(moe=router).indices
         for rank in ranks if "shuffled" in controls else ():
@@ -374,7 +374,8 @@ def _of_site(bench: LayerRows, site, centred, y, seeds, controls, ranks) -> Iter
     variances, components = (each.to(bench.device, torch.float32) for each in torch.linalg.eigh(matrix))
     for rank in ranks if "pca" in controls else ():
         yield "pca", rank, (y @ components.flip(1)[:, : k * rank]).double().square().sum(1)
-    for seed in seeds if "covariance" in controls else ():
+    draws = seeds if "covariance" in controls else ()
+    for seed in settings.progress(draws, "draws with the covariance", delay=2):
         _, router, _, _, noise = _draw(bench, seed)
         drawn = torch.randn(bench.moe.n_experts, bench.moe.d_model, generator=noise).to(components)
         root = (components * variances.clamp(min=0).sqrt()) @ components.T  # symmetric: free of the vectors' signs
@@ -412,7 +413,7 @@ def fit_directions(
     the result is at least as good there as `start`; it is a local optimum. A direction that is never used stays.
     """
     atoms, n = start, len(start)
-    for _ in range(rounds):
+    for _ in settings.progress(range(rounds), "fitting directions", delay=2):
         values = pursuit.least_squares(y, atoms, support)
         codes = SparseCodes(support, values).to_dense(n).double()
         gram = codes.T @ codes

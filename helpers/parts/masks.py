@@ -21,6 +21,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 from torch.nn import functional as F
 
+from helpers import settings
 from helpers.dictionary import Packed, Rows, SparseCodes
 from helpers.dictionary.rows import power_of_two
 from helpers.settings import allowed, one_of
@@ -160,11 +161,14 @@ def expansion(rows: Int[Tensor, "n degree"], d_model: int, size: int, *, most: i
     allowed(sets <= most, f"size={size} means {sets:,} sets of n={n} atoms", f"{most:,} (expansion_bounds is fast)")
     bits = _bit_strings(rows, d_model)
     smallest, worst = [d_model + 1] * size, [None] * size
+    bar = settings.progress(total=sets, desc="sets of atoms", unit_scale=True, delay=2)
     for members, union in _unions(bits, np.arange(n)[:, None], bits, size):
         reached = np.bitwise_count(union).sum(axis=1, dtype=np.int64)
         t, best = members.shape[1], reached.argmin()
         if reached[best] < smallest[t - 1]:
             smallest[t - 1], worst[t - 1] = int(reached[best]), torch.from_numpy(members[best].copy())
+        bar.update(len(members))
+    bar.close()
     epsilon = _shortfall(torch.tensor(smallest), degree)
     return Expansion(epsilon, epsilon, tuple(worst))
 

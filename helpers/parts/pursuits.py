@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from helpers import settings
 from helpers.dictionary import Rows, SparseCodes
 from helpers.dictionary.atoms import Atoms, at_unit_size
 from helpers.dictionary.pursuit import least_squares
@@ -115,6 +116,7 @@ def _found(
     allowed(bool(alike.all()), given, "1 (or 0): divide each by its length")
     scaled, least = at_unit_size(x, every)[0], min(len(every), every.width)
     allowed(k >= 1 and most <= least, f"k={k}: {most} atoms at once", f"1 to {least}, of n={len(every)} atoms")
-    parts = [chosen(part, every) for part in scaled.split(CHUNK)]  # signals of any size
+    chunks = settings.progress(scaled.split(CHUNK), "pursuit", delay=2)
+    parts = [chosen(part, every) for part in chunks]  # signals of any size
     supports = torch.cat(parts) if len(x) else torch.zeros(0, k, dtype=torch.long, device=x.device)
     return SparseCodes(supports, least_squares(x, atoms, supports))
