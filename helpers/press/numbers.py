@@ -4,7 +4,8 @@
 `@n` after a case is its interval's end or its count. A row of a run's points is `entries[site=mlp_in, k=32].fvu`, a
 mean where several rows fit or a cell holds several numbers; `.ratio#0` is the first number of a cell, and
 `entries.candidates[…]` are the rows that such a row's cell holds. With braces it is arithmetic: `1 - 1 / {…}`. A form
-that ends in ` %` is in percent. `<!--n 07/smollm2 …` is of the second model family's run.
+that ends in ` %` is in percent. `<!--n 07/smollm2 …` is of the second model family's run. Captions and the words that
+stand for a figure have such marks too, which `plain` takes out for a page.
 """
 
 from __future__ import annotations
@@ -37,6 +38,21 @@ def written(text: str) -> str:
         return f"<!--n {chapter} {address} | {form}-->{shown(value(chapter, address), form)}<!--/n-->"
 
     return MARK.sub(anew, text)
+
+
+def plain(text: str) -> str:
+    """The text with its numbers and without their marks."""
+    return MARK.sub(r"\4", text)
+
+
+def words(cell: Any) -> Iterator[tuple[Any, str]]:
+    """Where a cell has prose, as a mapping and its key: its text, or the caption and the words of its figure."""
+    if cell.cell_type == "markdown":
+        yield cell, "source"
+    about = cell.metadata.get("mystnb", {})
+    for part, key in (("figure", "caption"), ("image", "alt")):
+        if key in about.get(part, {}):
+            yield about[part], key
 
 
 def shown(number: float, form: str) -> str:
@@ -96,7 +112,7 @@ def prose(root: Path = settings.ROOT) -> Iterator[tuple[Path, Callable[[Callable
         yield path, partial(_rewrite_page, path), [path.read_text(encoding="utf-8")]
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
-        texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+        texts = [holder[key] for cell in cells for holder, key in words(cell)]
         yield path, partial(_rewrite_notebook, path), texts
 
 
@@ -107,8 +123,8 @@ def _rewrite_page(path: Path, change: Callable[[str], str]) -> None:
 def _rewrite_notebook(path: Path, change: Callable[[str], str]) -> None:
     notebook: Any = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = change(cell.source)
+        for holder, key in words(cell):
+            holder[key] = change(holder[key])
     nbformat.write(notebook, path)
 
 

@@ -38,6 +38,15 @@ def ideas(notebook):
     return [cell for cell in code(notebook) if "idea" in cell.metadata.get("tags", [])]
 
 
+def test_prose_points_at_a_figure_in_words_that_read_well_in_jupyter_too(notebook):
+    """Figures have numbers on a page only; a link by name is one everywhere, and leads to one of this chapter."""
+    names = {cell.metadata.get("mystnb", {}).get("figure", {}).get("name") for cell in code(notebook)}
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            assert "{numref}" not in cell.source
+            assert set(re.findall(r"\]\(#(fig-[^)]*)\)", cell.source)) <= names
+
+
 def test_there_are_notebooks_and_all_of_them_are_chapters():
     assert NOTEBOOKS
     assert [c.path for c in chapters.find()] == NOTEBOOKS, "a notebook is called NN_slug.ipynb"
