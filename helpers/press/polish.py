@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import re
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,8 @@ TITLE = re.compile(r"<title>(.*?)</title>", re.S)
 PRINTED = re.compile(r'<div id="jb-print-docs-body".*?(?=<div id="searchbox">)', re.S)
 LEAD = re.compile(r"<article.*?</h1>.*?<p>(.*?)</p>", re.S)
 MATHS = re.compile(r"\\\((.*?)\\\)", re.S)
+SLIDER = re.compile(r'<figure class="book-slider"(?:(?!</figure>).)*?<figcaption>', re.S)
+SCRIPTS = re.compile(r'<script[^>]* src="([^"]*)_static/')
 TABLE = re.compile(r"<table\b(?:(?!<table\b).)*?</table>", re.S)
 LEFT = ("*.map", "*/fontawesome/*/js", "*/fontawesome/*/webfonts/*.ttf", "*/fa-brands-*", "*/fa-regular-*", "locales")
 """Files of the theme under `_static` that no page asks for."""
@@ -79,11 +82,22 @@ def mended(text: str, page: str, icons: Callable[[str], str], where: publish.Add
     for pattern, better in ACCESS:
         text = re.sub(pattern, better, text)
     text = TABLE.sub(lambda found: carded(found[0]), text)
+    text = numbered(text)
     lines = '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     lines += publish.head(page, title, about(text), where)
     text = VIEWPORT.sub("", text).replace("<title>", lines + "<title>", 1)
     end = '<div class="header-article-items__end">'
     return text.replace(end, end + publish.buttons(page, title, where), 1)
+
+
+def numbered(text: str) -> str:
+    """The page with its sliders' captions numbered as those of figures are, and with what paints them on dark pages."""
+    if not SLIDER.search(text):
+        return text
+    numbers = itertools.count(1)
+    text = SLIDER.sub(lambda found: f'{found[0]}<span class="caption-number">Slider {next(numbers)} </span>', text)
+    up = SCRIPTS.search(text)[1]
+    return text.replace("</head>", f'<script defer src="{up}_static/night.js"></script>\n</head>', 1)
 
 
 PHONE = 44

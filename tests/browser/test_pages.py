@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from bs4 import BeautifulSoup
 from selenium.webdriver.common.by import By
@@ -14,6 +15,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from helpers import settings
+from helpers.press import figures, night
 from tests.browser.chromium import HTML, PAGES, open_page, requested
 
 
@@ -133,23 +135,67 @@ def test_dark_mode_turns_the_page_and_its_figures(browser):
     open_page(browser, with_figure)
     image = browser.find_element(By.CSS_SELECTOR, "figure.book-slider img")
     assert browser.execute_script("return document.documentElement.dataset.theme") == "dark", "the choice is kept"
-    assert "invert" in image.value_of_css_property("filter")
+    painted(browser, image, "png")
+    assert night.PAPER in colours(browser, image, "src") and "#ffffff" not in colours(browser, image, "src")
+    browser.execute_script("document.documentElement.dataset.theme = 'light'")
+    painted(browser, image, "webp")
+    assert "#ffffff" in colours(browser, image, "src")
 
 
-def test_by_night_only_frames_of_sliders_are_turned_over(browser):
-    """They are dots of colour; every other figure has a drawing of its own for dark pages."""
+def painted(browser, image, kind):
+    """Until a slider shows its frame as the page's mode wants it."""
+    WebDriverWait(browser, 60).until(lambda _: image.get_attribute("src").startswith(f"data:image/{kind}"))
+
+
+def colours(browser, image, which):
+    """Colours of at least twenty dots of a frame: of the one that is shown (`src`), or of its original (`day`)."""
+    return set(
+        browser.execute_async_script(
+            """const [image, which, done] = arguments, drawn = new Image();
+            drawn.src = image[which];
+            drawn.decode().then(() => {
+              const {width, height} = drawn;
+              const canvas = Object.assign(document.createElement("canvas"), {width, height});
+              const pen = canvas.getContext("2d"), times = new Map();
+              pen.drawImage(drawn, 0, 0);
+              const bytes = pen.getImageData(0, 0, width, height).data;
+              for (let i = 0; i < bytes.length; i += 4) {
+                const colour = (bytes[i] << 16) | (bytes[i + 1] << 8) | bytes[i + 2];
+                times.set(colour, (times.get(colour) ?? 0) + 1);
+              }
+              const often = [...times.keys()].filter((colour) => times.get(colour) >= 20);
+              done(often.map((colour) => "#" + colour.toString(16).padStart(6, "0")));
+            });""",
+            image,
+            which,
+        )
+    )
+
+
+def parts(colour):
+    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+
+
+def test_by_night_a_method_has_the_colour_in_sliders_that_it_has_in_drawings(browser):
+    """Frames are dots and are painted by the page, drawings have a file of their own; nothing is turned over."""
     open_page(browser, "index")
     browser.execute_script("for (const k of ['mode', 'theme']) localStorage.setItem(k, 'dark')")
-    turned = """return [...document.querySelectorAll('article img')].filter((e) => e.checkVisibility())
-      .filter((e) => getComputedStyle(e).filter !== 'none')
-      .map((e) => [e.src.slice(0, 15), !!e.closest('.book-slider')]);"""
     try:
-        seen = []
+        seen, methods = 0, {mark.colour.lower() for mark in figures.METHODS.values()}
         for page in PAGES:
             open_page(browser, page)
             assert browser.execute_script("return document.documentElement.dataset.theme") == "dark"
-            seen += browser.execute_script(turned)
-        assert len(seen) >= 10 and all(each == ["data:image/webp", True] for each in seen), seen
+            filters = "return [...document.querySelectorAll('img')].map((e) => getComputedStyle(e).filter)"
+            assert set(browser.execute_script(filters)) <= {"none"}
+            browser.execute_script("for (const fold of document.querySelectorAll('article details')) fold.open = true")
+            for image in browser.find_elements(By.CSS_SELECTOR, ".book-slider img"):
+                painted(browser, image, "png")
+                shown = [parts(colour) for colour in colours(browser, image, "src")]
+                for method in methods & colours(browser, image, "day"):
+                    wanted = parts(night.night(method))
+                    assert any(np.abs(wanted - each).max() <= 2 for each in shown), f"{page}: {method} by night"
+                    seen += 1
+        assert seen >= 10
     finally:
         browser.execute_script("localStorage.clear()")
 
