@@ -2,8 +2,6 @@
 
 import re
 
-import pytest
-
 from helpers.press import paper
 from tests.browser.chromium import HTML, open_page
 
@@ -48,7 +46,6 @@ def test_a_page_printed_by_itself_has_its_title_no_sidebars_and_proofs_open(brow
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
-@pytest.mark.soak
 def test_the_whole_book_has_at_most_200_pages():
     pdf = paper.make().read_bytes()
     assert len(re.findall(rb"\n<</Type /Page\n", pdf)) <= 200
