@@ -73,7 +73,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _sum_rows(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
+    if (live := _live(values)) is None:
+        return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
+    starts = F.pad(live.sum(1).cumsum(0)[:-1], (1, 0))
+    return F.embedding_bag(indices[live], weight, starts, per_sample_weights=values[live], mode="sum")
+
+
+def _live(values: Tensor) -> Tensor | None:
+    """Where values are not zero, on a CPU and if most are: rules that give inputs different numbers of codes pad them,
+    and what is padded adds nothing."""
+    if values.device.type != "cpu" or values.ndim != 2 or torch.compiler.is_compiling():
+        return None
+    live = values != 0
+    return live if 2 * int(live.sum()) < live.numel() else None
 
 
 def row_products(x: Tensor, weight: Tensor, starts: Tensor, row: Tensor) -> Tensor:
@@ -105,9 +117,13 @@ def _sum_by_row(values: Tensor, indices: Tensor, inputs: Tensor, n: int) -> Tens
 
     Sorted by row, this is again a bag of weighted rows (of `inputs` this time), so no scatter and no [batch, n] matrix.
     """
-    order, starts = starts_by_row(indices, n)
-    sources = order.div(indices.shape[1], rounding_mode="floor")
-    return F.embedding_bag(sources, inputs, starts, per_sample_weights=values.reshape(-1)[order], mode="sum")
+    if (live := _live(values)) is None:
+        order, starts = starts_by_row(indices, n)
+        sources = order.div(indices.shape[1], rounding_mode="floor")
+        return F.embedding_bag(sources, inputs, starts, per_sample_weights=values.reshape(-1)[order], mode="sum")
+    order, starts = starts_by_row(indices[live], n)
+    sources = live.nonzero()[:, 0][order]
+    return F.embedding_bag(sources, inputs, starts, per_sample_weights=values[live][order], mode="sum")
 
 
 def starts_by_row(indices: Tensor, n: int) -> tuple[Tensor, Tensor]:

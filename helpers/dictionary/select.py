@@ -87,9 +87,13 @@ class Select(nn.Module):
             return values.where(on, 0)
         return _Jump.apply(values, self.threshold[indices], chosen.detach(), on, self.bandwidth)
 
-    def l0(self, scores: Float[Tensor, "batch n"]) -> Float[Tensor, ""]:
-        """Mean number of scores above θ, with the straight-through gradient for θ alone (JumpReLU, eq. 12)."""
-        return _Step.apply(scores.detach(), self.threshold, self.bandwidth).sum(1).mean()
+    def l0(self, scores: Float[Tensor, "batch n"], indices: Int[Tensor, "batch n"] | None = None) -> Float[Tensor, ""]:
+        """Mean number of scores above θ, with the straight-through gradient for θ alone (JumpReLU, eq. 12).
+
+        With `indices` the scores are those of these atoms: what `forward` gives has all that count for either.
+        """
+        threshold = self.threshold if indices is None else self.threshold[indices]
+        return _Step.apply(scores.detach(), threshold, self.bandwidth).sum(1).mean()
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -120,17 +124,18 @@ def _token(select: Select, scores: Tensor, k: int) -> Chosen:
 def _batch(select: Select, scores: Tensor, k: int) -> Chosen:
     if not select.training:
         return _best(scores, (scores > select.threshold).sum(1))
-    batch, n = scores.shape
-    values, flat = scores.flatten().topk(k * batch)
-    if (above := values[values > 0]).numel():  # the smallest that fires
+    values, indices = _reaching(scores, k, lambda best: best.flatten().topk(k * len(best)).values[-1])
+    best, flat = values.flatten().topk(k * len(values))
+    if (above := best[best > 0]).numel():  # the smallest that fires
         select.threshold.lerp_(above.min().to(select.threshold), RATE)
-    return _best(scores, torch.bincount(flat.div(n, rounding_mode="floor"), minlength=batch))
+    counts = torch.bincount(flat.div(values.shape[1], rounding_mode="floor"), minlength=len(values))
+    return _padded(indices, counts)
 
 
 def _threshold(select: Select, scores: Tensor, k: int) -> Chosen:
-    margins = scores - select.threshold.detach()
-    near = (margins > -select.bandwidth / 2).sum(1)  # not chosen, but θ's gradient is theirs too
-    return _best(margins, (margins > 0).sum(1), most=near)
+    near = -select.bandwidth / 2  # not chosen, but θ's gradient is theirs too
+    margins, indices = _reaching(scores - select.threshold.detach(), k, lambda _: near)
+    return _padded(indices, (margins > 0).sum(1), most=(margins > near).sum(1))
 
 
 def _atom(select: Select, scores: Tensor, k: int) -> Chosen:
@@ -162,11 +167,27 @@ def _magnitude(select: Select, scores: Tensor, k: int) -> Chosen:
     return _token(select, scores.abs(), k)
 
 
-def _best(scores: Tensor, counts: Tensor, most: Tensor | None = None) -> Chosen:
-    """The `counts[b]` best of each row, padded to the largest of them (or of `most`) by the next best."""
-    width = max(1, int((counts if most is None else most).max()))
-    indices = scores.topk(width, dim=1).indices
-    return indices, torch.arange(width, device=scores.device) < counts[:, None]
+def _best(scores: Tensor, counts: Tensor) -> Chosen:
+    """The `counts[b]` best of each row, padded to the largest of them by the next best."""
+    return _padded(scores.topk(max(1, int(counts.max())), dim=1).indices, counts)
+
+
+def _padded(indices: Tensor, counts: Tensor, most: Tensor | None = None) -> Chosen:
+    """Of indices in falling order of score as many as the longest row has, or as `most` says, and which count."""
+    indices = indices[:, : max(1, int((counts if most is None else most).max()))]
+    return indices, torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
+
+
+def _reaching(scores: Tensor, k: int, floor: Callable[[Tensor], Tensor | float]) -> tuple[Tensor, Tensor]:
+    """The best of each row, values and indices, so many that in no row one is left out above the floor that the best
+    themselves set: a few times k at first, since to look through all of them in order takes longer."""
+    n = scores.shape[1]
+    width = min(n, 4 * k)
+    while True:
+        values, indices = scores.topk(width, dim=1)
+        if width == n or bool((values[:, -1] < floor(values)).all()):
+            return values, indices
+        width = min(n, 2 * width)
 
 
 RULES: dict[str, Callable[[Select, Tensor, int], Chosen]] = {
@@ -216,4 +237,4 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         scores, threshold = ctx.saved_tensors
-        return None, (-_window(scores - threshold, ctx.bandwidth) * grad).sum(0), None
+        return None, (-_window(scores - threshold, ctx.bandwidth) * grad).sum_to_size(threshold.shape), None

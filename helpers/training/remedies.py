@@ -113,7 +113,8 @@ class TargetL0(Balance):
         allowed(self.target > 0 and self.weight > 0, f"target={self.target}, weight={self.weight}", "above 0")
 
     def loss(self, now: Moment) -> Tensor:
-        return self.weight * (now.dictionary.select.l0(now.trace.scores) / self.target - 1) ** 2
+        above = now.dictionary.select.l0(now.trace.scores.gather(1, now.experts), now.experts)
+        return self.weight * (above / self.target - 1) ** 2
 
 
 @dataclass(frozen=True, init=False)
