@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import html
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -72,6 +74,10 @@ def page(notebook: nbformat.NotebookNode, slug: str, board: Board) -> nbformat.N
     notebook.cells = list(_joined(notebook.cells))
     rows, run = compared(slug, board), next((run for mark, run, _ in board.runs if _is_own(mark, run, slug)), None)
     heroes = [place for place, cell in enumerate(notebook.cells) if HERO in cell.metadata.get("tags", [])]
+    book = next((run for mark, run, _ in board.runs if mark == LONG and run.chapter == slug), None)
+    for cell in notebook.cells if book else ():
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = _beside(cell.source, book.parameters)
     own = run is not None and run.profile != "quick"
     if own:
         _swap(notebook.cells)
@@ -82,6 +88,17 @@ def page(notebook: nbformat.NotebookNode, slug: str, board: Board) -> nbformat.N
     if rows:
         notebook.cells.append(nbformat.v4.new_markdown_cell(_foot(rows, run.seconds)))
     return notebook
+
+
+def _beside(source: str, book: dict[str, Any]) -> str:
+    """The cell of parameters with, at the end of a line, what the book's run had there, where it was something else."""
+    lines = source.split("\n")
+    for node in ast.parse(source).body:
+        name = node.targets[0].id if isinstance(node, ast.Assign) else None
+        if name in book and book[name] != json.loads(json.dumps(ast.literal_eval(node.value))):
+            end = node.end_lineno - 1
+            lines[end] += f"{'' if '#' in lines[end] else '  #'} (the book's run: {book[name]})"
+    return "\n".join(lines)
 
 
 def _joined(cells: Sequence[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNode]:
@@ -170,8 +187,17 @@ def _lines(slug: str, board: Board, own: bool = False) -> Iterator[str]:
         measured = f'<span class="measured">{number(shown.record.value, shown.record.ci)}</span>'
         more = f"weakest of {len(families[first])}: " if len(families[first]) > 1 else ""
         small = f"{more}{rich(shown.record.metric)}; asked {html.escape(str(check.rule))}; {WHOSE[shown.mark]}"
+        small += _of_all(claim, deciding, board) if verdicts[claim.id] == "partly" else ""
         small += "".join(_there(html.escape(name), families[name], shown.record.metric) for name in others)
         yield f"<li>{badge(verdicts[claim.id])}<span>{title}</span>{measured}<small>{small}</small></li>"
+
+
+def _of_all(claim: Claim, deciding: Sequence[tuple[Check, Shown]], board: Board) -> str:
+    """How many of the numbers behind a verdict hold, and whether a check has none: "partly" may be either."""
+    held = sum(SIDES.get(shown.record.verdict) == "holds" for _, shown in deciding)
+    without = sum(not board.of(claim, name) for name in claim.checks)
+    said = f"; {held} of {len(deciding)} numbers hold"
+    return said + (f", {without} of {len(claim.checks)} checks not run" if without else "")
 
 
 def _there(name: str, placed: Sequence[tuple[Check, Shown, list[float]]], metric: str) -> str:

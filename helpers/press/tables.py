@@ -11,9 +11,11 @@ from helpers.settings import allowed
 
 
 def number(value: float, ci: tuple[float, float] | None = None) -> str:
-    """A value with its interval, all with as many decimals as give the larger of value and half-width three digits."""
+    """A value with its interval, all with as many decimals as give the larger of value and half-width three digits; or
+    up to two more, where a narrow interval would look like a point."""
     low, high = ci or (value, value)
-    size = max(abs(value), (high - low) / 2)
+    half = (high - low) / 2
+    size = max(abs(value), half)
     if size and not 1e-4 <= size < 1e6:
         power = math.floor(math.log10(size))
         shown = [f"{each / 10**power:.2g}" for each in (value, low, high)]
@@ -21,6 +23,8 @@ def number(value: float, ci: tuple[float, float] | None = None) -> str:
     else:
         whole = all(each == int(each) for each in (value, low, high))
         decimals = 0 if whole else max(0, 2 - math.floor(math.log10(size)))
+        if half and not whole:
+            decimals = max(decimals, min(decimals + 2, -math.floor(math.log10(half))))
         shown, unit = [f"{each:,.{decimals}f}" for each in (value, low, high)], ""
     value_shown, low_shown, high_shown = (each.replace("-", "−") for each in shown)
     return f"{value_shown} [{low_shown}, {high_shown}]{unit}" if ci else value_shown + unit

@@ -191,3 +191,19 @@ def test_a_second_family_is_named_beside_the_first(tmp_path):
                 assert html.escape(str(rule)) == asked and "smollm2" in record.teacher.lower()
                 assert verdict == "too few" or finding.SIDES.get(verdict, "straddles") == outcome, line
     assert len(looked_at) >= 13 and len({verdict for _, verdict in looked_at}) >= 3
+
+
+def test_parameters_stand_beside_those_of_the_books_run():
+    source = "k = 16  # codes a token\nlrs = [\n    1e-3,\n]\nseeds = (0, 1)\nteacher = 'a'"
+    shown = finding._beside(source, {"k": 64, "lrs": [0.001, 0.01], "seeds": [0, 1], "teacher": "a", "gone": 1})
+    assert shown.split("\n")[0] == "k = 16  # codes a token (the book's run: 64)"
+    assert "]  # (the book's run: [0.001, 0.01])" in shown and shown.endswith("seeds = (0, 1)\nteacher = 'a'")
+
+
+def test_partly_says_how_many_numbers_hold(board):
+    whole = Board.of_build("quick")
+    for slug in {run.chapter for _, run, _ in whole.runs}:
+        for line in finding._lines(slug, whole):
+            assert ("numbers hold" in line) == ("verdict-partly" in line)
+    (line,) = finding._lines(SLUG, board(0.1, 0.2))
+    assert "numbers hold" in line and "checks not run" in line
