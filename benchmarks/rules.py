@@ -1,4 +1,4 @@
-"""One training step under each rule of choosing, beside the TopK step and beside the steps of SAELens, all in one run."""
+"""One training step under each rule of choosing, beside the TopK step and the steps of SAELens, all in one run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks import common
 from benchmarks.harvest import own_peak
-from benchmarks.training import BATCH, D_MODEL, K, LR, data
+from benchmarks.training import BATCH, D_MODEL, LR, K, data
 from helpers import settings, training
 from helpers.dictionary import RankOneDictionary, Select, gated_sae, topk_sae
 from helpers.training.remedies import Balance, Gated, Nested, TargetL0
@@ -29,7 +29,7 @@ def stream() -> training.Shuffled:
 
 
 def student(rule: str) -> tuple[RankOneDictionary, Balance]:
-    """A dictionary that has `K` codes an input on average at the start, and what its paper minimises beside the error."""
+    """A dictionary that has `K` codes an input on average at the start, and what is minimised beside the error."""
     g = settings.generator(0)
     if rule == "gated":
         sae = gated_sae(D_MODEL, N, K, generator=g)
