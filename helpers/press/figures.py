@@ -59,7 +59,8 @@ METHODS = {
     "csr": Mark(AMBER, "CSR product", "v", "-."),
     # masks of expander SAEs; "expander" is the random one
     "clustered": Mark(VERMILION, "clustered mask", "s"),
-    "informed": Mark(BLUE, "informed mask", "P"),
+    "informed": Mark(BROWN, "informed mask", "P"),
+    "released": Mark(AMBER, "clustered mask, as released", "D"),
     "pruned": Mark(INDIGO, "pruned dense", "v"),
     # ways to train a layer, and the knobs between a TopK SAE and a production layer
     "posthoc": Mark(BLUE, "fitted afterwards", "o"),
@@ -109,6 +110,9 @@ LADDER = {
     "all_directions": ("all n directions", "dense"),
 }
 """Controls of chapters 10 and 11 in the order in which `forest` shows them: label, and method of the mark."""
+
+OVER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+"""Behind words that stand on a line."""
 
 _STYLE: dict[str, Any] = {  # letters of a figure 6.4 inches wide are 9 pixels high where a phone shows it at 350
     "figure.figsize": (6.4, 3.4),

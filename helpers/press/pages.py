@@ -16,10 +16,18 @@ from helpers.press.claims import read_json
 from helpers.press.rules import validated
 from helpers.press.tables import MOST_COLUMNS, Table, table
 
+CODE = re.compile(r"(`[^`<>]+`)")
+
 
 def plain(text: str) -> str:
-    """Text of a record or of the register's plain fields, with nothing in it that Markdown would act on."""
-    return re.sub(r"([\\`*_{}\[\]<>$|~])", r"\\\1", " ".join(text.split()))
+    """Text of a record or of the register's plain fields, with nothing in it that Markdown would act on but code."""
+    parts = CODE.split(" ".join(text.split()))
+    parts[::2] = [re.sub(r"([\\`*_{}\[\]<>$|~])", r"\\\1", part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _coded(text: str) -> str:
+    return CODE.sub(lambda found: f"<code>{found[1].strip('`')}</code>", html.escape(text))
 
 
 def machine(environment: dict[str, Any]) -> str:
@@ -151,7 +159,7 @@ def _section(benchmark: Benchmark) -> str:
     parts = [f"## {plain(benchmark.title)}\n", f"{plain(benchmark.question)}\n"]
     if benchmark.targets:
         met = {True: "✓ met", False: "✗ missed"}
-        what = ((html.escape(t.what), html.escape(t.target), t.measured, met[t.met]) for t in benchmark.targets)
+        what = ((_coded(t.what), html.escape(t.target), t.measured, met[t.met]) for t in benchmark.targets)
         targets = [dict(zip(("target", "asked", "measured", "met"), each, strict=True)) for each in what]
         parts += ["```{raw} html", table(targets), "```\n"]
     if rows := benchmark.rows:

@@ -28,6 +28,12 @@ TABLE = re.compile(r"<table\b(?:(?!<table\b).)*?</table>", re.S)
 LEFT = ("*.map", "*/fontawesome/*/js", "*/fontawesome/*/webfonts/*.ttf", "*/fa-brands-*", "*/fa-regular-*", "locales")
 """Files of the theme under `_static` that no page asks for."""
 
+TOGETHER = (
+    (r"(?<=\d) (?=%)", "\xa0"),
+    (r"(?<=\d)( \[−?[\d.,]+), (?=−?[\d.,]+\])", "\\1,\xa0"),
+)
+"""What stands on one line: a number and its percent sign, the two ends of an interval behind its value."""
+
 ACCESS = (
     # every proof, and what is inside it, in exercises and solutions, has the same name, which nothing asks for
     (r' id="(?:proof|(?:proof|exercise|solution)-content)"', ""),
@@ -79,7 +85,7 @@ def mended(text: str, page: str, icons: Callable[[str], str], where: publish.Add
     text = PRINTED.sub("", text)
     if page == "search":
         text = search.PAGE.sub(lambda _: search.PLACE, search.SCRIPTS.sub("", text))
-    for pattern, better in ACCESS:
+    for pattern, better in (*ACCESS, *TOGETHER):
         text = re.sub(pattern, better, text)
     text = TABLE.sub(lambda found: carded(found[0]), text)
     text = numbered(text)

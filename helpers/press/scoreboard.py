@@ -268,7 +268,9 @@ def _small(board: Board) -> str:
 
 def _counts(board: Board) -> str:
     counts = Counter(board.verdicts.values())
-    return " ".join(badge(verdict, f"{counts[verdict]} ") for verdict in get_args(Verdict) if counts[verdict])
+    shown = " ".join(badge(verdict, f"{counts[verdict]} ") for verdict in get_args(Verdict) if counts[verdict])
+    own = sum(board.verdicts[c.id] == "reproduced" for c in board.book.claims if c.source.paper == "book")
+    return f"{shown} <small>({own} of the reproduced are claims of our own)</small>" if own else shown
 
 
 def _summary(board: Board) -> str:
@@ -439,12 +441,8 @@ def _csv(board: Board) -> str:
 
 
 def _json(board: Board) -> str:
-    claims = [
-        {
-            **claim.model_dump(mode="json"),
-            "verdict": board.verdicts[claim.id],
-            "controls": [control.model_dump(mode="json") for control in board.controls(claim.id)],
-        }
-        for claim in board.book.claims
-    ]
+    claims = []
+    for claim in board.book.claims:
+        controls = [control.model_dump(mode="json") for control in board.controls(claim.id)]
+        claims.append(claim.model_dump(mode="json") | {"verdict": board.verdicts[claim.id], "controls": controls})
     return json.dumps({"claims": claims, "records": list(_flat(board))}, indent=1, ensure_ascii=False) + "\n"

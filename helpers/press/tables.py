@@ -121,6 +121,8 @@ def _column(values: Sequence[Any], name: str, percent: bool) -> list[str]:
     """A column's values as text, its plain numbers with the same decimals."""
     plain = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
     decimals = _decimals([100 * each for each in plain] if percent else plain)
+    if percent and max(map(abs, plain), default=0) >= 0.1:
+        decimals = min(decimals, 1)
     return [_shown(each, name, percent, decimals) for each in values]
 
 
