@@ -3,9 +3,9 @@
 `<!--n 07 dead.pareto/error · k = 4 | .2f-->1.06<!--/n-->` is that record's value with two decimals. `@low`, `@high` or
 `@n` after a case is its interval's end or its count. A row of a run's points is `entries[site=mlp_in, k=32].fvu`, a
 mean where several rows fit or a cell holds several numbers; `.ratio#0` is the first number of a cell, and
-`entries.candidates[…]` are the rows that such a row's cell holds. With braces it is arithmetic: `1 - 1 / {…}`. A form
-that ends in ` %` is in percent. `<!--n 07/smollm2 …` is of the second model family's run. Captions and the words that
-stand for a figure have such marks too, which `plain` takes out for a page.
+`entries.candidates[…]` are the rows, or the one, that such a row's cell holds. With braces it is arithmetic:
+`1 - 1 / {…}`. A form that ends in ` %` is in percent. `<!--n 07/smollm2 …` is of the second model family's run.
+Captions and the words that stand for a figure have such marks too, which `plain` takes out for a page.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def _at(run: claims.Results, address: str) -> float:
         table, inner, wanted, column = row.groups()
         pairs = dict(pair.split("=", 1) for pair in re.split(r", (?=\w+=)(?![^(]*\))", wanted))
         rows = run.points.get(table, [])
-        rows = [r | each for r in rows for each in r[inner]] if inner else rows
+        if inner:
+            within = [(r, [r[inner]] if isinstance(r[inner], dict) else r[inner]) for r in rows]
+            rows = [r | each for r, some in within for each in some]
         rows = [r for r in rows if all(str(r.get(k)) == v for k, v in pairs.items())]
         settings.allowed(bool(rows), f"number {address!r}", f"a row of chapter {run.chapter}")
         column, _, place = column.partition("#")
