@@ -177,8 +177,8 @@ def used(model: RankOneDictionary, x: torch.Tensor) -> dict:
     return found | {"after": dict(model.state_dict())}
 
 
-READS = {"batch": {"select.py:_best"}, "threshold": {"select.py:_best"}, "atom": {"select.py:_best"}}
-READS |= {"positive": {"select.py:_best"}, "gated": {"select.py:_best"}}
+READS = dict.fromkeys(("batch", "threshold", "atom", "positive", "gated"), {"select.py:_widest"})
+READS |= dict.fromkeys(("batch", "threshold"), {"select.py:_widest", "select.py:_reaching"})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -236,11 +236,12 @@ REMEDIES = {
     "packed": (lambda: expander_sae(packed_rows(9), D, K, generator=settings.generator(0)), remedies.Resample(every=4)),
     "clipped": (sae, remedies.Balance()),
 }
+WIDE = ("dictionary/select.py:_widest", "dictionary/select.py:_reaching")
 ACTS = {"training/remedies.py:after_step": 4, "training/remedies.py:_starts": 2}
 FETCHED = {  # of what a step does, besides the loss that is logged
-    **dict.fromkeys(
-        ("BatchTopK", "L0", "gated"), {"dictionary/select.py:_best": STEPS}
-    ),  # how wide a batch's codes are
+    "gated": {"dictionary/select.py:_widest": STEPS},  # how wide a batch's codes are
+    # and whether the few best of each row are enough
+    **dict.fromkeys(("BatchTopK", "L0"), dict.fromkeys(WIDE, STEPS)),
     **dict.fromkeys(("resampling", "resampling residuals", "packed"), ACTS),  # at the two steps where atoms start anew
 }
 

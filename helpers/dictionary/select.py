@@ -129,13 +129,13 @@ def _batch(select: Select, scores: Tensor, k: int) -> Chosen:
     if (above := best[best > 0]).numel():  # the smallest that fires
         select.threshold.lerp_(above.min().to(select.threshold), RATE)
     counts = torch.bincount(flat.div(values.shape[1], rounding_mode="floor"), minlength=len(values))
-    return _padded(indices, counts)
+    return _padded(indices[:, : _widest(counts)], counts)
 
 
 def _threshold(select: Select, scores: Tensor, k: int) -> Chosen:
     near = -select.bandwidth / 2  # not chosen, but θ's gradient is theirs too
     margins, indices = _reaching(scores - select.threshold.detach(), k, lambda _: near)
-    return _padded(indices, (margins > 0).sum(1), most=(margins > near).sum(1))
+    return _padded(indices[:, : _widest((margins > near).sum(1))], (margins > 0).sum(1))
 
 
 def _atom(select: Select, scores: Tensor, k: int) -> Chosen:
@@ -169,12 +169,15 @@ def _magnitude(select: Select, scores: Tensor, k: int) -> Chosen:
 
 def _best(scores: Tensor, counts: Tensor) -> Chosen:
     """The `counts[b]` best of each row, padded to the largest of them by the next best."""
-    return _padded(scores.topk(max(1, int(counts.max())), dim=1).indices, counts)
+    return _padded(scores.topk(_widest(counts), dim=1).indices, counts)
 
 
-def _padded(indices: Tensor, counts: Tensor, most: Tensor | None = None) -> Chosen:
-    """Of indices in falling order of score as many as the longest row has, or as `most` says, and which count."""
-    indices = indices[:, : max(1, int((counts if most is None else most).max()))]
+def _widest(counts: Tensor) -> int:
+    return max(1, int(counts.max()))
+
+
+def _padded(indices: Tensor, counts: Tensor) -> Chosen:
+    """Indices in falling order of score, and which of them count."""
     return indices, torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
 
 
