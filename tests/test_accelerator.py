@@ -240,8 +240,9 @@ WIDE = ("dictionary/select.py:_widest", "dictionary/select.py:_reaching")
 ACTS = {"training/remedies.py:after_step": 4, "training/remedies.py:_starts": 2}
 FETCHED = {  # of what a step does, besides the loss that is logged
     "gated": {"dictionary/select.py:_widest": STEPS},  # how wide a batch's codes are
-    # and whether the few best of each row are enough
-    **dict.fromkeys(("BatchTopK", "L0"), dict.fromkeys(WIDE, STEPS)),
+    # and whether the few best of each row are enough; for thresholds that start low they are not
+    "BatchTopK": dict.fromkeys(WIDE, STEPS),
+    "L0": dict(zip(WIDE, (2 * STEPS, STEPS), strict=True)),
     **dict.fromkeys(("resampling", "resampling residuals", "packed"), ACTS),  # at the two steps where atoms start anew
 }
 

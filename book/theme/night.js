@@ -62,12 +62,13 @@
     if (isDay(image.src)) image.day = image.src;
     const dark = page.dataset.theme === "dark", night = made.get(image.day);
     image.toggleAttribute("data-waits", dark && !night);
-    if (dark !== isDay(image.src)) return;
+    if (dark !== isDay(image.src) || night === image.src) return;
     if (!dark) image.src = image.day;
     else if (night) image.src = night;
     else {
       const day = image.day;
-      repaint(day).then((source) => (made.set(day, source), show(image)));
+      const painted = repaint(day).catch(() => day); // a browser that lets no page read a picture shows it as it is
+      painted.then((source) => (made.set(day, source), show(image)));
     }
   };
   const images = [...document.querySelectorAll(".book-slider img")];

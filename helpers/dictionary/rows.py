@@ -80,8 +80,8 @@ def _sum_rows(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 
 def _live(values: Tensor) -> Tensor | None:
-    """Where values are not zero, on a CPU and if most are: rules that give inputs different numbers of codes pad them,
-    and what is padded adds nothing."""
+    """Where values are not zero; None unless most are zero, on a CPU. Rules that give inputs different numbers of codes
+    pad them, and what is padded adds nothing."""
     if values.device.type != "cpu" or values.ndim != 2 or torch.compiler.is_compiling():
         return None
     live = values != 0

@@ -182,15 +182,13 @@ def _padded(indices: Tensor, counts: Tensor) -> Chosen:
 
 
 def _reaching(scores: Tensor, k: int, floor: Callable[[Tensor], Tensor | float]) -> tuple[Tensor, Tensor]:
-    """The best of each row, values and indices, so many that in no row one is left out above the floor that the best
-    themselves set: a few times k at first, since to look through all of them in order takes longer."""
-    n = scores.shape[1]
-    width = min(n, 4 * k)
-    while True:
-        values, indices = scores.topk(width, dim=1)
-        if width == n or bool((values[:, -1] < floor(values)).all()):
-            return values, indices
-        width = min(n, 2 * width)
+    """The best of each row, values and indices, so many that none is left out that reaches the floor, which the first
+    4k of each row set: to look through all of them in order takes longer."""
+    values, indices = scores.topk(min(scores.shape[1], 4 * k), dim=1)
+    low = floor(values)  # with more of them it can only rise
+    if values.shape[1] < scores.shape[1] and bool((values[:, -1] >= low).any()):
+        values, indices = scores.topk(_widest((scores >= low).sum(1)), dim=1)
+    return values, indices
 
 
 RULES: dict[str, Callable[[Select, Tensor, int], Chosen]] = {

@@ -131,8 +131,8 @@ def best(tuned: Mapping[tuple[str, int, float], Mapping[float, Outcome]]) -> dic
 
 @torch.no_grad()
 def calibrated(sae: RankOneDictionary, rows: Float[Tensor, "rows d"]) -> RankOneDictionary:
-    """A copy whose thresholds, or gates, are moved together until the rows have k codes each on average; under other
-    rules as it is."""
+    """A copy whose thresholds, or gates, are moved together until the rows have k scores each above them on average; a
+    score below zero that is above them gives no code. Under other rules as it is."""
     sae = copy.deepcopy(sae).eval()
     rule, x = sae.select.rule, rows - sae.b_in
     if rule not in ("batch", "threshold", "positive"):
@@ -282,6 +282,8 @@ class RuleRows(SiteRows):
 
 # -- what is said of it ------------------------------------------------------------------------------------------------
 
+CHOSEN = {"sparsity": "sparsity", "pull": "weight"}
+"""What a row says of the remedy that was chosen: a Gated SAE's penalty, and how strongly thresholds are pulled."""
 SAID = ("fvu", "codes", "spread", "dead", "busiest", "max_violation", "in_effect", "ms", "multiply_adds")
 """Numbers of an outcome that a row of `reported` has as means over seeds."""
 
@@ -298,7 +300,7 @@ def reported(
             found[TWIN] = [each.about["twin"] for each in some]
         for name, abouts in found.items():
             row = {"k": k, "rule": name, "lr": some[0].arm.lr, "fvu_by_seed": [each["fvu"] for each in abouts]}
-            row |= {"sparsity": getattr(some[0].arm.remedy, "sparsity", None)}
+            row |= {own: getattr(some[0].arm.remedy, name, None) for own, name in CHOSEN.items()}
             row |= {measure: _mean(abouts, measure) for measure in SAID}
             row["ms_step"] = float(np.mean([1e3 * each.seconds / steps for each in some]))
             for way in ("unmoved", "from training"):
@@ -323,6 +325,27 @@ def _recovered(abouts: Sequence[Mapping[str, Any]], yardstick: Mapping[str, np.n
         one = table.compare(lambda cell, a=ablation: cell.ce_recovered(a), fewest=FEWEST)
         found[f"ce_{ablation}"] = [one.value, *(one.ci or ())]
     return found
+
+
+def recovered_beyond_token(
+    runs: Mapping[Key, Sequence[Outcome]], yardstick: Mapping[str, np.ndarray]
+) -> dict[Key, Comparison]:
+    """CE recovered against the mean under each rule minus that under TopK with as many codes, on the same articles."""
+    found: dict[Key, Comparison] = {}
+    for n in {k for _, k in runs}:
+        cells = {
+            rule: {seed: {"nats": np.array(each.about["nats"])} for seed, each in enumerate(some)}
+            for (rule, k), some in runs.items()
+            if k == n
+        }
+        table = Sums(cells, yardstick)
+        for rule in cells.keys() - {"token"}:
+            found[rule, n] = table.compare(_beyond, rule, "token", fewest=FEWEST)
+    return found
+
+
+def _beyond(one: Any, other: Any) -> float:
+    return one.ce_recovered("mean") - other.ce_recovered("mean")
 
 
 def against_token(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Comparison]:

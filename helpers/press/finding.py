@@ -6,6 +6,7 @@ import ast
 import html
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import nbformat
@@ -94,10 +95,11 @@ def _beside(source: str, book: dict[str, Any]) -> str:
     """The cell of parameters with, at the end of a line, what the book's run had there, where it was something else."""
     lines = source.split("\n")
     for node in ast.parse(source).body:
-        name = node.targets[0].id if isinstance(node, ast.Assign) else None
-        if name in book and book[name] != json.loads(json.dumps(ast.literal_eval(node.value))):
-            end = node.end_lineno - 1
-            lines[end] += f"{'' if '#' in lines[end] else '  #'} (the book's run: {book[name]})"
+        name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else None
+        with suppress(ValueError):  # no literal
+            if name in book and book[name] != json.loads(json.dumps(ast.literal_eval(node.value))):
+                end = node.end_lineno - 1
+                lines[end] += f"{'' if '  # ' in lines[end] else '  #'} (the book's run: {book[name]})"
     return "\n".join(lines)
 
 

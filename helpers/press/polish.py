@@ -98,7 +98,7 @@ def mended(text: str, page: str, icons: Callable[[str], str], where: publish.Add
 
 def numbered(text: str) -> str:
     """The page with its sliders' captions numbered as those of figures are, and with what paints them on dark pages."""
-    if not SLIDER.search(text):
+    if 'class="book-slider"' not in text:
         return text
     numbers = itertools.count(1)
     text = SLIDER.sub(lambda found: f'{found[0]}<span class="caption-number">Slider {next(numbers)} </span>', text)

@@ -143,6 +143,8 @@ def _shown(value: Any, name: str, percent: bool, decimals: int) -> str:
         return "yes" if value else "no"
     if isinstance(value, int | float):
         shown = f"{100 * value:.{decimals}f} %" if percent else f"{value:,.{decimals}f}"
+        if percent and value > 0 and not float(shown[:-2]):  # not nothing
+            shown = f"<{10.0**-decimals:g} %"
         small = value and not percent and abs(value) < 1e-3
         return number(value) if small else shown.replace("-", "−")
     allowed(

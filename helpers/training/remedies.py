@@ -101,7 +101,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class TargetL0(Balance):
-    """(L0 / target − 1)², which moves the thresholds θ of the rule "threshold" to `target` codes an input on average.
+    """weight · (L0 / target − 1)², which moves the thresholds θ of the rule "threshold" to `target` codes on average.
 
     Its gradient is the straight-through one and reaches θ alone (Rajamanoharan et al. 2024, appendix F).
     """

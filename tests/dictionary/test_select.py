@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import settings
 from helpers.dictionary import RULES, RankOneDictionary, Rows, Scaled, Select, gated_sae, topk_sae
+from helpers.dictionary.rows import weighted_sum
 from helpers.training import remedies
 from helpers.training.remedies import Moment, normalised_mse
 from tests.reference import select_numpy as reference
@@ -414,3 +416,34 @@ def test_nested_prefixes_do_by_themselves_what_a_plain_dictionary_cannot():
         prefix = sae.decoder.combine(inside, codes.indices) + sae.b_out
         alone[name] = float((x - prefix.detach()).square().sum() / (x - x.mean(0)).square().sum())
     assert alone["nested"] < 0.9 * alone["plain"]
+
+
+@pytest.mark.parametrize("rule", ["batch", "threshold"])
+def test_codes_that_crowd_in_one_row_are_all_found(rule):
+    """More than the few best that are looked at first, in a row; none in others."""
+    scores = torch.rand(6, 64, generator=settings.generator(0), dtype=torch.float64)
+    scores[2] += 1
+    select = Select(rule, 64, threshold=1.2, bandwidth=0.1) if rule == "threshold" else Select(rule)
+    indices, on = select(scores, 6 if rule == "batch" else 1)
+    found = torch.zeros_like(scores, dtype=torch.bool).scatter(1, indices, on)
+    cut = scores.flatten().topk(36).values[-1] if rule == "batch" else 1.2 + 1e-12
+    assert torch.equal(found, scores >= cut) and found[2].sum() > 24 and not found[0].any()
+
+
+def test_padded_codes_add_nothing_to_sums_or_gradients():
+    g = settings.generator(1)
+    weight = torch.randn(9, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    indices = torch.stack([torch.randperm(9, generator=g)[:6] for _ in range(4)])
+    values = torch.randn(4, 6, generator=g, dtype=torch.float64)
+    values[:, 2:], values[3] = 0, 0  # most are padding, and a row has nothing
+    values.requires_grad_()
+    ours = weighted_sum(values, indices, weight)
+    plain = (values[:, :, None] * weight[indices]).sum(1)
+    upstream = torch.randn(4, 5, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(ours, plain)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (values, weight), upstream),
+        torch.autograd.grad(plain, (values, weight), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
