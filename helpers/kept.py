@@ -265,7 +265,7 @@ def _parsed(module: str, root: Path | None = None) -> tuple[set[str], str]:
 
 @cache
 def _parse(path: Path, changed: int, size: int, package: str) -> tuple[set[str], str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = settings.parsed(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
             node.body = [each for each in body if not _is_text(each)] or [ast.Pass()]

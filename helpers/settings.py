@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +93,16 @@ def made(parameter: str, folder: Path, to_write: bool = False) -> Path:
 def progress(*args, **options) -> tqdm:
     """A progress bar, unless `TQDM_DISABLE` is set, as it is while chapters run; in a notebook tqdm forgets to look."""
     return tqdm(*args, **{"disable": bool(os.environ.get("TQDM_DISABLE")), "mininterval": 2} | options)
+
+
+_PARSING = threading.Lock()
+
+
+def parsed(source: str) -> ast.Module:
+    """The syntax tree, one at a time: Python 3.11 counts the depth of trees that two threads build as if they were one,
+    and stops (`SystemError`, CPython issue 106905)."""
+    with _PARSING:
+        return ast.parse(source)
 
 
 def profile() -> str:

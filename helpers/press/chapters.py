@@ -340,7 +340,7 @@ def shortened(reasons: Sequence[str], most: int = 3) -> str:
 
 def _parsed(code: str) -> ast.AST:
     try:
-        return ast.parse(code)
+        return settings.parsed(code)
     except SyntaxError:
         return ast.Module([], [])  # running it will say so, with the cell
 

@@ -227,7 +227,7 @@ def parameters(notebook: Path) -> dict[str, Any]:
     allowed(len(tagged) == 1, f"{notebook.name}: {len(tagged)} code cells are tagged 'parameters'", "exactly one")
     source, found = tagged[0]["source"], {}
     try:
-        body = ast.parse(source).body
+        body = settings.parsed(source).body
     except SyntaxError as error:
         where = f"{notebook.name}: line {error.lineno} of the parameters cell: {error.msg}"
         raise ValueError(f"{where}; allowed: constants") from None

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
@@ -630,3 +631,10 @@ def test_the_command_line_answers_before_anything_heavy_is_imported():
         )
         assert done.stdout.splitlines()[-1] == f"{code} []"
         assert code == 0 or f"-p: {arguments[3]}=" in done.stderr
+
+
+def test_threads_may_read_chapters_at_once():
+    """Python 3.11 stops with a `SystemError` where two threads build syntax trees at a time."""
+    sources = ["".join(f"def f{i}(a, b):\n    return [a + {i}, (b, [{i}])]\n" for i in range(400))] * 16
+    with ThreadPoolExecutor(8) as pool:
+        assert all(len(tree.body) == 400 for tree in pool.map(settings.parsed, sources))
