@@ -62,7 +62,7 @@
     if (isDay(image.src)) image.day = image.src;
     const dark = page.dataset.theme === "dark", night = made.get(image.day);
     image.toggleAttribute("data-waits", dark && !night);
-    if (dark !== isDay(image.src) || night === image.src) return;
+    if (dark !== isDay(image.src) || (dark && night === image.src)) return;
     if (!dark) image.src = image.day;
     else if (night) image.src = night;
     else {

@@ -22,7 +22,7 @@ NOT_PRINTED = re.compile(
     r'<script\b.*?</script>|<details class="[^"]*\babove-input">.*?</details>|<a class="headerlink".*?</a>', re.S
 )
 """Scripts, and code that is folded on the page."""
-WIDE, HIGH, MARGIN = 8.27, 11.69, 0.65
+WIDE, HIGH, MARGIN = 8.27, 11.69, 0.5
 """A4, in inches."""
 PAGE = re.compile(rb"\n(\d+) 0 obj\n<</Type /Page\n")
 """A page of a PDF as Chromium writes it."""

@@ -266,11 +266,11 @@ def _small(board: Board) -> str:
     return f"{said}\n\n```{{raw}} html\n{body}\n```\n"
 
 
-def _counts(board: Board) -> str:
+def _counts(board: Board, own: bool = True) -> str:
     counts = Counter(board.verdicts.values())
     shown = " ".join(badge(verdict, f"{counts[verdict]} ") for verdict in get_args(Verdict) if counts[verdict])
-    own = sum(board.verdicts[c.id] == "reproduced" for c in board.book.claims if c.source.paper == "book")
-    return f"{shown} <small>({own} of the reproduced are claims of our own)</small>" if own else shown
+    ours = sum(board.verdicts[c.id] == "reproduced" for c in board.book.claims if c.source.paper == "book")
+    return f"{shown} <small>({ours} of the reproduced are claims of our own)</small>" if ours and own else shown
 
 
 def _summary(board: Board) -> str:
@@ -286,7 +286,7 @@ def _summary(board: Board) -> str:
     none_left = f", {waiting} have one that was not run yet" if waiting else ""
     return (
         f"**{tested} of {len(board.verdicts)} claims of three papers and this book are tested here**, each by a rule "
-        f"that could fail: {_counts(board)}\n\n"
+        f"that could fail: {_counts(board, own=False)}\n\n"
         f"Of {len(checks)} checks {stated} have a negative control{none_left}, {len(checks) - stated - waiting} can "
         f"have none. {len(found)} controls were recorded; {passed} of them passed the rule that should reject it."
         f"{by_luck if chance.judged else ''}\n"

@@ -179,7 +179,7 @@ def test_prose_with_theorems_terms_and_solutions_is_read_as_prose(browser, lab):
     read = "\n".join(text).replace("\xa0", " ")
     assert "Theorem 1 (Theorem 3.3, made explicit)" in read  # its number and title
     assert "written out (Theorem 1)" in read and "our sparse students even" in read  # a reference, a term
-    assert "On the right of fig-oracles" in read  # JupyterLab has no figures to count, so names are words
+    assert "On the right of the figure below" in read  # JupyterLab has no figures to count, so names are words
 
     closed = f"{OPEN} details.myst-dropdown:not([open])"
     proof = browser.find_element(By.CSS_SELECTOR, closed)
