@@ -231,11 +231,11 @@ class Routing:
         random, apart, rows = np.random.default_rng(seed), np.random.default_rng([seed, 1]), []
         for layer, chosen in enumerate(self.experts[there].transpose(1, 0, 2)):
 
-            def parts(rows, random, chosen=chosen):
-                """Information of some rows, and what it is by chance."""
-                dealt = [random.permutation(tokens[rows]) for _ in range(shuffles)]
-                by_chance = [_information(each, chosen[rows], self.n_experts) for each in dealt]
-                return _information(tokens[rows], chosen[rows], self.n_experts), by_chance
+            def parts(kept, random, chosen=chosen):
+                """Information of the rows that are kept, and what it is by chance."""
+                dealt = [random.permutation(tokens[kept]) for _ in range(shuffles)]
+                by_chance = [_information(each, chosen[kept], self.n_experts) for each in dealt]
+                return _information(tokens[kept], chosen[kept], self.n_experts), by_chance
 
             found, by_chance = parts(blocks >= 0, random)
             left = [parts(blocks != block, apart) for block in range(BLOCKS)]

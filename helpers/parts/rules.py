@@ -282,8 +282,6 @@ class RuleRows(SiteRows):
 
 # -- what is said of it ------------------------------------------------------------------------------------------------
 
-CHOSEN = {"sparsity": "sparsity", "pull": "weight"}
-"""What a row says of the remedy that was chosen: a Gated SAE's penalty, and how strongly thresholds are pulled."""
 SAID = ("fvu", "codes", "spread", "dead", "busiest", "max_violation", "in_effect", "ms", "multiply_adds")
 """Numbers of an outcome that a row of `reported` has as means over seeds."""
 
@@ -300,7 +298,8 @@ def reported(
             found[TWIN] = [each.about["twin"] for each in some]
         for name, abouts in found.items():
             row = {"k": k, "rule": name, "lr": some[0].arm.lr, "fvu_by_seed": [each["fvu"] for each in abouts]}
-            row |= {own: getattr(some[0].arm.remedy, name, None) for own, name in CHOSEN.items()}
+            remedy = some[0].arm.remedy
+            row |= {"sparsity": getattr(remedy, "sparsity", None), "pull": getattr(remedy, "weight", None)}
             row |= {measure: _mean(abouts, measure) for measure in SAID}
             row["ms_step"] = float(np.mean([1e3 * each.seconds / steps for each in some]))
             for way in ("unmoved", "from training"):

@@ -113,6 +113,8 @@ class TargetL0(Balance):
         allowed(self.target > 0 and self.weight > 0, f"target={self.target}, weight={self.weight}", "above 0")
 
     def loss(self, now: Moment) -> Tensor:
+        # with one, what is chosen is not all that lies above θ
+        allowed(now.dictionary.selection_bias is None, "TargetL0 with a selection bias", "a dictionary without one")
         above = now.dictionary.select.l0(now.trace.scores.gather(1, now.experts), now.experts)
         return self.weight * (above / self.target - 1) ** 2
 

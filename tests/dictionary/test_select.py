@@ -381,6 +381,15 @@ def test_thresholds_are_moved_to_the_number_of_codes_asked_for_and_stay_above_ze
         TargetL0(0)
 
 
+def test_codes_are_not_counted_where_a_bias_chose_others():
+    from helpers.training import Shuffled, fit
+
+    sae = topk_sae(6, 12, 3, generator=settings.generator(0), selection_bias=True, select=Select("threshold", 12))
+    rows = Shuffled(random(40, 6).float(), batch_size=20)
+    with pytest.raises(ValueError, match="TargetL0 with a selection bias; allowed: a dictionary without one"):
+        fit(sae, rows, steps=1, balance=remedies.TargetL0(3.0), cache_dir=False)
+
+
 def sparse_world(n=16, d=12, rows=1000):
     """Few atoms on at a time: what an SAE is for."""
     g = torch.Generator().manual_seed(3)
