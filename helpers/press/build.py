@@ -23,7 +23,7 @@ from rich.markup import escape
 from helpers import kept, settings
 from helpers.press import browse, claims, execution, finding, night, pages, polish, publish, reading, scoreboard
 from helpers.press.chapters import Job, digest_files
-from helpers.press.numbers import plain, words
+from helpers.press.numbers import unmarked, words
 
 FOR_TOOLS = re.compile(r"[ \t]*# (?:fmt: (?:skip|off|on)|noqa).*$", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -189,7 +189,7 @@ def _as_page(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             output.get("data", {}).pop(WIDGET, None)
         tags = cell.metadata.get("tags", [])
         for holder, key in words(cell):
-            holder[key] = plain(holder[key])
+            holder[key] = unmarked(holder[key])
         if cell.cell_type == "code":
             cell.source = FOR_TOOLS.sub("", cell.source)
             cell.metadata["tags"] = [*tags, "hide-input"] if "injected-parameters" in tags else tags

@@ -56,7 +56,6 @@ METHODS = {
     "random_router": Mark(AMBER, "random router", "v"),
     "random_directions": Mark(BROWN, "random directions", "D"),
     "fitted_directions": Mark(GREEN, "fitted directions", "^"),
-    "csr": Mark(AMBER, "CSR product", "v", "-."),
     # masks of expander SAEs; "expander" is the random one
     "clustered": Mark(VERMILION, "clustered mask", "s"),
     "informed": Mark(BROWN, "informed mask", "P"),

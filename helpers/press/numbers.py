@@ -5,7 +5,7 @@
 mean where several rows fit or a cell holds several numbers; `.ratio#0` is the first number of a cell, and
 `entries.candidates[…]` are the rows, or the one, that such a row's cell holds. With braces it is arithmetic:
 `1 - 1 / {…}`. A form that ends in ` %` is in percent. `<!--n 07/smollm2 …` is of the second model family's run.
-Captions and the words that stand for a figure have such marks too, which `plain` takes out for a page.
+Captions and the words that stand for a figure have such marks too, which `unmarked` takes out for a page.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def written(text: str) -> str:
     return MARK.sub(anew, text)
 
 
-def plain(text: str) -> str:
+def unmarked(text: str) -> str:
     """The text with its numbers and without their marks."""
     return MARK.sub(r"\4", text)
 
