@@ -59,8 +59,7 @@ class Select(nn.Module):
         _allowed(always >= 0, f"always={always}", "at least 0")
         _allowed(0 <= threshold < float("inf"), f"threshold={threshold}", "at least 0")
         _allowed(bandwidth > 0, f"bandwidth={bandwidth}", "above 0")
-        self.rule, self.n_groups, self.groups, self.always = rule, n_groups, groups, always
-        self.bandwidth = bandwidth
+        self.rule, self.n_groups, self.groups, self.always, self.bandwidth = rule, n_groups, groups, always, bandwidth
         if rule == "threshold":
             _allowed(n_features > 0, f"n_features={n_features} for 'threshold'", "the number of scores")
             self.threshold = nn.Parameter(torch.full((n_features,), float(threshold)))
@@ -69,9 +68,8 @@ class Select(nn.Module):
 
     def check(self, k: int, n: int) -> None:
         """`ValueError` where this rule cannot choose k of n atoms."""
-        own = f"select={self.rule!r}"
+        own, room = f"select={self.rule!r}", n // self.n_groups * self.groups
         _allowed(n % self.n_groups == 0, f"{own}, n_groups={self.n_groups}", f"a divisor of n_features={n}")
-        room = n // self.n_groups * self.groups
         _allowed(k <= room, f"{own}, k={k}", f"up to {room}, the atoms of {self.groups} groups of {self.n_groups}")
         _allowed(self.always <= k, f"{own}, always={self.always}", f"up to k={k}")
         thresholds = len(self.threshold) if self.rule == "threshold" else n
@@ -85,7 +83,8 @@ class Select(nn.Module):
         """`values` where chosen, else 0; θ learns by the straight-through rule, from what lies within ε/2 of it."""
         if self.rule != "threshold":
             return values.where(on, 0)
-        return _Jump.apply(values, self.threshold[indices], chosen.detach(), on, self.bandwidth)
+        threshold = self.threshold[indices]
+        return values.where(on, 0) + self._through(chosen, threshold, threshold)  # eq. 11
 
     def l0(self, scores: Float[Tensor, "batch n"], indices: Int[Tensor, "batch n"] | None = None) -> Float[Tensor, ""]:
         """Mean number of scores above θ, with the straight-through gradient for θ alone (JumpReLU, eq. 12).
@@ -93,7 +92,13 @@ class Select(nn.Module):
         With `indices` the scores are those of these atoms: what `forward` gives has all that count for either.
         """
         threshold = self.threshold if indices is None else self.threshold[indices]
-        return _Step.apply(scores.detach(), threshold, self.bandwidth).sum(1).mean()
+        return ((scores > threshold) + self._through(scores, threshold, torch.ones(()))).sum(1).mean()
+
+    def _through(self, scores: Tensor, threshold: Tensor, height: Tensor) -> Tensor:
+        """0, whose derivative for θ is −(height/ε) · rectangle((score − θ)/ε): that of a step of this height at θ."""
+        window = (scores - threshold).abs() < self.bandwidth / 2  # never where θ is infinite: no number comes of that
+        zero = (threshold.detach() - threshold).where(window, 0)
+        return zero * height.detach().where(window, 0) / self.bandwidth
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -191,51 +196,5 @@ def _reaching(scores: Tensor, k: int, floor: Callable[[Tensor], Tensor | float])
     return values, indices
 
 
-RULES: dict[str, Callable[[Select, Tensor, int], Chosen]] = {
-    "token": _token,
-    "batch": _batch,
-    "threshold": _threshold,
-    "atom": _atom,
-    "groups": _groups,
-    "always": _always,
-    "positive": _positive,
-    "magnitude": _magnitude,
-}
-
-
-# -- straight through a step -------------------------------------------------------------------------------------------
-
-
-def _window(margins: Tensor, bandwidth: float) -> Tensor:
-    return (margins.abs() < bandwidth / 2) / bandwidth
-
-
-class _Jump(torch.autograd.Function):
-    """values · H(score − θ), with ∂/∂θ = −(θ/ε) · rectangle((score − θ)/ε): JumpReLU, eq. 11."""
-
-    @staticmethod
-    def forward(ctx, values, threshold, scores, on, bandwidth):
-        ctx.save_for_backward(threshold, scores, on)
-        ctx.bandwidth = bandwidth
-        return values.where(on, 0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        threshold, scores, on = ctx.saved_tensors
-        for_threshold = -threshold * _window(scores - threshold, ctx.bandwidth) * grad
-        return grad.where(on, 0), for_threshold, None, None, None
-
-
-class _Step(torch.autograd.Function):
-    """H(score − θ), with ∂/∂θ = −rectangle((score − θ)/ε)/ε."""
-
-    @staticmethod
-    def forward(ctx, scores, threshold, bandwidth):
-        ctx.save_for_backward(scores, threshold)
-        ctx.bandwidth = bandwidth
-        return (scores > threshold).to(scores.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        scores, threshold = ctx.saved_tensors
-        return None, (-_window(scores - threshold, ctx.bandwidth) * grad).sum_to_size(threshold.shape), None
+NAMED = (_token, _batch, _threshold, _atom, _groups, _always, _positive, _magnitude)
+RULES: dict[str, Callable[[Select, Tensor, int], Chosen]] = {rule.__name__[1:]: rule for rule in NAMED}
