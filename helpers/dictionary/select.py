@@ -22,24 +22,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from helpers.dictionary.rows import starts_by_row
+
 Chosen = tuple[Int[Tensor, "batch K"], Bool[Tensor, "batch K"] | None]
-RATE = 0.01
-"""Of the running mean of the smallest chosen score, which BatchTopK takes as its threshold behind training."""
+RATE, BLOCK = 0.01, 64
+"""Of the running mean of the smallest chosen score, BatchTopK's threshold behind training; rows that fit a cache."""
 
 
 class Select(nn.Module):
-    """One rule and its numbers; `Select()` is the k best of each input.
+    """One rule and its numbers; `Select()` is the k best of each input. `ValueError` for what no input can meet.
 
     Args:
         rule: a name in `RULES`.
         n_features: how many scores there are. Only "threshold" needs it, for θ [n_features].
-        n_groups, groups: experts lie in that many equal groups side by side, of which the best ones (by their best
-            score) may be chosen from.
+        n_groups, groups: how many equal groups lie side by side, and how many, by their best score, are chosen from.
         always: how many first atoms every input has.
         threshold: where θ starts, for "threshold" a parameter, for "batch" a running mean; ≥ 0.
         bandwidth: ε of the rectangle that stands for the derivative of the step at θ (JumpReLU, eq. 11).
-
-    Raises `ValueError` for numbers that no input can meet.
     """
 
     def __init__(
@@ -59,6 +58,7 @@ class Select(nn.Module):
         _allowed(always >= 0, f"always={always}", "at least 0")
         _allowed(0 <= threshold < float("inf"), f"threshold={threshold}", "at least 0")
         _allowed(bandwidth > 0, f"bandwidth={bandwidth}", "above 0")
+        self.width = 0  # see `_reaching`
         self.rule, self.n_groups, self.groups, self.always, self.bandwidth = rule, n_groups, groups, always, bandwidth
         if rule == "threshold":
             _allowed(n_features > 0, f"n_features={n_features} for 'threshold'", "the number of scores")
@@ -87,18 +87,14 @@ class Select(nn.Module):
         return values.where(on, 0) + self._through(chosen, threshold, threshold)  # eq. 11
 
     def l0(self, scores: Float[Tensor, "batch n"], indices: Int[Tensor, "batch n"] | None = None) -> Float[Tensor, ""]:
-        """Mean number of scores above θ, with the straight-through gradient for θ alone (JumpReLU, eq. 12).
-
-        With `indices` the scores are those of these atoms: what `forward` gives has all that count for either.
-        """
+        """Mean number of scores (of the atoms `indices`) above θ, which alone has a gradient (JumpReLU, eq. 12)."""
         threshold = self.threshold if indices is None else self.threshold[indices]
         return ((scores > threshold) + self._through(scores, threshold, torch.ones(()))).sum(1).mean()
 
     def _through(self, scores: Tensor, threshold: Tensor, height: Tensor) -> Tensor:
         """0, whose derivative for θ is −(height/ε) · rectangle((score − θ)/ε): that of a step of this height at θ."""
         window = (scores - threshold).abs() < self.bandwidth / 2  # never where θ is infinite: no number comes of that
-        zero = (threshold.detach() - threshold).where(window, 0)
-        return zero * height.detach().where(window, 0) / self.bandwidth
+        return (threshold.detach() - threshold).where(window, 0) * height.detach().where(window, 0) / self.bandwidth
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -109,9 +105,9 @@ class Select(nn.Module):
     @property
     def knobs(self) -> str:
         """The rule with its numbers, for tables and keys."""
-        numbers = {"groups": f"{self.groups} of {self.n_groups}", "always": self.always}
-        numbers |= {"threshold": f"width {self.bandwidth:g}"}
-        return f"{self.rule} ({numbers[self.rule]})" if self.rule in numbers else self.rule
+        groups, width = f"{self.groups} of {self.n_groups}", f"width {self.bandwidth:g}"
+        own = {"groups": groups, "always": self.always, "threshold": width}.get(self.rule)
+        return self.rule if own is None else f"{self.rule} ({own})"
 
 
 def _allowed(good: bool, given: str, what: str) -> None:
@@ -119,17 +115,14 @@ def _allowed(good: bool, given: str, what: str) -> None:
         raise ValueError(f"{given} cannot be; allowed: {what}")
 
 
-# -- the rules ---------------------------------------------------------------------------------------------------------
-
-
 def _token(select: Select, scores: Tensor, k: int) -> Chosen:
-    return scores.topk(k, dim=1).indices, None
+    return (scores.abs() if select.rule == "magnitude" else scores).topk(k, dim=1).indices, None
 
 
 def _batch(select: Select, scores: Tensor, k: int) -> Chosen:
     if not select.training:
-        return _best(scores, (scores > select.threshold).sum(1))
-    values, indices = _reaching(scores, k, lambda best: best.flatten().topk(k * len(best)).values[-1])
+        return _positive(select, scores, k, select.threshold)
+    values, indices = _reaching(select, scores, k, lambda best: best.flatten().topk(k * len(best)).values[-1])
     best, flat = values.flatten().topk(k * len(values))
     if (above := best[best > 0]).numel():  # the smallest that fires
         select.threshold.lerp_(above.min().to(select.threshold), RATE)
@@ -139,7 +132,7 @@ def _batch(select: Select, scores: Tensor, k: int) -> Chosen:
 
 def _threshold(select: Select, scores: Tensor, k: int) -> Chosen:
     near = -select.bandwidth / 2  # not chosen, but θ's gradient is theirs too
-    margins, indices = _reaching(scores - select.threshold.detach(), k, lambda _: near)
+    margins, indices = _reaching(select, scores, k, lambda _: near, select.threshold.detach())
     return _padded(indices[:, : _widest((margins > near).sum(1))], (margins > 0).sum(1))
 
 
@@ -147,8 +140,17 @@ def _atom(select: Select, scores: Tensor, k: int) -> Chosen:
     """Each atom takes its k·batch / n best inputs, rounded, one at least; what an input gets depends on the others."""
     batch, n = scores.shape
     taken = min(batch, max(1, round(k * batch / n)))
-    marked = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, scores.topk(taken, dim=0).indices, True)
-    return _best(scores.masked_fill(~marked, -torch.inf), marked.sum(1))
+    parts = (some.contiguous() for some in scores.split(BLOCK, dim=1))
+    takers = torch.cat([part.topk(taken, dim=0).indices for part in parts], 1)
+    order, starts = starts_by_row(takers, batch)
+    atoms, counts = order % n, torch.bincount(takers.flatten(), minlength=batch)
+    rows = torch.arange(batch, device=scores.device).repeat_interleave(counts)
+    free = torch.ones(batch, _widest(counts), dtype=torch.int, device=scores.device)
+    first = atoms < free.shape[1]
+    free[rows[first], atoms[first]] = 0
+    indices = free.argsort(dim=1, stable=True)  # at the places that stay padded: first atoms that are not chosen
+    indices[rows, torch.arange(len(rows), device=scores.device) - starts[rows]] = atoms
+    return _padded(indices, counts)
 
 
 def _groups(select: Select, scores: Tensor, k: int) -> Chosen:
@@ -164,16 +166,9 @@ def _always(select: Select, scores: Tensor, k: int) -> Chosen:
     return torch.cat([first, rest], dim=1), None
 
 
-def _positive(select: Select, scores: Tensor, k: int) -> Chosen:
-    return _best(scores, (scores > 0).sum(1))
-
-
-def _magnitude(select: Select, scores: Tensor, k: int) -> Chosen:
-    return _token(select, scores.abs(), k)
-
-
-def _best(scores: Tensor, counts: Tensor) -> Chosen:
-    """The `counts[b]` best of each row, padded to the largest of them by the next best."""
+def _positive(select: Select, scores: Tensor, k: int, above: Tensor | float = 0.0) -> Chosen:
+    """Every score above that; a row is padded by its next best."""
+    counts = (scores > above).sum(1)
     return _padded(scores.topk(_widest(counts), dim=1).indices, counts)
 
 
@@ -182,19 +177,24 @@ def _widest(counts: Tensor) -> int:
 
 
 def _padded(indices: Tensor, counts: Tensor) -> Chosen:
-    """Indices in falling order of score, and which of them count."""
+    """Indices, and which of them count."""
     return indices, torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
 
 
-def _reaching(scores: Tensor, k: int, floor: Callable[[Tensor], Tensor | float]) -> tuple[Tensor, Tensor]:
-    """The best of each row, values and indices, so many that none is left out that reaches the floor, which the first
-    4k of each row set: to look through all of them in order takes longer."""
-    values, indices = scores.topk(min(scores.shape[1], 4 * k), dim=1)
-    low = floor(values)  # with more of them it can only rise
-    if values.shape[1] < scores.shape[1] and bool((values[:, -1] >= low).any()):
-        values, indices = scores.topk(_widest((scores >= low).sum(1)), dim=1)
-    return values, indices
+def _reaching(select: Select, scores: Tensor, k: int, floor: Callable, shift: Tensor | None = None) -> list[Tensor]:
+    """The best of each row less `shift`, values and indices, so many that none is left out that reaches the floor,
+    which the first of each row set. How many that took the last time is where the next begins: all take longer."""
+    width = min(scores.shape[1], max(k, select.width or 2 * k))
+    while True:
+        parts = [(part if shift is None else part - shift).topk(width) for part in scores.split(BLOCK)]
+        values, indices = (torch.cat(each) for each in zip(*parts, strict=True))
+        low = floor(values)  # with more of them it can only rise
+        if width == scores.shape[1] or not bool((values[:, -1] >= low).any()):
+            select.width = 1 + 5 * _widest((values >= low).sum(1)) // 4
+            return [values, indices]
+        reach = scores >= low if shift is None else scores - shift >= low
+        width = min(scores.shape[1], 1 + _widest(reach.sum(1)))
 
 
-NAMED = (_token, _batch, _threshold, _atom, _groups, _always, _positive, _magnitude)
-RULES: dict[str, Callable[[Select, Tensor, int], Chosen]] = {rule.__name__[1:]: rule for rule in NAMED}
+NAMED = (_token, _batch, _threshold, _atom, _groups, _always, _positive)
+RULES: dict[str, Callable[..., Chosen]] = {rule.__name__[1:]: rule for rule in NAMED} | {"magnitude": _token}

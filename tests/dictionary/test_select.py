@@ -439,6 +439,31 @@ def test_codes_that_crowd_in_one_row_are_all_found(rule):
     assert torch.equal(found, scores >= cut) and found[2].sum() > 24 and not found[0].any()
 
 
+@pytest.mark.parametrize("rule", ["batch", "threshold"])
+@given(seed=st.integers(0, 999), order=st.lists(st.sampled_from(["plain", "crowded", "ties", "none"]), max_size=6))
+def test_what_was_looked_at_before_changes_no_choice(rule, seed, order):
+    """How many scores of a row are looked at first is what the batch before needed."""
+    select, own = selecting(rule, 48, seed)
+    kinds = {"plain": random(5, 48, seed=seed), "none": -9 - random(5, 48, seed=seed).abs()}
+    kinds["crowded"] = kinds["plain"] + 9 * (torch.arange(5) == seed % 5)[:, None]
+    kinds["ties"] = kinds["plain"].round()
+    for kind in order:
+        found = chosen(select, kinds[kind], 4)
+        if kind != "ties":
+            assert found == reference.pairs(kinds[kind].numpy(), 4, rule, **own)
+        assert sorted(kinds[kind][b, j].item() for b, j in found) == sorted(
+            kinds[kind][b, j].item() for b, j in reference.pairs(kinds[kind].numpy(), 4, rule, **own)
+        )
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_places_that_stay_empty_under_expert_choice_hold_other_atoms(rounded):
+    scores = random(7, 40, seed=2)
+    indices, on = Select("atom")(scores.round() if rounded else scores, 6)
+    assert on.sum() == 40 and not on.all()
+    assert all(len(set(row.tolist())) == len(row) for row in indices) and 0 <= indices.min() and indices.max() < 40
+
+
 def test_padded_codes_add_nothing_to_sums_or_gradients():
     g = settings.generator(1)
     weight = torch.randn(9, 5, generator=g, dtype=torch.float64, requires_grad=True)
