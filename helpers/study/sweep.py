@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,7 +40,7 @@ def sweep(
     Runs of small models do not fill several cores, so cells side by side finish sooner than threads within one. Cells
     that store what they have done (`fit` does) are not repeated by a sweep that is started again. `ValueError` for
     workers below 0, and where no scheduler answers within seconds; `RuntimeError` names the cell that failed, from its
-    error, and those that have not begun are given up.
+    error, and those that have not begun are given up; or says that the scheduler went away.
 
     Args:
         task: a function of an importable module; its arguments and result travel between processes.
@@ -56,23 +56,33 @@ def sweep(
     if workers == 0 or address is None and processes == 1:
         threads = torch.get_num_threads() if workers == 0 else 1
         return [_alone(task, cell, threads) for cell in settings.progress(cells, label, delay=2)]
-    return _on_dask(task, cells, label, _client(address, processes))
+    return _on_dask(task, cells, label, _client(address, 0 if address else processes))
 
 
 def _on_dask(task: Callable[..., T], cells: Sequence[Mapping[str, Any]], label: str, client: Client) -> list[T]:
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
+    if not client.scheduler_info(n_workers=1)["workers"]:
+        warnings.warn(
+            f"the scheduler at {client.scheduler.address} has no workers yet; cells wait for one", stacklevel=3
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cells that carry arrays are large; that is meant
         futures = {client.submit(_alone, task, dict(cell), pure=False): cell for cell in cells}
+    ended, again = 0, "its process was killed each time; was memory enough?"
     try:
         for done in settings.progress(as_completed(futures), label, total=len(futures), delay=2):
             if isinstance(error := done.exception(), KilledWorker):
-                error = RuntimeError(_failed(task, futures[done], "its process was killed twice; was memory enough?"))
+                error = RuntimeError(_failed(task, futures[done], again))
             if error is not None:
                 raise error
+            ended += done.status == "finished"
         return [future.result() for future in futures]
+    except CancelledError:
+        _client.cache_clear()
+        gone = f"{ADDRESS}={client.scheduler.address!r}: the scheduler went away when {ended} of {len(futures)} cells"
+        raise RuntimeError(f"{gone} had ended; start it again: what a cell stored is not repeated") from None
     finally:
         client.cancel(list(futures))
 

@@ -461,7 +461,7 @@ def test_places_that_stay_empty_under_expert_choice_hold_other_atoms(rounded):
     scores = random(7, 40, seed=2)
     indices, on = Select("atom")(scores.round() if rounded else scores, 6)
     assert on.sum() == 40 and not on.all()
-    assert all(len(set(row.tolist())) == len(row) for row in indices) and 0 <= indices.min() and indices.max() < 40
+    assert all(len(set(row.tolist())) == len(row) for row in indices) and indices.min() >= 0 and indices.max() < 40
 
 
 def test_padded_codes_add_nothing_to_sums_or_gradients():
