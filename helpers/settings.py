@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import re
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -220,26 +219,23 @@ def as_json(value: Any) -> Any:
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder that appears under its name when it is complete. One that is there already is replaced."""
-    new = None
+    aside = {"dir": target.parent, "prefix": f".{target.name}.", "ignore_cleanup_errors": True}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        yield new
-        for path in (new, *new.rglob("*")):  # mkdtemp and safetensors make what only their owner can read
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-        if target.is_dir():
-            os.replace(target, old / "old")
-        os.replace(new, target)
-        shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(**aside) as name:
+            old, new = Path(name, "old"), Path(name, "new")
+            new.mkdir()
+            yield new
+            for path in (new, *new.rglob("*")):  # safetensors makes files that only their owner can read
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            if target.is_dir():
+                os.replace(target, old)
+            os.replace(new, target)
     except Exception as error:
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise  # the words are those of libraries in Rust (safetensors, tokenizers) for what is an OSError
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"{target} cannot be written: {why}; allowed: a folder with room") from error
-    finally:
-        if new is not None:
-            shutil.rmtree(new, ignore_errors=True)
 
 
 # -- trees of numbers, texts, arrays and tensors, as bytes without pickle ---------------------------------------------
