@@ -190,37 +190,19 @@ def by_group(values: Float[Tensor, " rows"], groups: Int[Tensor | np.ndarray, " 
 
 @dataclass(frozen=True)
 class Recovery:
-    """How well learned directions match true ones, in both directions.
-
-    `of_truth` [n_true] is each true feature's largest cosine over the learned ones, `of_learned` [n_learned] each
-    learned one's over the true ones, and `twin` [n_learned] its largest cosine with another learned one.
-    """
+    """How well learned directions match true ones. What is a share of the learned ones is NaN where there are none."""
 
     of_truth: Float[Tensor, " n_true"]
-    of_learned: Float[Tensor, " n_learned"]
-    twin: Float[Tensor, " n_learned"]
+    """Each true feature's largest cosine over the learned ones."""
+    found: float
+    """Share of the true features that some learned one matches (recall)."""
+    matched: float
+    """Share of the learned features that match some true one (precision)."""
+    mmcs: float
+    """Mean over true features of the largest cosine; it ignores duplicates."""
     mcc: float
-    threshold: float = 0.9
-
-    @property
-    def found(self) -> float:
-        """Share of the true features that some learned one matches (recall)."""
-        return float((self.of_truth > self.threshold).double().mean())
-
-    @property
-    def matched(self) -> float:
-        """Share of the learned features that match some true one (precision)."""
-        return float((self.of_learned > self.threshold).double().mean()) if len(self.of_learned) else math.nan
-
-    @property
-    def mmcs(self) -> float:
-        """Mean over true features of the largest cosine; it ignores duplicates."""
-        return float(self.of_truth.double().mean())
-
-    @property
-    def duplicates(self) -> float:
-        """Share of the learned features that have a twin among the others."""
-        return float((self.twin > self.threshold).double().mean()) if len(self.twin) else math.nan
+    duplicates: float
+    """Share of the learned features that match another learned one."""
 
 
 def recovery(
@@ -233,14 +215,15 @@ def recovery(
     """
     truth, learned = unit(truth), unit(learned)
     cosines = truth @ learned.T
-    if not learned.shape[0]:
-        nothing = learned.new_zeros(0)
-        return Recovery(learned.new_zeros(len(truth)), nothing, nothing, 0.0, threshold)
+    if not len(learned):
+        return Recovery(learned.new_zeros(len(truth)), 0.0, math.nan, 0.0, 0.0, math.nan)
     pairs = linear_sum_assignment(cosines.clamp(min=0).double().cpu().numpy(), maximize=True)
     mcc = float(cosines[pairs].clamp(min=0).double().sum() / len(truth))
     among = learned @ learned.T
     among.fill_diagonal_(-1)
-    return Recovery(cosines.amax(1), cosines.amax(0), among.amax(1), mcc, threshold)
+    best = cosines.amax(1), cosines.amax(0), among.amax(1)
+    found, matched, duplicates = (float((each > threshold).double().mean()) for each in best)
+    return Recovery(best[0], found, matched, float(best[0].double().mean()), mcc, duplicates)
 
 
 FEWEST = 5
