@@ -431,9 +431,7 @@ class Pinned(Balance):
         n = scores.shape[1]
         if self.load == "random":
             rows = _random_rows(n, now.inputs.shape[1], self.seed).to(now.inputs)
-            b_in = now.dictionary.b_in
-            centred = now.inputs if b_in is None else now.inputs - b_in.detach()
-            indices = (centred @ rows.T).topk(indices.shape[1], dim=1).indices
+            indices = (now.centred @ rows.T).topk(indices.shape[1], dim=1).indices
         share = load_shares(indices, n, scores.dtype)
         if self.load == "permuted":
             order = torch.randperm(n, generator=settings.generator(settings.mix(self.seed, now.step)))

@@ -151,8 +151,7 @@ def run(
     done = fits(problem, [arms[i] for i in missing], seed, device=device, cache_dir=cache_dir) if missing else []
     for i, each in zip(missing, done, strict=True):
         judged = problem.judge(each.student, seed)
-        found[i] = {"sums": judged.sums, "validation": judged.validation, "about": judged.about}
-        found[i] |= {"curve": (each.steps, each.loss), "seconds": each.seconds}
+        found[i] = vars(judged) | {"curve": (each.steps, each.loss), "seconds": each.seconds}
         if cache_dir is not False:
             with places[i].lock():  # under it what a killed process left of this file is cleared away
                 places[i].write(found[i])

@@ -59,6 +59,12 @@ class Moment:
         return (self.target - self.trace.output).detach()
 
     @property
+    def centred(self) -> Float[Tensor, "batch d_in"]:
+        """The inputs without b_in, as the encoder is given them."""
+        b_in = self.dictionary.b_in
+        return self.inputs if b_in is None else self.inputs - b_in
+
+    @property
     def experts(self) -> Int[Tensor, "batch k"]:
         """The router rows that were chosen; each brings `expert_rank` atoms."""
         rank = self.dictionary.expert_rank
@@ -73,6 +79,10 @@ class Moment:
     def dead(self, silent_for: int) -> Int[Tensor, " n_dead"]:
         """Atoms that have not fired for that many steps."""
         return (self.silent >= silent_for).nonzero()[:, 0]
+
+    def pre_acts(self, atoms: Int[Tensor, " n"]) -> Float[Tensor, "batch n"]:
+        """Pre-activations of these atoms with a gradient: a product with their rows only."""
+        return self.dictionary.encoder.scores(self.centred, atoms)
 
 
 @dataclass(frozen=True)
@@ -236,12 +246,6 @@ class LossFree(Balance):
 # -- from the literature on sparse autoencoders ------------------------------------------------------------------------
 
 
-def _dead_pre_acts(now: Moment, dead: Int[Tensor, " n_dead"]) -> Float[Tensor, "batch n_dead"]:
-    """Pre-activations of these atoms with a gradient: a product with their rows only."""
-    x = now.inputs if now.dictionary.b_in is None else now.inputs - now.dictionary.b_in
-    return now.dictionary.encoder.scores(x, dead)
-
-
 @dataclass(frozen=True)
 class AuxK(Balance):
     """Auxiliary loss of Gao et al. (2024, §A.2): the strongest dead atoms reconstruct what the live ones leave.
@@ -263,7 +267,7 @@ class AuxK(Balance):
         if not len(dead):
             return 0.0
         wanted = self.k_aux or now.dictionary.d_out // 2
-        top = _dead_pre_acts(now, dead).topk(min(wanted, len(dead)), dim=1)
+        top = now.pre_acts(dead).topk(min(wanted, len(dead)), dim=1)
         values = ACTIVATIONS[now.dictionary.activation](top.values)
         residual = now.residual
         guess = now.dictionary.decoder.combine(values, dead[top.indices])
@@ -292,12 +296,13 @@ class Gated(Balance):
         model, indices = now.dictionary, now.trace.codes.indices
         gated = model.select.rule == "positive" and model.router is not model.encoder and model.expert_rank == 1
         allowed(gated, f"{self} with {model.knobs}", "what gated_sae makes")
-        x = now.inputs if model.b_in is None else now.inputs - model.b_in
-        gates = model.router.chosen(x, indices, now.trace.scores.gather(1, indices)).relu()  # all that are above zero
+        gates = model.router.chosen(
+            now.centred, indices, now.trace.scores.gather(1, indices)
+        ).relu()  # all that are above zero
         write, bias = model.decoder.vectors(), now.inputs.new_zeros(()) if model.b_out is None else model.b_out
         write, bias = (write.detach(), bias.detach()) if self.frozen else (write, bias)
         guess = weighted_sum(gates, indices, write) + bias
-        sparsity = self.sparsity * gates.sum() / (len(x) * now.variance**0.5)
+        sparsity = self.sparsity * gates.sum() / (len(gates) * now.variance**0.5)
         return sparsity + normalised_mse(guess, now.target, now.variance)
 
 
@@ -342,7 +347,7 @@ class Ghost(Balance):
         dead = now.dead(self.silent_for)
         if not len(dead):
             return 0.0
-        pre_acts = _dead_pre_acts(now, dead)
+        pre_acts = now.pre_acts(dead)
         # a factor per sample drops out in the rescaling below, so exp need not overflow
         ghost = (pre_acts - pre_acts.detach().amax(1, keepdim=True)).exp() @ now.dictionary.decoder.vectors(dead)
         residual = now.residual
@@ -408,10 +413,7 @@ class Resample(Balance):
         chances = now.residual.cpu().double().square().sum(1) ** self.power  # the same draws on every device
         random = settings.generator(settings.mix(self.seed, now.step))
         rows = torch.multinomial(chances, n, replacement=True, generator=random).to(now.inputs.device)
-        if self.toward == "residual":
-            return now.residual[rows]
-        b_in = now.dictionary.b_in
-        return now.inputs[rows] if b_in is None else now.inputs[rows] - b_in
+        return (now.residual if self.toward == "residual" else now.centred)[rows]
 
 
 @dataclass(frozen=True)
