@@ -115,24 +115,30 @@ class Entry(NamedTuple):
             raise ValueError(f"{dtype} of shape={shape!s:.80} in bytes {start} to {end}; allowed: {size} bytes")
         return cls(file, first + start, first + end, dtype, tuple(shape))
 
+    def read(self, open_file: Opener) -> Tensor:
+        """The tensor as a view of the bytes that are read, in the stored precision."""
+        data = bytearray(self.end - self.start)
+        with open_file(self.file) as opened:
+            opened.seek(self.start)
+            if (got := opened.readinto(data)) != len(data):
+                raise ValueError(f"{self.file} is truncated: {got:,} of {len(data):,} bytes at byte {self.start:,}")
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
+
 
 class Slab(NamedTuple):
-    """One expert's matrix in a file: `shape` as stored, [d_model, f] once transposed if need be, and a part of f."""
+    """One expert's matrix as it is stored: [d_model, f] once transposed if need be, and a part of f."""
 
-    file: str
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, int]
+    stored: Entry
     transposed: bool
     part: str
 
     @property
     def d_ff(self) -> int:
-        return self.shape[not self.transposed] // (1 if self.part == "all" else 2)
+        return self.stored.shape[not self.transposed] // (1 if self.part == "all" else 2)
 
     def read(self, open_file: Opener) -> Float[Tensor, "d_model d_ff"]:
         """The matrix in the stored precision."""
-        matrix = _read(open_file, self.file, self.start, self.dtype, self.shape)
+        matrix = self.stored.read(open_file)
         return PARTS[self.part](matrix.T if self.transposed else matrix)
 
 
@@ -337,10 +343,7 @@ class Checkpoint:
         return entry
 
     def tensor(self, name: str | None) -> Tensor | None:
-        if name is None:
-            return None
-        entry = self.entry(name)
-        return _read(self.open, entry.file, entry.start, DTYPES[entry.dtype], entry.shape).float()
+        return None if name is None else self.entry(name).read(self.open).float()
 
     @cached_property
     def layers_with_experts(self) -> list[int]:
@@ -409,11 +412,12 @@ class Checkpoint:
             entry = self.entry(name)
             if len(entry.shape) != len(axes) or entry.shape[axes.index("d")] != d_model:
                 raise ValueError(f"{name} of {self.source} is {list(entry.shape)}; expected axes {axes}, d={d_model}")
-            dtype, (*fused, rows, columns) = DTYPES[entry.dtype], entry.shape
+            *fused, rows, columns = entry.shape
+            size = rows * columns * DTYPES[entry.dtype].itemsize
             for i in range(fused[0] if fused else 1):
-                start = entry.start + i * rows * columns * dtype.itemsize
-                number = i if fused else int(match[1])
-                slabs[number] = Slab(entry.file, start, dtype, (rows, columns), axes.endswith("fd"), part)
+                start = entry.start + i * size
+                stored = entry._replace(start=start, end=start + size, shape=(rows, columns))
+                slabs[i if fused else int(match[1])] = Slab(stored, axes.endswith("fd"), part)
         if lost := sorted(set(range(n_experts)) ^ set(slabs)):
             raise ValueError(f"{self.source}: layer {n} has {n_experts} router rows, but {which} differs for {lost}")
         if len(widths := {slab.d_ff for slab in slabs.values()}) > 1:
@@ -431,16 +435,6 @@ class Checkpoint:
 
 def _is_expert(name: str) -> bool:
     return bool(re.search(r"(?:^|\.)experts\.|block_sparse_moe\.(?:in|out)put_linear", name))
-
-
-def _read(open_file: Opener, file: str, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A tensor as a view of the bytes that were read, in the stored precision."""
-    data = bytearray(size := math.prod(shape) * dtype.itemsize)
-    with open_file(file) as opened:
-        opened.seek(start)
-        if (got := opened.readinto(data)) != size:
-            raise ValueError(f"{file} is truncated: {got:,} of {size:,} bytes at byte {start:,}")
-    return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
