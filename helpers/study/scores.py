@@ -30,8 +30,7 @@ def fvu(output: Float[Tensor, "rows d"], target: Float[Tensor, "rows d"]) -> flo
 
 def quotient(errors: float | Tensor, norms: float | Tensor) -> float:
     """FVU of two sums; `ValueError` where the targets do not vary, since it divides by their variance."""
-    if norms == 0:
-        raise ValueError("targets are constant; allowed: rows that vary, since FVU divides by their variance")
+    allowed(bool(norms != 0), "targets are constant", "rows that vary, since FVU divides by their variance")
     return float(errors / norms)
 
 
@@ -68,10 +67,6 @@ class Evaluation:
     def largest_rate(self) -> float:
         return float(self.rates.max()) if len(self.rates) else math.nan
 
-    @property
-    def n(self) -> int:
-        return len(self.squared_error)
-
 
 @torch.no_grad()
 def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluation:
@@ -81,16 +76,15 @@ def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluati
         inputs, targets: [rows, d] tensors or memory-mapped arrays; `targets` defaults to `inputs`.
     """
     targets = inputs if targets is None else targets
-    if not len(inputs) or len(inputs) != len(targets):
-        raise ValueError(f"inputs has {len(inputs)} rows, targets {len(targets)}; allowed: as many, at least one")
+    given = f"inputs has {len(inputs)} rows, targets {len(targets)}"
+    allowed(0 < len(inputs) == len(targets), given, "as many, at least one")
     where = next(model.parameters())
     first = as_tensor(targets, slice(1)).to(where.dtype).cpu().double()  # from which a constant differs by exact zeros
-    beyond = sum(
-        (as_tensor(targets, s).to(where.dtype).cpu().double() - first).sum(0) for s in _slices(len(targets), batch_size)
-    )
+    batches = [slice(start, start + batch_size) for start in range(0, len(inputs), batch_size)]
+    beyond = sum((as_tensor(targets, rows).to(where.dtype).cpu().double() - first).sum(0) for rows in batches)
     mean = first + beyond / len(targets)
     errors, norms, fired, silent = [], [], torch.zeros(model.n_atoms, dtype=torch.long, device=where.device), 0
-    for rows in _slices(len(inputs), batch_size):
+    for rows in batches:
         x, y = (as_tensor(a, rows).to(where.device, where.dtype) for a in (inputs, targets))
         trace = model.trace(x)
         errors.append((trace.output - y).cpu().double().square().sum(1))  # an mps has no float64
@@ -102,14 +96,9 @@ def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluati
     return Evaluation(torch.cat(errors), torch.cat(norms), fired.cpu().double() / len(inputs), share)
 
 
-def _slices(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
 def ce_recovered(ablated: float, spliced: float, clean: float) -> float:
     """(CE_ablated − CE_spliced) / (CE_ablated − CE_clean): 1 loses nothing, 0 is as bad as ablating (zero or mean)."""
-    if ablated == clean:
-        raise ValueError(f"ablated={ablated} equals clean; allowed: an ablation that changes the loss")
+    allowed(ablated != clean, f"ablated={ablated} equals clean", "an ablation that changes the loss")
     return (ablated - spliced) / (ablated - clean)
 
 
@@ -151,8 +140,7 @@ def interval(value: float, *without: np.ndarray, level: float = 0.95, scale: str
 
 
 def t_interval(data: Num[np.ndarray, "units ..."], statistic: Callable = np.mean, **options) -> Interval:
-    """Interval of `statistic(data)` over the FIRST axis of `data` (articles, seeds); for a mean, Student's. `options`
-    go to `interval`.
+    """Interval (of a mean, Student's) of `statistic(data)` over the FIRST axis of `data`; `options` of `interval`.
 
     For a ratio of sums, let the columns be numerator and denominator:
     `t_interval(np.c_[errors, norms], lambda a: a[:, 0].sum() / a[:, 1].sum())`.
@@ -246,8 +234,7 @@ class Comparison:
 
 
 def over_seeds(*columns: Iterable[float], statistic: Callable[..., float] = np.mean, **options) -> Comparison:
-    """`statistic(*columns)` of numbers that have one value a seed; a seed is left out of all columns at once. `options`
-    (`level`, `scale`) go to `interval`."""
+    """`statistic(*columns)` of one value a seed each; a seed is left out of all at once. `options` of `interval`."""
     values = np.stack([np.asarray(column, float) for column in columns], axis=1)
 
     def of(rows: Float[np.ndarray, "seeds columns"]) -> float:
@@ -283,8 +270,8 @@ def relabelled(*columns: Iterable[float], draws: int = RELABELLINGS) -> Iterator
     """Columns with their labels dealt afresh for each seed: alike but for noise. Dealings that are alike for all seeds
     only rename the columns, and are left out. Raises `ValueError` for fewer than two seeds."""
     values, random = np.array([list(column) for column in columns], float), np.random.default_rng(0)
-    if values.shape[1] < 2:
-        raise ValueError(f"columns have {values.shape[1]} seeds; allowed: at least 2, so that labels can be dealt")
+    seeds = values.shape[1]
+    allowed(seeds > 1, f"columns have {seeds} seeds", "at least 2, so that labels can be dealt")
     while draws:
         places = random.permuted(np.indices(values.shape)[0], axis=0)
         if (places != places[:, :1]).any():
@@ -307,11 +294,8 @@ class Totals:
         self.columns, self.seeds, self.weights = columns, seeds, weights
 
     def __getitem__(self, column: str) -> Float[np.ndarray, "seeds ..."]:
-        values = self.columns[column]
-        if values.shape[1] != len(self.weights):
-            raise ValueError(
-                f"column {column!r} has {values.shape[1]} units; allowed: {len(self.weights)}, as the others"
-            )
+        values, units = self.columns[column], len(self.weights)
+        allowed(values.shape[1] == units, f"column {column!r} has {values.shape[1]} units", f"{units}, as the others")
         return np.tensordot(values[self.seeds], self.weights, ([1], [0]))
 
     def total(self, column: str) -> float:
@@ -354,11 +338,10 @@ class Sums:
 
     def seeds(self, *names: Hashable) -> list[int]:
         """Seeds that all of these cells have; `ValueError` where there is none, or a name is unknown."""
-        if unknown := [name for name in names if name not in self.cells]:
-            raise ValueError(f"cells={unknown} are not in the table; allowed: {', '.join(map(str, self.cells))}")
+        unknown = [name for name in names if name not in self.cells]
+        allowed(not unknown, f"cells={unknown} are not in the table", ", ".join(map(str, self.cells)))
         common = set.intersection(*(set(self.cells[name]) for name in names))
-        if not common:
-            raise ValueError(f"no seed is common to {', '.join(map(str, names))}; allowed: at least one")
+        allowed(bool(common), f"no seed is common to {', '.join(map(str, names))}", "at least one")
         return sorted(common)
 
     def compare(
@@ -380,8 +363,8 @@ class Sums:
         sizes = {data[0][column].shape[1] for column in self.shared}
         sizes = sizes or {array.shape[1] for columns in data for array in columns.values()}
         units = min(sizes)
-        if len(sizes) != 1 or (units < 2 and fewest <= 2):
-            raise ValueError(f"cells have {sorted(sizes)} units; allowed: the same for all, at least 2")
+        good = len(sizes) == 1 and (units > 1 or fewest > 2)
+        allowed(good, f"cells have {sorted(sizes)} units", "the same for all, at least 2")
 
         def of(at: np.ndarray, weights: np.ndarray) -> float:
             return float(statistic(*(Totals(columns, at, weights) for columns in data)))

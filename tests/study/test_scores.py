@@ -32,7 +32,7 @@ def test_evaluation_equals_a_dense_recount():
     x = torch.randn(700, 6, generator=generator(1), dtype=torch.float64)
     result = scores.evaluate(model, x.numpy(), batch_size=128)
     codes = model.encode(x).to_dense(30)
-    assert result.n == 700
+    assert len(result.squared_error) == 700
     assert result.fvu == pytest.approx(scores.fvu(model(x).detach(), x), rel=1e-12)
     np.testing.assert_allclose(result.rates, (codes != 0).double().mean(0))
     assert result.dead == pytest.approx(float(((codes != 0).sum(0) == 0).double().mean()))
