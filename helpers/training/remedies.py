@@ -87,15 +87,20 @@ class Moment:
 
 @dataclass(frozen=True)
 class Balance:
-    """A remedy for dead features: nothing by default. `fit` asks `k_at` before a step, `loss` in it, and calls
-    `after_step` behind it.
+    """A remedy for dead features (nothing by default). `fit` asks `k_at` before, `loss` in, `after_step` after a step.
 
     `needs_scores` asks for a gradient through the dense scores, which makes the step's backward pass dense.
-    `needs_bias` asks for a model with a `selection_bias`.
+    `needs_bias` asks for a model with a `selection_bias`. Fields in `positive` are above 0, or None.
     """
 
     needs_scores: ClassVar[bool] = False
     needs_bias: ClassVar[bool] = False
+    positive: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        for name in self.positive:
+            value = getattr(self, name)
+            allowed(value is None or value > 0, f"{name}={value} cannot act", "above 0")
 
     def k_at(self, k: int, done: float) -> int:
         """How many features are chosen when the share `done` of the steps is over; the model's own `k` by default."""
@@ -118,9 +123,7 @@ class TargetL0(Balance):
 
     target: float
     weight: float = 1.0
-
-    def __post_init__(self):
-        allowed(self.target > 0 and self.weight > 0, f"target={self.target}, weight={self.weight}", "above 0")
+    positive: ClassVar[tuple[str, ...]] = ("target", "weight")
 
     def loss(self, now: Moment) -> Tensor:
         # with one, what is chosen is not all that lies above θ
@@ -197,9 +200,7 @@ class Switch(Balance):
     alpha: float = 0.01
     temperature: float = 1.0
     needs_scores: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _positive(temperature=self.temperature)
+    positive: ClassVar[tuple[str, ...]] = ("temperature",)
 
     def loss(self, now: Moment) -> Tensor:
         scores = now.trace.scores
@@ -231,9 +232,7 @@ class LossFree(Balance):
 
     gamma: float = 1e-3
     needs_bias: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _positive(gamma=self.gamma)
+    positive: ClassVar[tuple[str, ...]] = ("gamma",)
 
     @torch.no_grad()
     def after_step(self, now: Moment) -> None:
@@ -258,9 +257,7 @@ class AuxK(Balance):
     coefficient: float = 1 / 32
     silent_for: int = 100
     k_aux: int | None = None
-
-    def __post_init__(self):
-        _positive(silent_for=self.silent_for, k_aux=1 if self.k_aux is None else self.k_aux)
+    positive: ClassVar[tuple[str, ...]] = ("silent_for", "k_aux")
 
     def loss(self, now: Moment) -> Tensor | float:
         dead = now.dead(self.silent_for)
@@ -282,15 +279,12 @@ class Gated(Balance):
     shall be few and rebuild the input by themselves.
 
     L = sparsity · mean_b Σ_j π_bj / σ + mean_b ‖x − b_dec − Σ_j π_bj d_j‖² / σ², σ² the targets' variance, so that
-    `sparsity` has no unit. The decoder and b_dec of this second output carry no gradient (`frozen`), as published;
-    SAELens lets them.
+    `sparsity` has no unit. Its decoder and b_dec carry no gradient (`frozen`), as published; in SAELens they do.
     """
 
     sparsity: float
     frozen: bool = True
-
-    def __post_init__(self):
-        _positive(sparsity=self.sparsity)
+    positive: ClassVar[tuple[str, ...]] = ("sparsity",)
 
     def loss(self, now: Moment) -> Tensor:
         model, indices = now.dictionary, now.trace.codes.indices
@@ -339,9 +333,7 @@ class Ghost(Balance):
 
     coefficient: float = 1.0
     silent_for: int = 100
-
-    def __post_init__(self):
-        _positive(silent_for=self.silent_for)
+    positive: ClassVar[tuple[str, ...]] = ("silent_for",)
 
     def loss(self, now: Moment) -> Tensor | float:
         dead = now.dead(self.silent_for)
@@ -375,9 +367,10 @@ class Resample(Balance):
     toward: str = "input"
     seed: int = 0
     power: float = 2.0
+    positive: ClassVar[tuple[str, ...]] = ("every", "scale")
 
     def __post_init__(self):
-        _positive(every=self.every, scale=self.scale)
+        super().__post_init__()
         settings.one_of("toward", self.toward, ("input", "residual"))
 
     @torch.no_grad()
@@ -430,8 +423,3 @@ class Anneal(Balance):
 
     def k_at(self, k: int, done: float) -> int:
         return round(k * (1 + (self.start - 1) * max(0.0, 1 - done / self.over)))
-
-
-def _positive(**given: float) -> None:
-    for name, value in given.items():
-        allowed(value > 0, f"{name}={value} cannot act", "above 0")
