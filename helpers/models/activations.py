@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,9 +47,7 @@ def losses(teacher: Teacher, pieces: Texts, splice: Splice | None = None, *, bat
     parts = []
     for batch in settings.progress(pieces.batches(batch_size), desc="cross-entropy", unit="batch", delay=2):
         nats, tokens = teacher.loss(*pieces.padded(batch), splice).per_text()
-        parts.append(
-            pd.DataFrame({"article": pieces.articles[batch], "nats": nats.cpu(), "tokens": tokens.cpu()}, batch)
-        )
+        parts.append(pd.DataFrame({"article": pieces.articles[batch], "nats": nats, "tokens": tokens}, batch))
     return pd.concat(parts).sort_index()
 
 
@@ -111,8 +109,7 @@ class ActivationStore:
     Rows stand in the order of `texts`: piece after piece, token after token, BOS and padding left out.
 
     Args:
-        folder: as a store's `folder` names it: `…/KEY@N` are the first N rows of what lies in `…/KEY`. It is all that
-            another process needs.
+        folder: `…/KEY@N`, the first N rows of what lies in `…/KEY`: all that another process needs.
         sites: those that are to be read.
     """
 
@@ -220,18 +217,18 @@ def harvest(
     what |= {"batch_size": batch_size, "block": BLOCK, "store_dtype": store_dtype}
     makers = Teacher, type(teacher), harvest
     asked = {n: Kept("activations", what | {"layer": n}, *makers, cache_dir=cache_dir) for n in layers}
-    if any(_lacking(asked, sites, n_tokens)):
+    places = {n: each.folder / each.key for n, each in asked.items()}
+    if _lacking(places, sites, n_tokens):
         with contextlib.ExitStack() as locks:
             for each in asked.values():
                 locks.enter_context(each.lock())
-            if any(_lacking(asked, sites, n_tokens)):
+            if _lacking(places, sites, n_tokens):
                 blocks, ended = _blocks(teacher, corpus, split, max_length, n_tokens)
-                files = {n: Files(each.folder / each.key) for n, each in asked.items()}
+                files = {n: Files(place) for n, place in places.items()}
                 _grow(teacher, files, sites, blocks, ended, batch_size, np.dtype(store_dtype))
-    there = {n: min(n_tokens, Files(each.folder / each.key).n) for n, each in asked.items()}
-    corpora.check_length(corpus, split, min(there.values()), n_tokens)
-    names = {n: each.folder / f"{each.key}@{there[n]}" for n, each in asked.items()}
-    stores = {n: ActivationStore(name, sites, teacher.tokenizer) for n, name in names.items()}
+    there = min(n_tokens, *(Files(place).n for place in places.values()))
+    corpora.check_length(corpus, split, there, n_tokens)
+    stores = {n: ActivationStore(f"{place}@{there}", sites, teacher.tokenizer) for n, place in places.items()}
     return stores[layer] if isinstance(layer, int) else stores
 
 
@@ -244,9 +241,9 @@ def _layers(teacher: Teacher, layer: int | Sequence[int]) -> list[int]:
     return sorted(set(layers))
 
 
-def _lacking(asked: Mapping[int, Kept], sites: Sequence[str], n_tokens: int) -> Iterator[bool]:
-    """Whether the store of each layer lacks rows of some site."""
-    return (not Files(each.folder / each.key).has(sites, n_tokens) for each in asked.values())
+def _lacking(places: Mapping[int, Path], sites: Sequence[str], n_tokens: int) -> bool:
+    """Whether the store of any layer lacks rows of some site."""
+    return not all(Files(place).has(sites, n_tokens) for place in places.values())
 
 
 def _identity(teacher: Teacher) -> dict[str, str]:
@@ -321,8 +318,6 @@ class PaddedRun:
     moments: dict[str, dict[str, Moments]]
     padding_row: dict[str, Float[Tensor, " d"]]
     """The first padding row of each site."""
-    padding_spread: dict[str, float]
-    """Largest distance of a padding row from the first one, relative to that one's norm: 0 where all are one vector."""
 
     def of(self, site: str, *kinds: str) -> Moments:
         """Moments of some kinds of rows together, of all rows if none is named."""
@@ -381,7 +376,6 @@ KINDS = ("text", "bos", "padding")
 def _run_padded(teacher: Teacher, batches: Sequence[Sequence[np.ndarray]], bos: int, layer: int, sites) -> dict:
     moments = {site: dict.fromkeys(KINDS, Moments.empty(teacher.d_model)) for site in sites}
     first: dict[str, Tensor] = {}
-    spread = dict.fromkeys(sites, 0.0)
     for batch in settings.progress(batches, desc=f"padded batches, {teacher.attn_implementation} attention"):
         pieces = Texts(batch, np.zeros(len(batch), np.int32), bos)
         ids, mask = pieces.padded(range(len(batch)), teacher.tokenizer.pad_token_id, left=True)
@@ -393,6 +387,5 @@ def _run_padded(teacher: Teacher, batches: Sequence[Sequence[np.ndarray]], bos: 
                 moments[site][kind] += Moments.of(values[rows])
             if len(pads := values[where["padding"]]):
                 first.setdefault(site, pads[0])
-                spread[site] = max(spread[site], float((pads - first[site]).norm(dim=1).max() / first[site].norm()))
     plain = {site: {kind: (m.n, m.mean, m.cov) for kind, m in kinds.items()} for site, kinds in moments.items()}
-    return {"moments": plain, "padding_row": first, "padding_spread": spread}
+    return {"moments": plain, "padding_row": first}

@@ -24,6 +24,7 @@ import torch
 from datasets import Dataset, load_dataset
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from helpers import kept, settings
 from helpers.models import files, sources
@@ -189,9 +190,8 @@ def _from_hub(corpus: str, split: str) -> pd.DataFrame:
     except Exception as error:  # the readers raise many kinds; all mean that these parameters give no text
         why = sources.reason(error) + offline
         raise ValueError(f"corpus={corpus!r}, split={split!r}: {why}; allowed: {ALLOWED}") from error
-    allowed(
-        "text" in rows.column_names, f"corpus={corpus!r} has columns {rows.column_names}", "any that include 'text'"
-    )
+    names = rows.column_names
+    allowed("text" in names, f"corpus={corpus!r} has columns {names}", "any that include 'text'")
     return rows.select_columns("text").to_pandas()
 
 
@@ -239,8 +239,7 @@ class Texts:
     def batches(self, batch_size: int) -> list[list[int]]:
         """Numbers of the pieces of each batch, the longest first.
 
-        A batch ends when it is full, or when the next piece is shorter than `FILLED` of its longest: so little of it
-        is padding even where texts are few.
+        A batch ends when it is full, or when the next piece is shorter than `FILLED` of its longest: little is padding.
         """
         lengths = self.lengths + self.bos
         batches: list[list[int]] = []
@@ -254,14 +253,10 @@ class Texts:
         self, pieces: Iterable[int], pad_id: int = 0, *, left: bool = False
     ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
         """Token ids and attention mask of a batch, padded on the right (or left) to its longest piece."""
-        chosen = [self.tokens[i] for i in pieces]
-        longest = max(map(len, chosen))
-        ids = torch.full((len(chosen), longest), pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(chosen):
-            at = slice(longest - len(tokens), longest) if left else slice(0, len(tokens))
-            ids[row, at], mask[row, at] = torch.from_numpy(tokens).long(), 1
-        return ids, mask
+        chosen = [torch.from_numpy(self.tokens[i]).long() for i in pieces]
+        how = {"batch_first": True, "padding_side": "left" if left else "right"}
+        ids = pad_sequence(chosen, padding_value=pad_id, **how)
+        return ids, pad_sequence([torch.ones_like(tokens) for tokens in chosen], **how)
 
     def rows(self, first: int) -> np.ndarray:
         """A line of `ROW_FIELDS` for each token of text; pieces are numbered from `first`."""
@@ -293,14 +288,18 @@ def texts(
     """
     allowed(n_tokens >= 1, f"n_tokens={n_tokens} is no text", "at least 1")
     length = spread(teacher, corpus, split, n_tokens, max_length, documents)
-    found = _first(cut(teacher, corpus, split, length), n_tokens)
-    check_length(corpus, split, sum(len(ids) for _, ids in found), n_tokens)
+    found, left = [], n_tokens
+    for article, ids in cut(teacher, corpus, split, length):
+        found.append((article, ids[:left]))
+        left -= len(ids[:left])
+        if not left:
+            break
+    check_length(corpus, split, n_tokens - left, n_tokens)
     return Texts.of(teacher, found)
 
 
 def spread(teacher: Teacher, corpus: str, split: str, n_tokens: int, max_length: int, documents: int = SEVERAL) -> int:
-    """`max_length`, or less where fewer than `documents` (or all there are) would be all of the text: a share for each,
-    for something to resample."""
+    """`max_length`, or less where the text would be of fewer than `documents` (or all there are): a share for each."""
     if n_tokens >= documents * max_length:
         return max_length
     pieces = list(itertools.islice(cut(teacher, corpus, split, max_length), documents))
@@ -308,16 +307,6 @@ def spread(teacher: Teacher, corpus: str, split: str, n_tokens: int, max_length:
     left = n_tokens - sum(len(ids) for _, ids in pieces[: there - 1])
     short = len(_bos(teacher)) - (-n_tokens // max(there, 1))
     return max_length if there < 2 or left > 0 else max(2, short)
-
-
-def _first(pieces: Iterable[tuple[int, list[int]]], n_tokens: int) -> list[tuple[int, list[int]]]:
-    found, left = [], n_tokens
-    for article, tokens in pieces:
-        found.append((article, tokens[:left]))
-        left -= len(found[-1][1])
-        if left == 0:
-            break
-    return found
 
 
 def _bos(teacher: Teacher) -> list[int]:
