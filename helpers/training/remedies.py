@@ -279,7 +279,7 @@ class Gated(Balance):
     shall be few and rebuild the input by themselves.
 
     L = sparsity · mean_b Σ_j π_bj / σ + mean_b ‖x − b_dec − Σ_j π_bj d_j‖² / σ², σ² the targets' variance, so that
-    `sparsity` has no unit. Its decoder and b_dec carry no gradient (`frozen`), as published; in SAELens they do.
+    `sparsity` has no unit. In the last term decoder and b_dec are `frozen`, as published; SAELens trains them too.
     """
 
     sparsity: float
@@ -290,9 +290,8 @@ class Gated(Balance):
         model, indices = now.dictionary, now.trace.codes.indices
         gated = model.select.rule == "positive" and model.router is not model.encoder and model.expert_rank == 1
         allowed(gated, f"{self} with {model.knobs}", "what gated_sae makes")
-        gates = model.router.chosen(
-            now.centred, indices, now.trace.scores.gather(1, indices)
-        ).relu()  # all that are above zero
+        known = now.trace.scores.gather(1, indices)
+        gates = model.router.chosen(now.centred, indices, known).relu()  # all that are above zero
         write, bias = model.decoder.vectors(), now.inputs.new_zeros(()) if model.b_out is None else model.b_out
         write, bias = (write.detach(), bias.detach()) if self.frozen else (write, bias)
         guess = weighted_sum(gates, indices, write) + bias
