@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -128,7 +128,7 @@ def _bound(function: Any, makers: list[Any]) -> list[Any]:
 STARTED = time.time_ns()
 
 
-def code_of(*makers: Any, root: Path | None = None) -> str:
+def code_of(*makers: Any) -> str:
     """Hash of the import closures of modules, classes and functions, as syntax trees: see `closure`.
 
     What is defined elsewhere than in `helpers` (a notebook, a test) counts by its own code and that which it names.
@@ -145,7 +145,7 @@ def code_of(*makers: Any, root: Path | None = None) -> str:
             if maker not in own:
                 own[maker], named = _own_code(maker)
                 waiting += named
-    trees = [f"{name} {tree_of(name, root)}" for name in closure(*modules, root=root)]
+    trees = [f"{name} {tree_of(name)}" for name in closure(*modules)]
     return digest(*trees, *sorted(own.values()))
 
 
@@ -221,13 +221,8 @@ def imports_of(module: str, root: Path | None = None) -> set[str]:
     return _with_packages(_parsed(module, root)[0], root)
 
 
-def imports_in(tree: ast.AST, root: Path | None = None) -> set[str]:
-    """Modules of `helpers` that a piece of code imports, packages on the way included."""
-    return _with_packages(_imported(tree), root)
-
-
-def _imported(tree: ast.AST, package: str = "") -> set[str]:
-    """What code imports of `helpers`, and names in it that may be modules."""
+def imports_in(tree: ast.AST, package: str = "") -> set[str]:
+    """What code imports of `helpers`, modules or names in them, and texts in it that may name modules."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -269,7 +264,7 @@ def _parse(path: Path, changed: int, size: int, package: str) -> tuple[set[str],
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
             node.body = [each for each in body if not _is_text(each)] or [ast.Pass()]
-    return _imported(tree, package), ast.dump(tree)
+    return imports_in(tree, package), ast.dump(tree)
 
 
 def _is_text(node: ast.AST) -> bool:
@@ -436,12 +431,7 @@ def file_digest(path: Path) -> str:
 
 
 @cache
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of `LIBRARIES`; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+def versions() -> dict[str, str]:
+    """Versions of Python and of `LIBRARIES`."""
+    python = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    return python | {name: version(name) for name in LIBRARIES}

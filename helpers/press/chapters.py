@@ -284,7 +284,7 @@ def fingerprint(job: Job) -> dict[str, str]:
     root, cells = job.root, job.chapter.cells
     coded = [c for c in cells if c["cell_type"] == "code"]
     code = "\n".join(re.sub(r"^\s*[%!].*", "", c["source"], flags=re.M) for c in coded)
-    modules = kept.closure(*kept.imports_in(_parsed(code), root), root=root)
+    modules = kept.closure(*kept.imports_in(_parsed(code)), root=root)
     trees = {module: kept.tree_of(module, root) for module in modules}
     found = {
         "notebook": digest([(c["cell_type"], c["source"], _lasting(c["metadata"])) for c in cells]),

@@ -106,7 +106,7 @@ def test_every_stated_cell_is_code_about_a_kept_run_and_imports_what_is_there(sl
             for each in node.names
         }
         modules = {name for name in names if name.startswith("helpers.")}
-        found = kept.imports_in(tree)
+        found = kept.closure(*kept.imports_in(tree))
         assert all(name in found or name.rpartition(".")[0] in found for name in modules), modules - found
         about = {"points": results.points, "records": [record.model_dump() for record in results.records]}
         assert verify.value_of(cell.kept, results.parameters | about) is not None
