@@ -279,13 +279,11 @@ def tune(
         cells = {(key, lr): replace(arms[key], lr=lr) for key, lr in wanted}
         label = "learning rates" if not extension else f"further learning rates ({extension})"
         if cells:
-            for (key, lr), (outcome,) in study(
-                problems, cells, [seed], together=together, label=label, **options
-            ).items():
+            outcomes = study(problems, cells, [seed], together=together, label=label, **options)
+            for (key, lr), (outcome,) in outcomes.items():
                 found[key][lr] = outcome
-        wanted = [
-            (key, lr) for key, tried in found.items() if (lr := _beyond(tried, choose(tried, by, ties))) is not None
-        ]
+        beyond = {key: _beyond(tried, choose(tried, by, ties)) for key, tried in found.items()}
+        wanted = [(key, lr) for key, lr in beyond.items() if lr is not None]
     return {key: dict(sorted(tried.items())) for key, tried in found.items()}
 
 
