@@ -21,6 +21,7 @@ from torch import Tensor
 from helpers import settings
 from helpers.kept import Kept, keep
 from helpers.models import corpora, sources
+from helpers.models.architecture import OF_MLP
 from helpers.models.corpora import Texts, cut, texts
 from helpers.models.store import Files
 from helpers.models.teachers import SITES, Splice, Teacher, check_sites
@@ -191,7 +192,7 @@ def harvest(
     corpus: str = "wikipedia-sample",
     *,
     layer: int | Sequence[int],
-    sites: Iterable[str] = ("mlp_in", "mlp_out"),
+    sites: Iterable[str] = OF_MLP,
     n_tokens: int,
     split: str = "train",
     max_length: int = 256,
@@ -336,7 +337,7 @@ def padded(
     corpus: str = "wikipedia-sample",
     *,
     layer: int,
-    sites: Iterable[str] = ("mlp_in", "mlp_out"),
+    sites: Iterable[str] = OF_MLP,
     n_tokens: int,
     split: str = "train",
     max_length: int = 256,

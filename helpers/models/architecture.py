@@ -16,6 +16,7 @@ from helpers.models.sources import ALLOWED
 from helpers.settings import allowed
 
 SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
+OF_MLP = ("mlp_in", "mlp_out")
 MLP = re.compile("mlp|moe|expert|ffn|feed_forward")
 TOWER = re.compile("vision|visual|image|audio|speech")
 BUFFER = re.compile(r"inv_freq|masked_bias|(?:attn|attention)\.bias$|position_ids$|\.version$")
@@ -62,11 +63,8 @@ def check_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inf
         info: what `from_pretrained(output_loading_info=True)` says.
     """
     mismatched = [f"{name} {list(here)}, not {list(wanted)}" for name, here, wanted in info["mismatched_keys"]]
-    for what, names in {
-        "lacks": set(info["missing_keys"]),
-        "has in another shape": set(mismatched),
-    }.items():
-        _check_none(names, what, given)
+    _check_none(info["missing_keys"], "lacks", given)
+    _check_none(mismatched, "has in another shape", given)
     check_spare(model, info["unexpected_keys"], given)
     bad = [name for name, each in model.named_parameters() if not all(end.isfinite() for end in each.aminmax())]
     allowed(not bad, f"{given}: {', '.join(bad[:4])} has entries that are infinite or not a number", "finite weights")
@@ -117,7 +115,7 @@ def _check_behind(model: nn.Module, blocks: nn.ModuleList, behind: Mapping[int, 
 
 
 def _check_none(names: Iterable[str], what: str, given: str) -> None:
-    names = sorted(name for name in names if not TOWER.search(name))
+    names = sorted({name for name in names if not TOWER.search(name)})
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     cure = "the tensors of its class by their own names"
     allowed(not names, f"{given}: the checkpoint {what} {', '.join(names[:4])}{more}", cure)
@@ -145,12 +143,6 @@ def mlps_of(block: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in named if next(module.parameters(), None) is not None}
 
 
-def mlp_of(block: nn.Module) -> nn.Module:
-    """A block's MLP, `Sum` where it has several."""
-    found = list(mlps_of(block).values())
-    return found[0] if len(found) == 1 else Sum(found)
-
-
 @contextlib.contextmanager
 def watched(block: nn.Module, site: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call `function` with the activations of a site; what it returns, if anything, takes their place."""
@@ -173,13 +165,11 @@ def _once(function: Callable, n: int) -> Callable:
     given: list[tuple[Tensor, Tensor | None]] = []
 
     def each(value: Tensor) -> Tensor | None:
-        if not given:
-            given.append((value, function(value)))
-        first, new = given[-1]
+        first, new = given[0] if given else (value, function(value))
         same = value is first or (value.shape == first.shape and torch.equal(value, first))
         allowed(same, "MLPs side by side in a block are given different inputs", "one MLP, or several of one input")
         given.append((first, new))
-        if len(given) > n:
+        if len(given) == n:
             given.clear()
         return new
 

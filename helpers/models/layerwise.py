@@ -41,9 +41,9 @@ from transformers.utils import ModelOutput
 
 from helpers import kept, settings
 from helpers.models import checkpoints, sources
-from helpers.models.architecture import check_spare
+from helpers.models.architecture import OF_MLP, check_spare
 from helpers.models.checkpoints import Checkpoint
-from helpers.models.teachers import DTYPES, EMBEDDED, SAFE, Teacher, TokenLosses, check_sites
+from helpers.models.teachers import DTYPES, EMBEDDED, SAFE, AtSites, Ids, Teacher, TokenLosses, check_sites
 from helpers.settings import allowed, one_of
 
 TYPES = ("deepseek", "llama", "mixtral", "olmoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
@@ -77,12 +77,8 @@ class Layerwise(Teacher):
 
     @torch.inference_mode()
     def run_to(
-        self,
-        layer: int,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
-        sites: Iterable[str] = ("mlp_in", "mlp_out"),
-    ) -> dict[str, Float[Tensor, "batch seq d_model"]]:
+        self, layer: int, input_ids: Ids, attention_mask: Ids | None = None, sites: Iterable[str] = OF_MLP
+    ) -> AtSites:
         """As `Teacher.run_to`: all blocks up to `layer` are read for this one batch (a harvest reads each once)."""
         sites = check_sites(sites)
         self.check(layer)
@@ -95,9 +91,10 @@ class Layerwise(Teacher):
         with self._filled(layer):
             return self._sites({layer: sites}, hidden, attention_mask)[layer]
 
+    @torch.inference_mode()
     def through(
         self, wanted: Mapping[int, Sequence[str]], blocks: Sequence[Sequence[Int[Tensor, "_ _"]]], *, scratch: Path
-    ) -> Iterator[tuple[int, int, list[dict[str, Float[Tensor, "batch seq d_model"]]]]]:
+    ) -> Iterator[tuple[int, int, list[AtSites]]]:
         """As `Teacher.through`: every block of the model is read once, for all text.
 
         The residual streams before the last layer stay in a folder of `scratch` (d_model numbers in the model's dtype
@@ -152,10 +149,8 @@ class Layerwise(Teacher):
         for which in checkpoints.WHICH:
             found = (layer.n_experts, layer.d_model, layer.plan(which)[0].d_ff)
             if found != expected:
-                raise ValueError(
-                    f"{self.name}: {which} of layer {n} has (experts, d_model, d_ff) = {found}, not {expected} as "
-                    "config.json says"
-                )
+                sizes = f"(experts, d_model, d_ff) = {found}, not {expected} as config.json says"
+                raise ValueError(f"{self.name}: {which} of layer {n} has {sizes}")
 
     def _module(self, n: int | None) -> nn.Module:
         """Block `n`, or the embedding."""
@@ -166,7 +161,8 @@ class Layerwise(Teacher):
         if n is None:
             there = {m[1]: name for name in self.checkpoint.file_of if (m := re.search(r"embed_tokens\.(.+)$", name))}
         else:
-            there = {_renamed(name): whole for name, whole in self.checkpoint.names[n].items()}
+            own = self.checkpoint.names[n].items()
+            there = {name.replace("block_sparse_moe.", "mlp."): whole for name, whole in own}  # as in transformers 5
         wanted = {name for name, _ in self._module(n).named_parameters()} - set(EXPERTS)
         where = "the embedding" if n is None else f"layer {n}"
         if lost := sorted(wanted - set(there)):
@@ -203,10 +199,6 @@ class Layerwise(Teacher):
             for experts in layer.weights(which):
                 into[done : done + len(experts)].copy_(experts)
                 done += len(experts)
-
-    @torch.inference_mode()
-    def _sites(self, *args) -> dict[int, dict[str, Tensor]]:
-        return super()._sites(*args)
 
     def _after(self, n: int, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The residual stream after block `n`."""
@@ -331,9 +323,8 @@ def _fetch(patterns: Iterable[str], hub: dict) -> Path:
     try:
         return Path(snapshot_download(allow_patterns=sorted(patterns), **hub))
     except Exception as error:  # the client has its own kinds for each thing that goes wrong
-        raise ValueError(
-            f"teacher={hub['repo_id']!r}: its files could not be fetched: {sources.reason(error)}"
-        ) from error
+        given = f"teacher={hub['repo_id']!r}: its files could not be fetched"
+        raise ValueError(f"{given}: {sources.reason(error)}") from error
 
 
 def _on_meta(folder: Path, config: dict, **options) -> PreTrainedModel:
@@ -350,8 +341,7 @@ def _on_meta(folder: Path, config: dict, **options) -> PreTrainedModel:
 def _deepseek_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """tokenizer.json as it is, and BOS where tokenizer_config.json asks for it.
 
-    Its `LlamaTokenizerFast` loses the spaces in transformers 5 (issue 45488), whose other tokenizers leave out the BOS
-    that the model was trained with.
+    Its `LlamaTokenizerFast` loses the spaces in transformers 5 (issue 45488), whose other tokenizers leave out its BOS.
     """
     file = folder / "tokenizer_config.json"
     told = json.loads(file.read_text()) if file.exists() else {}
@@ -383,8 +373,3 @@ def _put_experts(model: PreTrainedModel, config: dict) -> None:
     for n, block in enumerate(model.base_model.layers):
         if n >= first and n % every == 0:
             block.mlp = DeepseekV2Moe(moe)
-
-
-def _renamed(name: str) -> str:
-    """A tensor's name in a block as transformers 5 has it."""
-    return name.replace("block_sparse_moe.", "mlp.")

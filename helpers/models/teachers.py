@@ -28,13 +28,17 @@ from transformers.utils import ModelOutput
 
 from helpers import settings
 from helpers.models import sources
-from helpers.models.architecture import PREFIXES, SITES, check_loaded, find_blocks, mlp_of, mlps_of, watched
+from helpers.models.architecture import OF_MLP, PREFIXES, SITES, Sum, check_loaded, find_blocks, mlps_of, watched
 from helpers.models.sources import ALLOWED, EMBEDDED, SECOND
 from helpers.settings import allowed, one_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOGIT_ROWS = 256
 """Tokens whose logits are held at once: at Gemma's 262,144 words, 256 rows are 268 MB."""
+Ids = Int[Tensor, "batch seq"]
+"""Token ids of a batch of texts, or its attention mask: 1 for tokens, 0 for padding."""
+AtSites = dict[str, Float[Tensor, "batch seq d_model"]]
+"""Activations of a batch by site."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,6 @@ class TokenLosses:
 
     nats: Float[Tensor, "batch targets"]
     mask: Bool[Tensor, "batch targets"]
-
-    @property
-    def mean(self) -> float:
-        """Mean over all real predicted tokens."""
-        return self.nats[self.mask].cpu().double().mean().item()
 
     def per_text(self) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
         """Sum in nats and number of predicted tokens of each text, for a bootstrap over articles."""
@@ -136,7 +135,8 @@ class Teacher:
 
     def mlp(self, layer: int) -> nn.Module:
         """The MLP module at `layer`, `Sum` where there are several; `ValueError` when there is no such layer."""
-        return mlp_of(self.block(layer))
+        found = list(mlps_of(self.block(layer)).values())
+        return found[0] if len(found) == 1 else Sum(found)
 
     @property
     def n_positions(self) -> int | None:
@@ -150,9 +150,7 @@ class Teacher:
         first = self.tokenizer("a").input_ids[:1]
         return self.tokenizer.bos_token_id is not None and first == [self.tokenizer.bos_token_id]
 
-    def rows_kept(
-        self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"] | None = None
-    ) -> Bool[Tensor, "batch seq"]:
+    def rows_kept(self, input_ids: Ids, attention_mask: Ids | None = None) -> Bool[Tensor, "batch seq"]:
         """True for the tokens that are text: neither padding nor the BOS token."""
         given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         kept = given.to(input_ids.device).bool()
@@ -160,19 +158,15 @@ class Teacher:
 
     @torch.inference_mode()
     def run_to(
-        self,
-        layer: int,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
-        sites: Iterable[str] = ("mlp_in", "mlp_out"),
-    ) -> dict[str, Float[Tensor, "batch seq d_model"]]:
+        self, layer: int, input_ids: Ids, attention_mask: Ids | None = None, sites: Iterable[str] = OF_MLP
+    ) -> AtSites:
         """Activations of `sites` at `layer`, padding included. The forward ends there: nothing later is computed."""
         return self._sites({layer: check_sites(sites)}, input_ids, attention_mask)[layer]
 
     @torch.inference_mode()
     def through(
         self, wanted: Mapping[int, Sequence[str]], blocks: Sequence[Sequence[Int[Tensor, "_ _"]]], *, scratch: Path
-    ) -> Iterator[tuple[int, int, list[dict[str, Float[Tensor, "batch seq d_model"]]]]]:
+    ) -> Iterator[tuple[int, int, list[AtSites]]]:
         """Activations of the sites `wanted` of each layer, block of batches after block: layer, number of the block,
         and of each of its batches what `run_to` gives. One forward pass gives all; of one layer blocks come in order.
 
@@ -185,22 +179,14 @@ class Teacher:
                 yield layer, number, [of_batch[layer] for of_batch in found]
 
     @torch.inference_mode()
-    def loss(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
-        splice: Splice | None = None,
-    ) -> TokenLosses:
+    def loss(self, input_ids: Ids, attention_mask: Ids | None = None, splice: Splice | None = None) -> TokenLosses:
         """Next-token cross-entropy −log p(token t+1 | tokens ≤ t) in nats, with `splice` in force if given."""
         found = self.loss_with_gradient(input_ids, attention_mask, splice)
         self._check_finite(found.nats, "the loss" if splice is None else f"the loss with {splice.site} spliced")
         return found
 
     def loss_with_gradient(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
-        splice: Splice | None = None,
+        self, input_ids: Ids, attention_mask: Ids | None = None, splice: Splice | None = None
     ) -> TokenLosses:
         """As `loss`; where the splice's rows carry a gradient, so do the nats. The model's own weights stay frozen."""
         self.check_ids(input_ids)
@@ -226,14 +212,13 @@ class Teacher:
             config = type(self.model.config).from_dict(self.model.config.to_dict())
             model = type(self.model)._from_config(config, attn_implementation=self.attn_implementation)
         model = _frozen(model.to(self.device, self.dtype))
-        return replace(
-            self, name=f"{self.name} (random, seed {seed})", fingerprint=f"{self.fingerprint}-random{seed}", model=model
-        )
+        name, fingerprint = f"{self.name} (random, seed {seed})", f"{self.fingerprint}-random{seed}"
+        return replace(self, name=name, fingerprint=fingerprint, model=model)
 
     def _sites(
         self, wanted: Mapping[int, Sequence[str]], inputs: Tensor, attention_mask: Tensor | None
-    ) -> dict[int, dict[str, Float[Tensor, "batch seq d_model"]]]:
-        found: dict[int, dict[str, Tensor]] = {layer: {} for layer in wanted}
+    ) -> dict[int, AtSites]:
+        found: dict[int, AtSites] = {layer: {} for layer in wanted}
         last = max(wanted), max(wanted[max(wanted)], key=SITES.index)
         if not inputs.is_floating_point():  # of blocks that are in memory one at a time, residual streams
             self.check_ids(inputs)
@@ -290,7 +275,7 @@ class Teacher:
             with mock.patch.object(base, "forward", lambda *_, given=given, **__: given):
                 yield self._forward(ids[None]).logits[0]
 
-    def check_ids(self, input_ids: Int[Tensor, "batch seq"]) -> None:
+    def check_ids(self, input_ids: Ids) -> None:
         """`ValueError` for a text that is longer than the model's positions, or a token without an embedding."""
         length, highest = input_ids.shape[1], int(input_ids.max())
         given = f"{self._named}: a text of {length} tokens"
@@ -397,10 +382,8 @@ def load(
             model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:  # transformers, safetensors and the hub client each raise their own kinds
         remedy = f"delete {source} to unpack it again" if teacher in (EMBEDDED, SECOND) else f"allowed: {ALLOWED}"
-        raise ValueError(
-            f"teacher={teacher!r} (revision={revision!r}, attn_implementation={attn_implementation!r}) "
-            f"could not be loaded: {sources.reason(error)}; {remedy}"
-        ) from error
+        given = f"teacher={teacher!r} (revision={revision!r}, attn_implementation={attn_implementation!r})"
+        raise ValueError(f"{given} could not be loaded: {sources.reason(error)}; {remedy}") from error
     check_loaded(model, tokenizer, info, f"teacher={teacher!r} ({type(model).__name__})")
     if where.type == "cpu" and model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm" if _aligned(model) else "eager")

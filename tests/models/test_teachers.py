@@ -44,6 +44,12 @@ def sentences(teacher, *texts: str):
     return batch.input_ids, batch.attention_mask
 
 
+def mean(losses) -> float:
+    """Nats for each token that is predicted."""
+    nats, tokens = losses.per_text()
+    return (nats.sum() / tokens.sum()).item()
+
+
 LONG, SHORT = "two men carry bread to market while rain falls on the old bridge", "a river runs"
 
 
@@ -96,7 +102,7 @@ def test_the_forward_stops_at_the_site(teacher, site, mlp_runs):
 
 def test_loss_is_the_models_own(teacher):
     ids, _ = sentences(teacher, LONG)
-    assert teacher.loss(ids).mean == pytest.approx(teacher.model(ids, labels=ids).loss.item(), rel=1e-5)
+    assert mean(teacher.loss(ids)) == pytest.approx(teacher.model(ids, labels=ids).loss.item(), rel=1e-5)
 
 
 def test_padding_changes_no_loss(teacher):
@@ -126,7 +132,7 @@ def test_zero_splice_is_zero_ablation_of_the_text(teacher):
     handle.remove()
     zero = teacher.loss(ids, mask, Splice.zero(LAYER, "mlp_out"))
     assert zero.nats[0].mean().item() == pytest.approx(by_hand, rel=1e-5)
-    assert zero.mean != teacher.loss(ids, mask).mean
+    assert mean(zero) != mean(teacher.loss(ids, mask))
 
 
 def test_a_splice_of_the_whole_mlp_is_given_its_inputs(teacher):
@@ -377,7 +383,7 @@ def test_a_token_that_was_added_and_has_no_embedding_is_named(tmp_path):
     for ask in (teacher.run_to, lambda layer, ids: teacher.loss(ids)):
         with pytest.raises(ValueError, match=r"token 25 \('new'\) has no row in its embedding; allowed: 0 to 24"):
             ask(LAYER, ids)
-    assert teacher.loss(*sentences(teacher, "the old bridge")).mean > 0
+    assert mean(teacher.loss(*sentences(teacher, "the old bridge"))) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -472,7 +478,7 @@ def test_blocks_are_those_of_the_text_however_deep_the_vision_tower_is(tmp_path,
     assert len(teacher.model.model.vision_tower.encoder.layers) == depth
     assert teacher.blocks is teacher.model.model.language_model.layers and teacher.n_layers == 3
     ids, _ = sentences(teacher, LONG)
-    assert teacher.loss(ids).mean == pytest.approx(teacher.model(ids, labels=ids).loss.item(), rel=1e-5)
+    assert mean(teacher.loss(ids)) == pytest.approx(teacher.model(ids, labels=ids).loss.item(), rel=1e-5)
     assert teacher.run_to(LAYER, ids)["mlp_out"].shape == (*ids.shape, 16)
 
 
@@ -648,7 +654,7 @@ def test_embedded_gemma_reads_english():
     teacher = teachers.load(device="cpu")
     assert (teacher.n_layers, teacher.d_model, teacher.adds_bos) == (18, 640, True)
     ids, mask = sentences(teacher, "The capital of France is Paris, and the capital of Italy is Rome.")
-    assert teacher.loss(ids, mask).mean < 2.5
+    assert mean(teacher.loss(ids, mask)) < 2.5
     assert teacher.tokenizer.decode(ids[0], skip_special_tokens=True).startswith("The capital")
     assert teacher.tokenizer.tokenize("  two") == ["▁▁", "two"]
 
@@ -660,7 +666,7 @@ def test_embedded_smollm2_reads_english():
     assert (teacher.n_layers, teacher.d_model, teacher.adds_bos) == (30, 576, False)
     assert teacher.model.config.rope_parameters["rope_theta"] == 100_000 and teacher.model.config.tie_word_embeddings
     ids, mask = sentences(teacher, "The capital of France is Paris, and the capital of Italy is Rome.")
-    assert teacher.loss(ids, mask).mean < 2.5
+    assert mean(teacher.loss(ids, mask)) < 2.5
     assert teacher.tokenizer.tokenize("a\n\n1984 cats") == ["a", "ĊĊ", "1", "9", "8", "4", "Ġcats"]
 
 
