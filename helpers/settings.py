@@ -174,8 +174,7 @@ def mix(seed: int, counter: int) -> int:
 def written(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to, which takes its name when the block ends well.
 
-    A reader, or a kill, sees the old file or the new one, never a half. Raises `ValueError` naming the file where the
-    disk is full or the folder cannot be written.
+    A reader, or a kill, sees the old file or the new one. Raises `ValueError` naming a file that cannot be written.
     """
     aside = None
     try:

@@ -146,9 +146,8 @@ class Unreachable(ConnectionError):
 def commit(kind: str, name: str, revision: str | None = None, *, timeout: float = 5.0) -> str:
     """The commit that `revision` (default: the main branch) of a `"model"` or `"dataset"` stands for.
 
-    Asked for before anything is downloaded, because the hub's clients retry for 20 s and more when there is no network.
-    Raises `ValueError` where the hub knows no such name or revision, `Unreachable` where it gives no answer or
-    `HF_HUB_OFFLINE` is set.
+    Asked before any download, since the hub's clients retry for 20 s and more without a network. Raises `ValueError`
+    where the hub knows no such name or revision, `Unreachable` for no answer and under `HF_HUB_OFFLINE`.
     """
     info = {"model": HfApi().model_info, "dataset": HfApi().dataset_info}[kind]
     try:
@@ -164,10 +163,8 @@ def cached_only() -> Iterator[None]:
     """Within this block hub clients use what was downloaded before and try no connection."""
     import datasets
 
-    with (
-        mock.patch.object(constants, "HF_HUB_OFFLINE", True),
-        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
-    ):
+    offline = "HF_HUB_OFFLINE", True
+    with mock.patch.object(constants, *offline), mock.patch.object(datasets.config, *offline):
         yield
 
 
@@ -203,15 +200,15 @@ def reason(error: Exception) -> str:
 
 def record(place: Path | None = None) -> dict:
     """How the shipped model was trained: parameters, loss curves, held-out losses, seconds, environment."""
-    path = Path(place or FOLDER) / "training.json"
+    path = (place or FOLDER) / "training.json"
     allowed(path.is_file(), f"{path.name} is not in {path.parent}", "a folder written by mixture.ship")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def steps(place: Path | None = None) -> list[int]:
+def steps() -> list[int]:
     """Steps of the checkpoints there are, the final model's last."""
-    packed = sorted(int(path.stem) for path in (Path(place or FOLDER) / "checkpoints").glob("*.safetensors"))
-    return [*packed, record(place)["steps"]]
+    packed = sorted(int(path.stem) for path in (FOLDER / "checkpoints").glob("*.safetensors"))
+    return [*packed, record()["steps"]]
 
 
 def folder(name: str, *, cache_dir: str | Path | None = None) -> Path:
@@ -260,11 +257,8 @@ def pack(tensors: dict[str, Tensor], path: Path) -> None:
 def unpack(path: Path) -> dict[str, Tensor]:
     """Tensors in float32 from a file of `pack`."""
     stored = load_file(path)
-    return {
-        name: tensor.float() * stored[name + SCALE] if name + SCALE in stored else tensor
-        for name, tensor in stored.items()
-        if not name.endswith(SCALE)
-    }
+    named = {name: tensor for name, tensor in stored.items() if not name.endswith(SCALE)}
+    return {name: tensor.float() * stored.get(name + SCALE, 1) for name, tensor in named.items()}
 
 
 # -- the embedded Gemma ------------------------------------------------------------------------------------------------
@@ -374,9 +368,8 @@ def _tokenizer(field: dict):
     merges = generate_merges(vocab, {token: -i for token, i in vocab.items()})
     tokenizer = GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True)
     pairs = list(zip(tokens, kinds, strict=True))
-    tokenizer.add_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, kind in pairs if kind == CONTROL], special_tokens=True
-    )
+    control = [AddedToken(t, special=True, normalized=False) for t, kind in pairs if kind == CONTROL]
+    tokenizer.add_tokens(control, special_tokens=True)
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in pairs if kind == USER_DEFINED])
     return tokenizer
 
@@ -386,9 +379,8 @@ def _save_tokenizer(tokenizer, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, padding_side="left", **special
-    ).save_pretrained(folder)
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, padding_side="left", **special)
+    plain.save_pretrained(folder)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
 
 
