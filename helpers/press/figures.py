@@ -9,8 +9,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
+from scipy.optimize import isotonic_regression
+
+from helpers.settings import allowed
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#00875F", "#B0569A"
 AMBER, WINE, INDIGO, SLATE, INK = "#A87400", "#882255", "#4B4BC3", "#6B7280", "#1F2328"
@@ -158,8 +163,7 @@ def use() -> None:
 
 def mark(method: str) -> Mark:
     """The fixed mark of `method`; raises `ValueError` for one that the book does not have."""
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} has no mark; allowed: {', '.join(METHODS)}")
+    allowed(method in METHODS, f"method={method!r} has no mark", ", ".join(METHODS))
     return METHODS[method]
 
 
@@ -179,15 +183,7 @@ def band(ax: Axes, x: ArrayLike, low: ArrayLike, high: ArrayLike, method: str) -
     ax.fill_between(x, low, high, color=colour(method), alpha=0.18, linewidth=0)
 
 
-def points(
-    ax: Axes,
-    x: ArrayLike,
-    y: ArrayLike,
-    low: ArrayLike,
-    high: ArrayLike,
-    method: str,
-    **changes: Any,
-) -> None:
+def points(ax: Axes, x: ArrayLike, y: ArrayLike, low: ArrayLike, high: ArrayLike, method: str, **changes: Any) -> None:
     """Points of `method`, joined in its dash, each with its interval `[low, high]` as a bar.
 
     Raises `ValueError` where a point lies outside its interval, since such a bar cannot be drawn.
@@ -237,36 +233,23 @@ def label_lines(ax: Axes, gap: float = 14.0, **text: Any) -> None:
     """
     ax.figure.canvas.draw()
     ends = []
-    for curve in ax.get_lines():
-        x, y = (np.asarray(v, dtype=float) for v in curve.get_data())
-        seen = np.isfinite(x) & np.isfinite(y)
-        if not curve.get_label().startswith("_") and seen.any():
-            ends.append((curve, x[seen][-1], y[seen][-1]))
-    # errorbar() puts its label on a container, and leaves its line without one
-    for box in ax.containers:
-        if hasattr(box, "has_yerr") and not box.get_label().startswith("_") and box.lines[0] is not None:
-            x, y = (np.asarray(v, dtype=float) for v in box.lines[0].get_data())
-            box.lines[0].name = box.get_label()
-            ends.append((box.lines[0], x[-1], y[-1]))
+    for named, name in zip(*ax.get_legend_handles_labels(), strict=True):
+        curve = named.lines[0] if isinstance(named, ErrorbarContainer) else named
+        if isinstance(curve, Line2D):
+            x, y = (np.asarray(v, dtype=float) for v in curve.get_data())
+            if (seen := np.isfinite(x) & np.isfinite(y)).any():
+                ends.append((name, curve.get_color(), (x[seen][-1], y[seen][-1])))
     scale = 72 / ax.figure.dpi
-    heights = np.array([ax.transData.transform((x, y))[1] * scale for _, x, y in ends])
-    for (curve, x, y), height, place in zip(ends, heights, _spread(heights, gap), strict=True):
-        name = getattr(curve, "name", curve.get_label())
-        style = {"color": curve.get_color(), "va": "center", "fontsize": 10, "annotation_clip": False} | text
-        ax.annotate(name, (x, y), xytext=(8, place - height), textcoords="offset points", **style)
+    heights = np.array([ax.transData.transform(end)[1] * scale for *_, end in ends])
+    for (name, color, end), height, place in zip(ends, heights, _spread(heights, gap), strict=True):
+        style = {"color": color, "va": "center", "fontsize": 10, "annotation_clip": False} | text
+        ax.annotate(name, end, xytext=(8, place - height), textcoords="offset points", **style)
 
 
 def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
     """The nearest heights, in the sense of least squares, that keep their order and stand `gap` apart."""
     order = np.argsort(heights, kind="stable")
     steps = gap * np.arange(len(heights))
-    blocks: list[tuple[float, int]] = []  # pool adjacent violators on heights − steps
-    for value in heights[order] - steps:
-        mean, size = float(value), 1
-        while blocks and blocks[-1][0] > mean:
-            before, count = blocks.pop()
-            mean, size = (before * count + mean * size) / (count + size), size + count
-        blocks.append((mean, size))
     placed = np.empty(len(heights))
-    placed[order] = np.repeat([m for m, _ in blocks], [s for _, s in blocks]) + steps if blocks else []
+    placed[order] = (isotonic_regression(heights[order] - steps).x if len(heights) else heights) + steps
     return placed
