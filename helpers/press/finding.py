@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import nbformat
 
 from helpers.press.rules import Check, Claim
-from helpers.press.scoreboard import BUILD, LONG, WHOSE, Board, Shown, anchor, badge, on_lines, rich
+from helpers.press.scoreboard import BUILD, LONG, WHOSE, Board, Shown, anchor, badge, on_lines, rich, weakest
 from helpers.press.tables import number, table
-from helpers.press.verdicts import Verdict, overall
+from helpers.press.verdicts import Verdict
 
 HERO, OWN = "hero", "own"
 """Tags of the cell that draws the finding from the book's run, and of the last one, which draws this run alike."""
@@ -73,9 +73,12 @@ def page(notebook: nbformat.NotebookNode, slug: str, board: Board) -> nbformat.N
     title says how it differs from the book's.
     """
     notebook.cells = list(_joined(notebook.cells))
-    rows, run = compared(slug, board), next((run for mark, run, _ in board.runs if _is_own(mark, run, slug)), None)
+    rows = compared(slug, board)
+    run, book = (
+        next((run for kind, run, _ in board.runs if kind == mark and run.chapter == slug), None)
+        for mark in (BUILD, LONG)
+    )
     heroes = [place for place, cell in enumerate(notebook.cells) if HERO in cell.metadata.get("tags", [])]
-    book = next((run for mark, run, _ in board.runs if mark == LONG and run.chapter == slug), None)
     for cell in notebook.cells if book else ():
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = _beside(cell.source, book.parameters)
@@ -117,10 +120,6 @@ def _joined(cells: Sequence[nbformat.NotebookNode]) -> Iterator[nbformat.Noteboo
             before = []
         yield cell
     yield from before
-
-
-def _is_own(mark: str, run: Any, slug: str) -> bool:
-    return mark == BUILD and run.chapter == slug
 
 
 def _swap(cells: list[nbformat.NotebookNode]) -> None:
@@ -168,30 +167,24 @@ def _verdicts(slug: str, board: Board, rows: Sequence[Compared], own: bool = Fal
 
 def _lines(slug: str, board: Board, own: bool = False) -> Iterator[str]:
     """Of a reader's `own` run its numbers, and the verdicts as they would be by them; the book's where it has none."""
-    verdicts = board.verdicts
-    if own:
-        kinds = [
-            [each for mark, _, records in board.runs if mark == kind for each in records] for kind in (LONG, BUILD)
-        ]
-        verdicts = overall(*kinds, board.book)
     for claim in board.book.claims:
-        theirs = [(name, each) for name in claim.checks for each in board.of(claim, name) if each.mark == BUILD and own]
-        found = [(claim.checks[name], each) for name, each in theirs] or board.deciding(claim)
-        deciding = [each for each in found if each[1].run.chapter == slug]
+        theirs = board.deciding(claim, [BUILD]) if own else []
+        deciding = [each for each in theirs or board.deciding(claim) if each[1].run.chapter == slug]
         if not deciding:
             continue
+        verdict = board.verdict(claim, (BUILD, LONG) if own else (LONG, BUILD))
         families = {}
         for each in on_lines(deciding):
             families.setdefault(each[1].column or board.columns[0], []).append(each)
         first, *others = (name for name in board.columns if name in families)
-        check, shown = _weakest(families[first])
+        check, shown = weakest(families[first])
         title = f'<a href="../scoreboard.html#{anchor(claim.id)}">{rich(claim.title or claim.id)}</a>'
         measured = f'<span class="measured">{number(shown.record.value, shown.record.ci)}</span>'
         more = f"weakest of {len(families[first])}: " if len(families[first]) > 1 else ""
         small = f"{more}{rich(shown.record.metric)}; asked {html.escape(str(check.rule))}; {WHOSE[shown.mark]}"
-        small += _of_all(claim, deciding, board) if verdicts[claim.id] == "partly" else ""
+        small += _of_all(claim, deciding, board) if verdict == "partly" else ""
         small += "".join(_there(html.escape(name), families[name], shown.record.metric) for name in others)
-        yield f"<li>{badge(verdicts[claim.id])}<span>{title}</span>{measured}<small>{small}</small></li>"
+        yield f"<li>{badge(verdict)}<span>{title}</span>{measured}<small>{small}</small></li>"
 
 
 def _of_all(claim: Claim, deciding: Sequence[tuple[Check, Shown]], board: Board) -> str:
@@ -205,18 +198,13 @@ def _of_all(claim: Claim, deciding: Sequence[tuple[Check, Shown]], board: Board)
 def _there(name: str, placed: Sequence[tuple[Check, Shown, list[float]]], metric: str) -> str:
     """What another family has for the same measurement, and its weakest number where that says something else."""
     same = [each for each in placed if each[1].record.metric == metric]
-    (_, first), (check, weakest) = _weakest(same or placed), _weakest(placed)
-    first, weakest = first.record, weakest.record
+    (_, first), (check, worst) = weakest(same or placed), weakest(placed)
+    first, worst = first.record, worst.record
     said = f"; on {name} {number(first.value, first.ci)}, {first.verdict}" if same else ""
-    if not same or weakest.verdict != first.verdict:
-        said += f"; weakest on {name} {number(weakest.value, weakest.ci)}, {weakest.verdict}: "
-        said += f"{rich(weakest.metric)}; asked {html.escape(str(check.rule))}"
+    if not same or worst.verdict != first.verdict:
+        said += f"; weakest on {name} {number(worst.value, worst.ci)}, {worst.verdict}: "
+        said += f"{rich(worst.metric)}; asked {html.escape(str(check.rule))}"
     return said
-
-
-def _weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> tuple[Check, Shown]:
-    check, shown, _ = min(placed, key=lambda each: (each[2][0], each[2][1]))
-    return check, shown
 
 
 def _foot(rows: Sequence[Compared], seconds: float) -> str:

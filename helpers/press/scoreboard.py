@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -21,7 +22,7 @@ from helpers.press.claims import REFERENCE, Results, load_results
 from helpers.press.pages import machine
 from helpers.press.rules import BETWEEN, Bound, Check, Claim, Identity, IntervalWithin, Register, Trend, register
 from helpers.press.tables import number, table
-from helpers.press.verdicts import TABLE, Control, Record, Verdict, by_chance, counted, overall
+from helpers.press.verdicts import HOLDS, TABLE, Control, Record, Verdict, by_chance, combined, counted
 
 SYMBOLS: dict[Verdict, str] = {
     "reproduced": "●",
@@ -39,8 +40,7 @@ OWN = "book-moe"
 PAGE = settings.ROOT / "book" / "scoreboard.md"
 """The page's prose; what is made from the records stands in the place of a comment such as `<!-- table -->`."""
 
-
-LONG, BUILD, OTHER = "●", "○", "□"
+LONG, BUILD, OTHER = "long", "build", "other"
 """Kinds of runs: a long one that is kept with the book, this build, or another profile on this machine."""
 WHOSE = {LONG: "the book's run", BUILD: claims.Chapter.whose, OTHER: "another run of yours"}
 """A run as pages name it, in the words of the figures."""
@@ -68,7 +68,6 @@ class Board:
 
     book: Register
     runs: list[tuple[str, Results, list[Record]]]
-    verdicts: dict[str, Verdict]
 
     @classmethod
     def of_build(cls, profile: str, root: Path = settings.ROOT) -> Board:
@@ -85,18 +84,17 @@ class Board:
         `others` those runs count that a reader changed (`…+custom`) or that are about another model; they have
         columns of their own and decide no verdict. What is stale there is passed over.
         """
-        book, runs, of = register(), [], {}
+        book, runs = register(), []
         families = [folder for folder in sorted(Path(reference).glob("*/")) if folder.name != "cells"]
         for mark, folders in ((LONG, [reference, *families]), (BUILD, [results])):
             runs += [(mark, *each) for folder in folders for each in load_results(folder, book)]
-            of[mark] = [record for kind, _, records in runs if kind == mark for record in records]
         for folder in others:
             with suppress(ValueError):
                 for run, records in load_results(folder, book):
                     own = folder.name.endswith("+custom")
                     kept = [each for each in records if own or Shown(each, run, OTHER).column != "your run"]
                     runs += [(OTHER, run, kept)] if kept else []
-        return cls(book, runs, overall(of[BUILD], of[LONG], book))
+        return cls(book, runs)
 
     def of(self, claim: Claim, check: str | None = None) -> list[Shown]:
         """A claim's records, or those of one of its checks: of long runs first."""
@@ -107,19 +105,26 @@ class Board:
             if record.claim == claim.id and check in (None, claim.check_of(record.metric))
         ]
 
-    def deciding(self, claim: Claim) -> list[tuple[Check, Shown]]:
-        """The records that the verdict rests on: of each check the long runs', where there are any."""
+    def deciding(self, claim: Claim, marks: Sequence[str] = (LONG, BUILD)) -> list[tuple[Check, Shown]]:
+        """The records that a verdict rests on: of each check those of the first kind of runs that has some."""
         found = []
         for name, check in claim.checks.items():
-            records = self.of(claim, name)
-            kept = [shown for shown in records if shown.mark == LONG] or [s for s in records if s.mark == BUILD]
-            found += [(check, shown) for shown in kept]
+            of_kinds = ([shown for shown in self.of(claim, name) if shown.mark == mark] for mark in marks)
+            found += [(check, shown) for shown in next(filter(None, of_kinds), [])]
         return found
+
+    def verdict(self, claim: Claim, marks: Sequence[str] = (LONG, BUILD)) -> Verdict:
+        """A claim's, from what `deciding` finds."""
+        return combined(claim, [shown.record for _, shown in self.deciding(claim, marks)])
+
+    @cached_property
+    def verdicts(self) -> dict[str, Verdict]:
+        """The verdict of every claim of the register."""
+        return {claim.id: self.verdict(claim) for claim in self.book.claims}
 
     def drawn(self, claim: Claim) -> list[tuple[Check, Shown]]:
         """What the verdict rests on, then what other models and a reader's own runs have."""
-        records = [(check, shown) for name, check in claim.checks.items() for shown in self.of(claim, name)]
-        return self.deciding(claim) + [each for each in records if each[1].mark == OTHER]
+        return self.deciding(claim) + self.deciding(claim, [OTHER])
 
     def controls(self, claim_id: str | None = None) -> list[Control]:
         """Controls of a claim, or of all, from this build and the reference runs."""
@@ -172,6 +177,11 @@ def on_lines(drawn: Sequence[tuple[Check, Shown]]) -> list[tuple[Check, Shown, l
     return placed
 
 
+def weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> tuple[Check, Shown]:
+    """The one whose line begins furthest left."""
+    return min(placed, key=lambda each: each[2][:2])[:2]
+
+
 def _strip(placed: Sequence[tuple[Check, Shown, list[float]]], words: str) -> str:
     """An SVG of all records of a claim, a line each, with the paper's numbers."""
     width, height, inset = 260, 24, 7
@@ -194,7 +204,7 @@ def _strip(placed: Sequence[tuple[Check, Shown, list[float]]], words: str) -> st
             x = across(place(check, said))
             marks.append(f'<path class="paper" d="M{x - 4} 12l4-4 4 4-4 4z"/>')
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(words, quote=True)}">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(words)}">'
         f'<rect x="{width // 2}" width="{width // 2}" height="{height}"/>'
         f'<path class="bar" d="M{width // 2} 0V{height}"/>{"".join(marks)}</svg>'
     )
@@ -257,7 +267,7 @@ def _small(board: Board) -> str:
         for claim in board.book.claims:
             if claim.part == part:
                 verdict = board.verdicts[claim.id]
-                said = html.escape(f"{claim.title or claim.id}: {verdict}", quote=True)
+                said = html.escape(f"{claim.title or claim.id}: {verdict}")
                 where = f'href="scoreboard.html#{anchor(claim.id)}" title="{said}" aria-label="{said}"'
                 marks.append(f'<a class="v-{verdict.replace(" ", "-")}" {where}>{SYMBOLS[verdict]}</a>')
         rows.append(f'<li><span>{part} · {rich(title)}</span><span class="marks">{"".join(marks)}</span></li>')
@@ -314,8 +324,8 @@ def _table(board: Board, chapters: set[str]) -> str:
 
 def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], order: int) -> str:
     verdict, placed = board.verdicts[claim.id], on_lines(board.drawn(claim))
-    weakest = min((at[0] for *_, at in placed), default=-2.0)
-    held = sum(shown.record.verdict in ("reproduced", "holds here") for _, shown, _ in placed)
+    leftmost = min((at[0] for *_, at in placed), default=-2.0)
+    held = sum(shown.record.verdict in HOLDS for _, shown, _ in placed)
     words = f"{held} of {len(placed)} numbers hold: {verdict}" if placed else "no number yet"
     ours = sorted(chapters & ({claim.chapter} | {shown.run.chapter for shown in board.of(claim)}))
     links = " ".join(f'<a href="notebooks/{chapter}.html">{int(chapter[:2])}</a>' for chapter in ours)
@@ -329,8 +339,8 @@ def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], ord
         f'<td class="chapters">{links or "to come"}</td>',
     ]
     keys = {"verdict": verdict, "paper": f"{paper.letter}. {paper.title}", "part": claim.part, "order": order}
-    keys |= {"at": f"{weakest:.3f}", "rank": list(SYMBOLS).index(verdict), "title": claim.title or claim.id}
-    data = " ".join(f'data-{name}="{html.escape(str(value), quote=True)}"' for name, value in keys.items())
+    keys |= {"at": f"{leftmost:.3f}", "rank": list(SYMBOLS).index(verdict), "title": claim.title or claim.id}
+    data = " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in keys.items())
     return (
         f'<tbody class="claim" id="{anchor(claim.id)}" {data}><tr>{"".join(cells)}</tr>\n'
         f'<tr class="more"><td colspan="{5 + len(columns)}"><details><summary>records, controls, provenance of '
@@ -346,13 +356,13 @@ def _ours(placed: Sequence[tuple[Check, Shown, list[float]]], columns: list[str]
         return
     of[columns[0]] += of[""]
     for name in columns:
-        yield f'<td class="ours" data-family="{html.escape(name, quote=True)}">{_weakest(of[name])}</td>'
+        yield f'<td class="ours" data-family="{html.escape(name)}">{_weakest(of[name])}</td>'
 
 
 def _weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> str:
     if not placed:
         return '<span class="none">not run</span>'
-    check, shown, _ = min(placed, key=lambda each: (each[2][0], each[2][1]))
+    check, shown = weakest(placed)
     return f"<span>{number(shown.record.value, shown.record.ci)}</span> <small>{_asked(check)}</small>"
 
 
@@ -378,21 +388,18 @@ def _details(claim: Claim, board: Board) -> str:
         parts.append(table(rows) if rows else "<p>Not run.</p>")
         found = [control for control in board.controls(claim.id) if control.check == name]
         said = "; ".join(f"<b>{c.measured()}</b>, {'rejected' if c.rejected else '<b>PASSES</b>'}" for c in found)
-        about = (
-            f"{rich(check.control)}: {said or 'not in this build'}"
-            if check.control
-            else f"none, {rich(check.no_control)}"
-        )
+        about = f"none, {rich(check.no_control)}"
+        if check.control:
+            about = f"{rich(check.control)}: {said or 'not in this build'}"
         parts.append(f'<p class="control">Negative control: {about}.</p>')
     return "\n".join(parts)
 
 
 def _record_row(shown: Shown) -> dict[str, Any]:
     record = shown.record
-    case = record.metric.partition(BETWEEN)[2] or "–"
     about = "; ".join(filter(None, [record.scope, record.teacher or "", tidy(record.note)]))
     return {
-        "case": html.escape(case),
+        "case": html.escape(record.metric.partition(BETWEEN)[2] or "–"),
         "ours": f'<span class="whole">{number(record.value, record.ci)}</span>',
         "n": f"{counted(record.n)} {record.resampled or ''}",
         "verdict": badge(record.verdict),
@@ -402,15 +409,10 @@ def _record_row(shown: Shown) -> dict[str, Any]:
 
 
 def _runs(board: Board) -> str:
-    rows = [
-        {
-            "chapter": f"{int(run.chapter[:2])}",
-            "run": f"{WHOSE[mark]}, profile {html.escape(run.profile)}",
-            "seconds": round(run.seconds),
-            "machine": html.escape(machine(run.environment)),
-        }
-        for mark, run, _ in board.runs
-    ]
+    rows = []
+    for mark, run, _ in board.runs:
+        row = {"chapter": f"{int(run.chapter[:2])}", "run": f"{WHOSE[mark]}, profile {html.escape(run.profile)}"}
+        rows.append(row | {"seconds": round(run.seconds), "machine": html.escape(machine(run.environment))})
     body = table(rows) if rows else "<p>No chapter has run.</p>"
     return f"::::{{dropdown}} {len(rows)} runs\n```{{raw}} html\n{body}\n```\n::::\n"
 
@@ -428,7 +430,7 @@ def _flat(board: Board) -> Iterator[dict[str, Any]]:
                 **{"metric": record.metric, "value": record.value, "low": low, "high": high, "n": record.n},
                 **{"resampled": record.resampled, "unit": record.unit, "asked": record.expected},
                 **{"verdict": record.verdict, "scope": record.scope, "teacher": record.teacher, "note": record.note},
-                **{"chapter": run.chapter, "run": {LONG: "long", BUILD: "build", OTHER: "other"}[mark]},
+                **{"chapter": run.chapter, "run": mark},
                 **{"profile": run.profile, "seconds": run.seconds, "commit": run.environment.get("commit")},
             }
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 from scipy.stats import binom
 
-from helpers.press.rules import Check, Claim, Register, Rule, Strict, register
+from helpers.press.rules import Check, Claim, Register, Rule, Strict
 
 Verdict = Literal["reproduced", "holds here", "partly", "fails here", "not reproduced", "too few", "not tested"]
 Scope = Literal["paper setting", "analogue"]
@@ -204,24 +204,6 @@ def combined(claim: Claim, records: Sequence[Record]) -> Verdict:
     )
 
 
-def overall(
-    ours: Iterable[Record], reference: Iterable[Record] = (), book: Register | None = None
-) -> dict[str, Verdict]:
-    """One verdict for every claim of the register: each check is judged by the reference run's records where there
-    are any, else by ours."""
-    ours, reference, found = list(ours), list(reference), {}
-    for claim in (book or register()).claims:
-        kept = []
-        for check in claim.checks:
-            own, long = (
-                [record for record in records if record.claim == claim.id and claim.check_of(record.metric) == check]
-                for records in (ours, reference)
-            )
-            kept += long or own
-        found[claim.id] = combined(claim, kept)
-    return found
-
-
 class Chance(NamedTuple):
     """How many of the `judged` records would hold by chance: for each, the share of its check's controls that pass."""
 
@@ -229,9 +211,9 @@ class Chance(NamedTuple):
     judged: int
 
 
-def by_chance(records: Iterable[Record], controls: Iterable[Control], book: Register | None = None) -> Chance:
+def by_chance(records: Iterable[Record], controls: Iterable[Control], book: Register) -> Chance:
     """What chance alone would let hold among the records whose check has a recorded control."""
-    book, passing = book or register(), {}
+    passing = {}
     for control in controls:
         passing.setdefault((control.claim, control.check), []).append(control.passed)
     of = [passing.get((record.claim, book[record.claim].check_of(record.metric))) for record in records]

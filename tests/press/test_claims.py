@@ -485,7 +485,8 @@ def test_a_claim_is_judged_by_one_row_of_the_truth_table(write, one, two, fits):
         for verdict in found
     ]
     expected = verdicts.TABLE[fits].verdict
-    assert verdicts.overall(records, (), book) == {"a.b": expected, "c.d": "not tested"}
+    assert verdicts.combined(book["a.b"], records) == expected
+    assert verdicts.combined(book["c.d"], []) == "not tested"
 
 
 def test_the_table_has_a_row_for_every_verdict_and_ends_with_one_that_always_fits():
@@ -651,7 +652,7 @@ def padding(log, shares, spread):
         )
     ci = (spread - 0.02, spread + 0.02)
     log.record("secret.padding", spread, ci=ci, resampled="articles", n=11, scope="analogue", variant="consistency")
-    return verdicts.overall(log.records)["secret.padding"]
+    return verdicts.combined(claims.register()["secret.padding"], log.records)
 
 
 @pytest.mark.parametrize(
