@@ -7,15 +7,18 @@ import html
 import io
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ipywidgets
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+
+from helpers.settings import allowed
 
 MOST_FRAMES = 150
 """A page holds every frame of its sliders: about 15 kB each."""
@@ -23,16 +26,7 @@ MOST_FRAMES = 150
 _numbers = itertools.count(1)
 
 
-def slider(
-    draw: Callable[..., Figure],
-    values: Mapping[str, Sequence[Any]],
-    *,
-    alt: Callable[..., str],
-    label: str | Mapping[str, str] | None = None,
-    start: Mapping[str, Any] | None = None,
-    caption: str = "",
-    dpi: int = 160,
-) -> Slider:
+class Slider:
     """A figure with one slider for each entry of `values`, e.g. `{"k": [1, 2, 4, 8]}`; two entries make a grid.
     An entry whose values are names has buttons in its place.
 
@@ -44,48 +38,36 @@ def slider(
     Raises `ValueError` for no values, more than `MOST_FRAMES` points, a start that is not among the values, or
     frames of different sizes.
     """
-    labels = {next(iter(values), ""): label} if isinstance(label, str) else dict(label or {})
-    _check(values, labels, start or {})
-    grid = list(itertools.product(*values.values()))
-    frames = [_frame(draw(*point), dpi, point) for point in grid]
-    if len(sizes := {size for _, size, _ in frames}) > 1:
-        raise ValueError(f"draw returned figures of different sizes, {sorted(sizes)}; give all the same figsize")
-    unique = list(dict.fromkeys(image for image, *_ in frames))
-    places = {image: i for i, image in enumerate(unique)}
-    return Slider(
-        values={name: list(choices) for name, choices in values.items()},
-        labels={name: labels.get(name, name) for name in values},
-        images=unique,
-        order=[places[image] for image, *_ in frames],
-        alts=[alt(*point) for point in grid],
-        size=frames[0][1],
-        at=[list(choices).index((start or {}).get(name, choices[0])) for name, choices in values.items()],
-        caption=caption,
-        letters=min(letters for *_, letters in frames),
-    )
 
-
-@dataclass(frozen=True, repr=False)
-class Slider:
-    """Frames over a grid of values, shown by `ipywidgets` in Jupyter and by plain HTML elsewhere. Made by `slider`."""
-
-    values: dict[str, list[Any]]
-    labels: dict[str, str]
-    images: list[str]
-    order: list[int]
-    alts: list[str]
-    size: tuple[int, int]
-    at: list[int]
-    caption: str = ""
-    letters: float = 0.0
-    """The smallest letters of all frames, as a share of a frame's width."""
+    def __init__(
+        self,
+        draw: Callable[..., Figure],
+        values: Mapping[str, Sequence[Any]],
+        *,
+        alt: Callable[..., str],
+        label: str | Mapping[str, str] | None = None,
+        start: Mapping[str, Any] | None = None,
+        caption: str = "",
+        dpi: int = 160,
+    ) -> None:
+        labels = {next(iter(values), ""): label} if isinstance(label, str) else label or {}
+        self.values, start = {name: list(choices) for name, choices in values.items()}, start or {}
+        _check(self.values, labels, start)
+        grid = list(itertools.product(*self.values.values()))
+        images, sizes, letters = zip(*(_frame(draw(*point), dpi, point) for point in grid), strict=True)
+        sizes_differ = f"draw returned figures of different sizes, {sorted(set(sizes))}"
+        allowed(len(set(sizes)) == 1, sizes_differ, "the same figsize for all")
+        self.labels = {name: labels.get(name, name) for name in values}
+        self.images = list(dict.fromkeys(images))
+        self.order = [self.images.index(image) for image in images]
+        self.alts = [alt(*point) for point in grid]
+        self.size, self.caption = sizes[0], caption
+        self.at = [choices.index(start.get(name, choices[0])) for name, choices in self.values.items()]
+        self.letters = min(letters)  # the smallest of all frames, as a share of a frame's width
 
     def index(self, places: Sequence[int]) -> int:
         """Row number in the grid, the last slider running fastest."""
-        row = 0
-        for place, choices in zip(places, self.values.values(), strict=True):
-            row = row * len(choices) + place
-        return row
+        return int(np.ravel_multi_index(places, [len(choices) for choices in self.values.values()]))
 
     def image(self, places: Sequence[int]) -> str:
         """The `<img>` element at a point of the grid."""
@@ -142,9 +124,10 @@ class Slider:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """Both forms at once: Jupyter prefers the widget, `helpers.press.build` keeps the HTML."""
-        live = self.widget()._repr_mimebundle_()
-        live = live[0] if isinstance(live, tuple) else live
-        return live | {"text/html": self.html(), "text/plain": self.alts[self.index(self.at)]}
+        return self.widget()._repr_mimebundle_() | {
+            "text/html": self.html(),
+            "text/plain": self.alts[self.index(self.at)],
+        }
 
 
 _KNOB = """
@@ -173,20 +156,20 @@ _PAGE = """<figure class="book-slider" id="{id}" data-letters="{letters}">{image
 }})();</script></figure>"""
 
 
+slider = Slider
+"""As chapters call it."""
+
+
 def _check(values: Mapping[str, Sequence[Any]], labels: Mapping[str, str], start: Mapping[str, Any]) -> None:
-    if not values or not all(len(choices) for choices in values.values()):
-        raise ValueError(f"values={dict(values)!r}: every slider needs at least one value")
-    count = 1
-    for choices in values.values():
-        count *= len(choices)
-    if count > MOST_FRAMES:
-        raise ValueError(f"values make {count} frames; allowed: {MOST_FRAMES}. Offer fewer values")
+    count = math.prod(map(len, values.values()))
+    if not values or not count:
+        raise ValueError(f"values={values!r}: every slider needs at least one value")
+    allowed(count <= MOST_FRAMES, f"values make {count} frames", f"{MOST_FRAMES}. Offer fewer values")
     for what, given in (("label", labels), ("start", start)):
-        if unknown := set(given) - set(values):
-            raise ValueError(f"{what} names {sorted(unknown)}; allowed: {sorted(values)}")
+        unknown = sorted(set(given) - set(values))
+        allowed(not unknown, f"{what} names {unknown}", f"{sorted(values)}")
     for name, value in start.items():
-        if value not in list(values[name]):
-            raise ValueError(f"start={value!r} for {name} is not one of its values {list(values[name])}")
+        allowed(value in values[name], f"start={value!r} for {name} is not one of its values", f"{values[name]}")
 
 
 def _frame(figure: Any, dpi: int, point: tuple[Any, ...]) -> tuple[str, tuple[int, int], float]:
