@@ -13,8 +13,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,33 +107,25 @@ def _at(run: claims.Results, address: str) -> float:
     return float({"": found[0].value, "n": found[0].n, **ends}[field])
 
 
-def prose(root: Path = settings.ROOT) -> Iterator[tuple[Path, Callable[[Callable[[str], str]], None], list[str]]]:
-    """Every file of the book with prose, a function that rewrites it, and its texts."""
+def prose(root: Path = settings.ROOT) -> Iterator[tuple[Path, Any, list[tuple[Any, str]]]]:
+    """Every file of the book with prose, what it holds, and where in that prose stands, as mappings and their keys."""
     for path in sorted((root / "book").glob("*.md")):
-        yield path, partial(_rewrite_page, path), [path.read_text(encoding="utf-8")]
+        page = {"text": path.read_text(encoding="utf-8")}
+        yield path, page, [(page, "text")]
     for path in sorted((root / "notebooks").glob("*.ipynb")):
-        cells = nbformat.read(path, as_version=4).cells
-        texts = [holder[key] for cell in cells for holder, key in words(cell)]
-        yield path, partial(_rewrite_notebook, path), texts
-
-
-def _rewrite_page(path: Path, change: Callable[[str], str]) -> None:
-    settings.write(path, change(path.read_text(encoding="utf-8")).encode())
-
-
-def _rewrite_notebook(path: Path, change: Callable[[str], str]) -> None:
-    notebook: Any = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        for holder, key in words(cell):
-            holder[key] = change(holder[key])
-    nbformat.write(notebook, path)
+        notebook: Any = nbformat.read(path, as_version=4)
+        yield path, notebook, [place for cell in notebook.cells for place in words(cell)]
 
 
 def main() -> None:
     """Rewrites the files whose numbers differ from their records, and names them."""
-    for path, rewrite, texts in prose():
-        if any(written(text) != text for text in texts):
-            rewrite(written)
+    for path, content, places in prose():
+        changed = [(holder, key) for holder, key in places if written(holder[key]) != holder[key]]
+        for holder, key in changed:
+            holder[key] = written(holder[key])
+        if changed:
+            text = content["text"] if path.suffix == ".md" else nbformat.writes(content) + "\n"
+            settings.write(path, text.encode())
             print(f"{path.relative_to(settings.ROOT)}: numbers rewritten")
 
 

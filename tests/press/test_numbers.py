@@ -35,7 +35,7 @@ NAMED = re.compile(
     r"(?:Python|Theorem|Lemma|Corollary|Remark|Section|Hypothesis|Definition|Figure|Table) [A-Z]?\.?\d+(?:\.\d+)*"
 )
 DECIMAL = re.compile(r"(?<![\w.])(?<![A-Za-z]-)\d*\.\d+(?![\w.]*\d)")
-FILES = {path.name: texts for path, _, texts in numbers.prose()}
+FILES = {path.name: [holder[key] for holder, key in places] for path, _, places in numbers.prose()}
 
 
 def unmarked(text):
