@@ -18,7 +18,6 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, get_args
@@ -27,7 +26,7 @@ from pydantic import BaseModel
 
 from helpers import settings
 from helpers.press.rules import BETWEEN, Bound, Claim, Identity, IntervalAbove, Register, register, validated
-from helpers.press.verdicts import LONGEST_NOTE, Control, Counted, Record, Resampled, Scope, judge
+from helpers.press.verdicts import LONGEST_NOTE, Control, Counted, Record, Resampled, Scope
 from helpers.settings import allowed, one_of
 
 __all__ = ["Chapter", "IntervalAbove", "Record", "Results", "reference", "register"]
@@ -109,7 +108,6 @@ class Chapter:
         n: Counted | None = None,
         ci: Sequence[float] | None = None,
         resampled: Resampled | None = None,
-        unit: str | None = None,
         variant: str | None = None,
         metric: str | None = None,
         teacher: str | EllipsisType | None = ...,
@@ -132,14 +130,10 @@ class Chapter:
         _check_scope(entry, scope, teacher)
         _can_be_judged(entry, check, value, ci, n)
         asked = entry.checks[check]
-        result = Record(
-            metric=asked.metric + (BETWEEN + metric if metric else ""),
-            unit=asked.unit if unit is None else unit,
-            expected=str(asked.rule),
-            verdict=judge(asked.rule, value, ci, scope, n, resampled),
-            **{"claim": claim, "value": value, "ci": ci, "n": n, "resampled": resampled},
-            **{"scope": scope, "teacher": teacher, "note": note, "jackknife": getattr(ci, "jackknife", None)},
-        )
+        about = {"claim": claim, "metric": asked.metric + (BETWEEN + metric if metric else ""), "unit": asked.unit}
+        about |= {"value": value, "ci": ci, "n": n, "resampled": resampled, "scope": scope, "teacher": teacher}
+        about |= {"note": note, "jackknife": getattr(ci, "jackknife", None)}
+        result = Record(**about, expected="", verdict="not tested").judged(asked.rule)
         if result not in self.records:  # a cell that is run again says the same thing twice
             self.records.append(result)
         return result
@@ -305,16 +299,14 @@ def environment(device: str = "auto") -> dict[str, Any]:
     files than runs write."""
     import torch  # takes a second, which the command line does without
 
+    from helpers import kept
+
     chosen = settings.device(str(device))
     on_gpu = chosen.type == "cuda"
-    try:
-        transformers = version("transformers")
-    except PackageNotFoundError:
-        transformers = None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers,
+        "transformers": kept.versions()["transformers"],
         "device": f"{chosen} ({torch.cuda.get_device_name(chosen)})" if on_gpu else str(chosen),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
@@ -357,14 +349,6 @@ class Results(BaseModel):
         """Who made the numbers, as figures say it."""
         return "the book's run" + (f", {self.parameters['teacher']}" if self.profile.endswith("smollm2") else "")
 
-    @property
-    def origin(self) -> str:
-        """Where the numbers come from, for a caption: profile, device, threads and date."""
-        run = self.environment
-        several = "" if run.get("threads") == 1 else "s"
-        device = f"{run.get('threads')} CPU thread{several}" if run.get("device") == "cpu" else run.get("device")
-        return f"{self.profile} run, {device}, {str(run.get('date'))[:10]}, commit {run.get('commit')}"
-
 
 def read_json(path: Path, cure: str) -> Any:
     """The content of a JSON file; `ValueError` naming one that is damaged, with what to do about it."""
@@ -396,10 +380,11 @@ def load_results(folder: Path, book: Register | None = None) -> list[tuple[Resul
         content = read_json(path, "delete it and run its chapter again")
         if isinstance(content, dict) and "records" in content:
             results = validated(Results, content, path.name)
-            seeds = _seeds(results.parameters)
+            seeds = results.parameters.get("seeds")
+            n_seeds = len(seeds) if hasattr(seeds, "__len__") else None
             results.controls = [_control_again(control, book, path.name) for control in results.controls]
             judged = [row for row in results.records if not _retired(row, book)]
-            found.append((results, [_judged_again(row, book, path.name, seeds) for row in judged]))
+            found.append((results, [_judged_again(row, book, path.name, n_seeds) for row in judged]))
     return found
 
 
@@ -419,29 +404,18 @@ def _control_again(control: Control, book: Register, name: str) -> Control:
     return control.judged(asked)
 
 
-def _seeds(parameters: Mapping[str, Any]) -> int | None:
-    """How many seeds a chapter ran with; None where it has no list of them."""
-    seeds = parameters.get("seeds")
-    return len(seeds) if hasattr(seeds, "__len__") else None
-
-
 def _retired(row: Record, book: Register) -> bool:
     old = next((claim.retired for claim in book.claims if claim.id == row.claim), {})
     return any(row.metric.split(BETWEEN)[0] == metric or row.metric.endswith(metric) for metric in old)
 
 
 def _judged_again(row: Record, book: Register, name: str, seeds: int | None) -> Record:
-    stale = f"{name} is stale: run its chapter again or delete it"
-    if row.claim not in {claim.id for claim in book.claims}:
-        raise ValueError(f"{stale} (claim {row.claim!r} is not in the register)")
-    claim = book[row.claim]
-    check = claim.check_of(row.metric)
-    if check is None:
-        raise ValueError(f"{stale} (metric {row.metric!r} is not one of {row.claim})")
     try:
+        claim = book[row.claim]
+        check = claim.check_of(row.metric)
+        metrics = ", ".join(each.metric for each in claim.checks.values())
+        allowed(check is not None, f"metric {row.metric!r} is not one of {row.claim}", metrics)
         _can_be_judged(claim, check, row.value, row.ci, row.n)
     except ValueError as error:
-        raise ValueError(f"{stale} ({error})") from error
-    rule = claim.checks[check].rule
-    verdict = judge(rule, row.value, row.ci, row.scope, row.n, row.resampled, seeds)
-    return row.model_copy(update={"expected": str(rule), "verdict": verdict})
+        raise ValueError(f"{name} is stale: run its chapter again or delete it ({error})") from error
+    return row.judged(claim.checks[check].rule, seeds)

@@ -33,6 +33,11 @@ FEWEST: dict[Resampled, int | tuple[int, int]] = {
     **{"seed × article": (3, 5), "layer × article": (3, 5)},
 }
 """The fewest units whose interval is judged, of each kind where two vary; of a slope, the fewest sizes it lies over."""
+VERDICTS: dict[Scope, dict[str, Verdict]] = {
+    "paper setting": {"holds": "reproduced", "fails": "not reproduced"},
+    "analogue": {"holds": "holds here", "fails": "fails here"},
+}
+"""The verdict of one number where its interval does not straddle what the rule asks."""
 Counted = int | tuple[int, int]
 """How many units: one number, or one of each kind where two vary."""
 
@@ -64,6 +69,14 @@ class Record(Strict):
         unit = f" {self.unit}" if self.unit else ""
         over = f" ({self.resampled})" if self.resampled else ""
         return f"{_number(self.value)}{interval}{unit}, n = {counted(self.n)}{over}"
+
+    def judged(self, rule: Rule, seeds: int | None = None) -> Record:
+        """The same record with the verdict of the rule as it stands, under the scope that it was measured in."""
+        outcome = rule.outcome(self.value, *(self.ci or (self.value, self.value)))
+        verdict = VERDICTS[self.scope].get(outcome, "partly")
+        if rule.needs_interval and too_few(self.n, self.resampled, seeds):
+            verdict = "too few"
+        return self.model_copy(update={"expected": str(rule), "verdict": verdict})
 
     def _repr_html_(self) -> str:
         note = f"<br><small>{html.escape(self.note)}</small>" if self.note else ""
@@ -140,26 +153,6 @@ def too_few(n: Counted, resampled: Resampled | None, seeds: int | None = None) -
     if isinstance(n, tuple):
         return any(own < least for own, least in zip(n, fewest, strict=True))
     return n < math.prod(fewest) or (seeds is not None and seeds < fewest[0])
-
-
-def judge(
-    rule: Rule,
-    value: float,
-    ci: tuple[float, float] | None,
-    scope: Scope,
-    n: Counted,
-    resampled: Resampled | None,
-    seeds: int | None = None,
-) -> Verdict:
-    """The verdict of one number: what the rule says, under the scope it was measured in."""
-    if rule.needs_interval and too_few(n, resampled, seeds):
-        return "too few"
-    match rule.outcome(value, *(ci or (value, value))):
-        case "holds":
-            return "reproduced" if scope == "paper setting" else "holds here"
-        case "fails":
-            return "not reproduced" if scope == "paper setting" else "fails here"
-    return "partly"
 
 
 # -- the verdict of a claim --------------------------------------------------------------------------------------------

@@ -517,8 +517,10 @@ def test_the_table_has_a_row_for_every_verdict_and_ends_with_one_that_always_fit
 def test_an_interval_on_too_few_units_is_not_judged(n, resampled, seeds, few):
     assert verdicts.too_few(n, resampled, seeds) == few
     rule = rules.IntervalAbove(value=2)
-    assert verdicts.judge(rule, 3, (2.5, 4), "analogue", n, resampled, seeds) == ("too few" if few else "holds here")
-    assert verdicts.judge(rules.Bound(), 0, None, "analogue", n, resampled, seeds) == "holds here"
+    record = verdicts.Record(**row("a.b", value=3, ci=(2.5, 4), scope="analogue", n=n, resampled=resampled))
+    assert record.judged(rule, seeds).verdict == ("too few" if few else "holds here")
+    none = record.model_copy(update={"value": 0, "ci": None})
+    assert none.judged(rules.Bound(), seeds).verdict == "holds here"
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -768,7 +770,7 @@ def test_stored_verdicts_are_judged_again(book, tmp_path, render):
 @pytest.mark.parametrize(
     ("stale", "told"),
     [
-        (row("rule.gone"), "claim 'rule.gone' is not in the register"),
+        (row("rule.gone"), "claim='rule.gone' is unknown"),
         (row(metric="another metric"), "metric 'another metric' is not one of rule.identity"),
         (row("rule.above"), "needs ci"),
     ],
@@ -822,12 +824,12 @@ def test_the_page_neither_links_to_missing_chapters_nor_lets_a_note_act(book, tm
     assert f"notebooks/{SLUG}" not in render()
 
 
-def test_points_of_a_longer_run_are_read_back_with_their_origin(tmp_path):
+def test_points_of_a_longer_run_are_read_back(tmp_path):
     log = claims.Chapter("05_some_chapter", {"device": "cpu"}, results_dir=tmp_path)
     log.points["grid"] = [{"active": 16, "fvu": [0.5, 0.4], "rank": None}]
     log.save()
     found = claims.reference("05_some_chapter", tmp_path)
-    assert found.points["grid"] == log.points["grid"] and found.origin.startswith("quick run, ")
+    assert found.points["grid"] == log.points["grid"] and found.profile == "quick"
     assert claims.reference("06_other", tmp_path) is None
     (tmp_path / "06_other.json").write_text("{")
     with pytest.raises(ValueError, match="06_other.json is damaged"):
