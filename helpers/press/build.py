@@ -27,15 +27,8 @@ from helpers.press.numbers import unmarked, words
 
 FOR_TOOLS = re.compile(r"[ \t]*# (?:fmt: (?:skip|off|on)|noqa).*$", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
-LOADED = {
-    "script": "src",
-    "img": "src",
-    "iframe": "src",
-    "source": "src",
-    "video": "src",
-    "audio": "src",
-    "embed": "src",
-}
+LOADED = ("script", "img", "iframe", "source", "video", "audio", "embed")
+"""Elements that a browser fetches for, from their `src`."""
 REMOTE = re.compile(r"^(https?:)?//")
 REMOTE_CSS = re.compile(r"(?:@import\s+['\"]|url\(\s*['\"]?)((?:https?:)?//[^'\")\s]+)")
 

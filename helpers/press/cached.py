@@ -13,12 +13,6 @@ from helpers import settings
 from helpers.press.claims import read_json
 
 
-def entries(folder: Path) -> list[Path]:
-    """Files and folders of the cache by kind: what is kept, and not its locks or what is just being written."""
-    kinds = [kind for kind in sorted(folder.iterdir()) if kind.is_dir()]
-    return [path for kind in kinds for path in sorted(kind.iterdir()) if not path.name.startswith(".")]
-
-
 def asked_for(root: Path = settings.ROOT) -> set[str]:
     """`kind/key` of all that the last run of each chapter asked for, in every profile."""
     stamps = (root / "_build" / "executed").glob("*/*.run.json")
@@ -40,7 +34,8 @@ def size(path: Path) -> int:
 def show(console: Console, free: bool = False, root: Path = settings.ROOT) -> None:
     """Print how much of each kind there is and how much of it no chapter's last run asked for; `free` deletes that."""
     folder, needed = settings.cache_dir(), asked_for(root)
-    found = [(path, size(path)) for path in entries(folder)]
+    kept = (path for path in sorted(folder.glob("*/*")) if path.name[0] != ".")  # no lock, nothing half written
+    found = [(path, size(path)) for path in kept]
     spare = [(path, n) for path, n in found if f"{path.parent.name}/{path.stem}" not in needed]
     console.print(f"{folder}: {_gb(found)}, of which no chapter's last run asked for {_gb(spare)}", markup=False)
     for kind in dict.fromkeys(path.parent.name for path, _ in found):

@@ -30,7 +30,6 @@ Word = Literal["agrees", "differs", "cannot tell"]
 class Compared(NamedTuple):
     """One check of a chapter in the book's run and in the reader's."""
 
-    claim: Claim
     check: Check
     book: list[Shown]
     own: list[Shown]
@@ -62,7 +61,7 @@ def compared(slug: str, board: Board) -> list[Compared]:
                 if shown.run.chapter == slug and shown.mark in of and not other:
                     of[shown.mark].append(shown)
             if of[LONG] and of[BUILD]:
-                found.append(Compared(claim, check, of[LONG], of[BUILD]))
+                found.append(Compared(check, of[LONG], of[BUILD]))
     return found
 
 

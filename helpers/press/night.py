@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from bs4 import BeautifulSoup
+from matplotlib.colors import to_hex, to_rgb
 
 HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
 PAPER = "#121212"
@@ -50,20 +51,16 @@ def night(svg: str) -> str:
 @cache
 def _by_night(colour: str) -> str:
     """The colour of the same hue that stands out from dark paper as this one does from white, or as far as one can."""
-    hue, _, saturation = colorsys.rgb_to_hls(*_parts(colour))
-    wanted, low, high = 1.05 / (_luminance(_parts(colour)) + 0.05), 0.0, 1.0
+    hue, _, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
+    wanted, low, high = 1.05 / (_luminance(colour) + 0.05), 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        light = (_luminance(colorsys.hls_to_rgb(hue, middle, saturation)) + 0.05) / (_luminance(_parts(PAPER)) + 0.05)
+        light = (_luminance(colorsys.hls_to_rgb(hue, middle, saturation)) + 0.05) / (_luminance(PAPER) + 0.05)
         low, high = (low, middle) if light > wanted else (middle, high)
-    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, high, saturation))
+    return to_hex(colorsys.hls_to_rgb(hue, high, saturation))
 
 
-def _parts(colour: str) -> tuple[float, float, float]:
-    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-
-
-def _luminance(parts: tuple[float, float, float]) -> float:
+def _luminance(colour: str | tuple[float, float, float]) -> float:
     """Of sRGB, as WCAG 2 defines it."""
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from helpers import settings
 from helpers.press.chapters import Job
 from helpers.press.claims import read_json
-from helpers.press.rules import validated
+from helpers.press.rules import Strict, validated
 from helpers.press.tables import MOST_COLUMNS, Table, table
 
 CODE = re.compile(r"(`[^`<>]+`)")
@@ -50,18 +50,16 @@ A target that was missed is shown as missed.
 """
 
 
-class Target(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Target(Strict):
     what: str
     target: str
     measured: float
     met: bool
 
 
-class Benchmark(BaseModel):
+class Benchmark(Strict):
     """One file of `benchmarks/results` (its form is in `benchmarks/README.md`)."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str
     title: str
     question: str

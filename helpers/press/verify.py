@@ -44,12 +44,6 @@ class Cell(Strict):
         return difference(again, value_of(self.kept, results.parameters | about), self.tolerance)
 
 
-class Cells(RootModel):
-    """The file `verify.yml`: cells by chapter."""
-
-    root: dict[str, list[Cell]]
-
-
 def value_of(code: str, names: Mapping[str, Any]) -> Any:
     """What the last line of a piece of code gives."""
     *body, last = ast.parse(code).body
@@ -81,7 +75,7 @@ def difference(again: Any, kept: Any, tolerance: float, where: str = "") -> str:
 def read(folder: Path = claims.REFERENCE) -> dict[str, list[Cell]]:
     """The stated cells by chapter; raises `ValueError` for a file of another form."""
     content = read_yaml(folder / "verify.yml", "verify.yml", "restore it from the repository")
-    return validated(Cells, content or {}, "verify.yml").root
+    return validated(RootModel[dict[str, list[Cell]]], content or {}, "verify.yml").root
 
 
 def run_again(

@@ -38,8 +38,12 @@ def shown(root, **options):
     return out.getvalue()
 
 
+def entries(root):
+    return [path for path in (root / "cache").glob("*/*") if path.name[0] != "."]
+
+
 def left(root):
-    return sorted(path.parent.name for path in cached.entries(root / "cache"))
+    return sorted(path.parent.name for path in entries(root))
 
 
 def asked(root):
@@ -67,7 +71,7 @@ def test_what_none_asked_for_is_shown_and_goes_only_when_told(cache):
 
 def test_what_is_being_made_stays(cache):
     note(cache)
-    (folder,) = (path for path in cached.entries(cache / "cache") if path.is_dir())
+    (folder,) = (path for path in entries(cache) if path.is_dir())
     with FileLock(folder.parent / f".{folder.name}.lock"):
         assert "1 are in use and stay" in shown(cache, free=True)
     assert left(cache) == ["teachers"]

@@ -146,7 +146,7 @@ def test_a_table_that_nobody_could_read_is_refused(rows, said):
 
 
 def contrast(one, other):
-    first, second = sorted(night._luminance(night._parts(colour)) + 0.05 for colour in (one, other))
+    first, second = sorted(night._luminance(colour) + 0.05 for colour in (one, other))
     return second / first
 
 
