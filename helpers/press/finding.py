@@ -168,41 +168,41 @@ def _lines(slug: str, board: Board, own: bool = False) -> Iterator[str]:
     """Of a reader's `own` run its numbers, and the verdicts as they would be by them; the book's where it has none."""
     for claim in board.book.claims:
         theirs = board.deciding(claim, [BUILD]) if own else []
-        deciding = [each for each in theirs or board.deciding(claim) if each[1].run.chapter == slug]
+        deciding = [each for each in theirs or board.deciding(claim) if each.run.chapter == slug]
         if not deciding:
             continue
         verdict = board.verdict(claim, (BUILD, LONG) if own else (LONG, BUILD))
         families = {}
         for each in on_lines(deciding):
-            families.setdefault(each[1].column or board.columns[0], []).append(each)
+            families.setdefault(each.column or board.columns[0], []).append(each)
         first, *others = (name for name in board.columns if name in families)
-        check, shown = weakest(families[first])
+        shown = weakest(families[first])
         title = f'<a href="../scoreboard.html#{anchor(claim.id)}">{rich(claim.title or claim.id)}</a>'
         measured = f'<span class="measured">{number(shown.record.value, shown.record.ci)}</span>'
         more = f"weakest of {len(families[first])}: " if len(families[first]) > 1 else ""
-        small = f"{more}{rich(shown.record.metric)}; asked {html.escape(str(check.rule))}; {WHOSE[shown.mark]}"
+        small = f"{more}{rich(shown.record.metric)}; asked {html.escape(str(shown.check.rule))}; {WHOSE[shown.mark]}"
         small += _of_all(claim, deciding, board) if verdict == "partly" else ""
         small += "".join(_there(html.escape(name), families[name], shown.record.metric) for name in others)
         yield f"<li>{badge(verdict)}<span>{title}</span>{measured}<small>{small}</small></li>"
 
 
-def _of_all(claim: Claim, deciding: Sequence[tuple[Check, Shown]], board: Board) -> str:
+def _of_all(claim: Claim, deciding: Sequence[Shown], board: Board) -> str:
     """How many of the numbers behind a verdict hold, and whether a check has none: "partly" may be either."""
-    held = sum(SIDES.get(shown.record.verdict) == "holds" for _, shown in deciding)
+    held = sum(SIDES.get(shown.record.verdict) == "holds" for shown in deciding)
     without = sum(not board.of(claim, name) for name in claim.checks)
     said = f"; {held} of {len(deciding)} numbers hold"
     return said + (f", {without} of {len(claim.checks)} checks not run" if without else "")
 
 
-def _there(name: str, placed: Sequence[tuple[Check, Shown, list[float]]], metric: str) -> str:
+def _there(name: str, placed: Sequence[Shown], metric: str) -> str:
     """What another family has for the same measurement, and its weakest number where that says something else."""
-    same = [each for each in placed if each[1].record.metric == metric]
-    (_, first), (check, worst) = weakest(same or placed), weakest(placed)
-    first, worst = first.record, worst.record
+    same = [each for each in placed if each.record.metric == metric]
+    first, shown = weakest(same or placed).record, weakest(placed)
+    worst = shown.record
     said = f"; on {name} {number(first.value, first.ci)}, {first.verdict}" if same else ""
     if not same or worst.verdict != first.verdict:
         said += f"; weakest on {name} {number(worst.value, worst.ci)}, {worst.verdict}: "
-        said += f"{rich(worst.metric)}; asked {html.escape(str(check.rule))}"
+        said += f"{rich(worst.metric)}; asked {html.escape(str(shown.check.rule))}"
     return said
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from helpers import settings
-from helpers.press import claims
-from helpers.press.claims import REFERENCE, Results, load_results
+from helpers.press.claims import REFERENCE, Chapter, Results, load_results
 from helpers.press.pages import machine
 from helpers.press.rules import BETWEEN, Bound, Check, Claim, Identity, IntervalWithin, Register, Trend, register
 from helpers.press.tables import number, table
@@ -42,16 +41,19 @@ PAGE = settings.ROOT / "book" / "scoreboard.md"
 
 LONG, BUILD, OTHER = "long", "build", "other"
 """Kinds of runs: a long one that is kept with the book, this build, or another profile on this machine."""
-WHOSE = {LONG: "the book's run", BUILD: claims.Chapter.whose, OTHER: "another run of yours"}
+WHOSE = {LONG: "the book's run", BUILD: Chapter.whose, OTHER: "another run of yours"}
 """A run as pages name it, in the words of the figures."""
 
 
 class Shown(NamedTuple):
-    """A record with the run that made it."""
+    """A record with the run that made it, the check that it belongs to, and the left end, dot and right end of its
+    line (`on_lines`)."""
 
     record: Record
     run: Results
     mark: str
+    check: Check | None = None
+    line: Sequence[float] = ()
 
     @property
     def column(self) -> str:
@@ -99,32 +101,28 @@ class Board:
     def of(self, claim: Claim, check: str | None = None) -> list[Shown]:
         """A claim's records, or those of one of its checks: of long runs first."""
         return [
-            Shown(record, run, mark)
+            Shown(record, run, mark, claim.checks[name])
             for mark, run, records in self.runs
             for record in records
-            if record.claim == claim.id and check in (None, claim.check_of(record.metric))
+            if record.claim == claim.id and check in (None, name := claim.check_of(record.metric))
         ]
 
-    def deciding(self, claim: Claim, marks: Sequence[str] = (LONG, BUILD)) -> list[tuple[Check, Shown]]:
+    def deciding(self, claim: Claim, marks: Sequence[str] = (LONG, BUILD)) -> list[Shown]:
         """The records that a verdict rests on: of each check those of the first kind of runs that has some."""
         found = []
-        for name, check in claim.checks.items():
-            of_kinds = ([shown for shown in self.of(claim, name) if shown.mark == mark] for mark in marks)
-            found += [(check, shown) for shown in next(filter(None, of_kinds), [])]
+        for check in claim.checks:
+            of_kinds = ([shown for shown in self.of(claim, check) if shown.mark == mark] for mark in marks)
+            found += next(filter(None, of_kinds), [])
         return found
 
     def verdict(self, claim: Claim, marks: Sequence[str] = (LONG, BUILD)) -> Verdict:
         """A claim's, from what `deciding` finds."""
-        return combined(claim, [shown.record for _, shown in self.deciding(claim, marks)])
+        return combined(claim, [shown.record for shown in self.deciding(claim, marks)])
 
     @cached_property
     def verdicts(self) -> dict[str, Verdict]:
         """The verdict of every claim of the register."""
         return {claim.id: self.verdict(claim) for claim in self.book.claims}
-
-    def drawn(self, claim: Claim) -> list[tuple[Check, Shown]]:
-        """What the verdict rests on, then what other models and a reader's own runs have."""
-        return self.deciding(claim) + self.deciding(claim, [OTHER])
 
     def controls(self, claim_id: str | None = None) -> list[Control]:
         """Controls of a claim, or of all, from this build and the reference runs."""
@@ -165,24 +163,25 @@ def place(check: Check, value: float, scale: float = 1.0) -> float:
     return max(-1.0, min(1.0, far))
 
 
-def on_lines(drawn: Sequence[tuple[Check, Shown]]) -> list[tuple[Check, Shown, list[float]]]:
-    """Each record with the left end, the dot and the right end of its line."""
+def on_lines(drawn: Sequence[Shown]) -> list[Shown]:
+    """Each record with its line."""
     largest, placed = Counter(), []
-    for check, shown in drawn:
-        largest[check.metric] = max(largest[check.metric], *map(abs, shown.record.ci or (0.0,)))
-    for check, shown in drawn:
+    for shown in drawn:
+        metric = shown.check.metric
+        largest[metric] = max(largest[metric], *map(abs, shown.record.ci or (0.0,)))
+    for shown in drawn:
         values = (shown.record.value, *(shown.record.ci or ()))
-        at = [place(check, value, largest[check.metric]) for value in values]
-        placed.append((check, shown, [min(at), at[0], max(at)]))
+        at = [place(shown.check, value, largest[shown.check.metric]) for value in values]
+        placed.append(shown._replace(line=[min(at), at[0], max(at)]))
     return placed
 
 
-def weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> tuple[Check, Shown]:
+def weakest(placed: Sequence[Shown]) -> Shown:
     """The one whose line begins furthest left."""
-    return min(placed, key=lambda each: each[2][:2])[:2]
+    return min(placed, key=lambda shown: shown.line[:2])
 
 
-def _strip(placed: Sequence[tuple[Check, Shown, list[float]]], words: str) -> str:
+def _strip(placed: Sequence[Shown], words: str) -> str:
     """An SVG of all records of a claim, a line each, with the paper's numbers."""
     width, height, inset = 260, 24, 7
 
@@ -192,14 +191,15 @@ def _strip(placed: Sequence[tuple[Check, Shown, list[float]]], words: str) -> st
     step = min(5.0, (height - 6) / max(1, len(placed) - 1))
     top = height / 2 - step * (len(placed) - 1) / 2
     marks = []
-    for row, (_, shown, (low, at, high)) in enumerate(placed):
-        y, x = round(top + row * step, 1), across(at)
+    for row, shown in enumerate(placed):
+        low, x, high = map(across, shown.line)
+        y = round(top + row * step, 1)
         kind = f"v-{shown.record.verdict.replace(' ', '-')}"
-        line = f'<path d="M{across(low)} {y}H{across(high)}"/>' if high > low else ""
+        line = f'<path d="M{low} {y}H{high}"/>' if shown.line[2] > shown.line[0] else ""
         dot = f'<rect class="dot" x="{x - 2.6:.1f}" y="{y - 2.6:.1f}" width="5.2" height="5.2"/>'
         dot = dot if shown.mark == OTHER else f'<circle cx="{x}" cy="{y}" r="2.9"/>'
         marks.append(f'<g class="{kind}{" ring" if shown.mark == BUILD else ""}">{line}{dot}</g>')
-    for check in {id(check): check for check, *_ in placed}.values():
+    for check in {shown.check.metric: shown.check for shown in placed}.values():
         for said in check.paper:
             x = across(place(check, said))
             marks.append(f'<path class="paper" d="M{x - 4} 12l4-4 4 4-4 4z"/>')
@@ -290,7 +290,7 @@ def _summary(board: Board) -> str:
     waiting = sum(check.no_control.startswith("not run yet") for check in checks)
     stated, found = sum(bool(check.control) for check in checks), board.controls()
     passed = sum(not control.rejected for control in found)
-    deciding = [shown.record for claim in board.book.claims for _, shown in board.deciding(claim)]
+    deciding = [shown.record for claim in board.book.claims for shown in board.deciding(claim)]
     chance = by_chance(deciding, found, board.book)
     by_luck = f" By chance alone {number(chance.expected)} of the {chance.judged} numbers so controlled would hold."
     none_left = f", {waiting} have one that was not run yet" if waiting else ""
@@ -323,9 +323,9 @@ def _table(board: Board, chapters: set[str]) -> str:
 
 
 def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], order: int) -> str:
-    verdict, placed = board.verdicts[claim.id], on_lines(board.drawn(claim))
-    leftmost = min((at[0] for *_, at in placed), default=-2.0)
-    held = sum(shown.record.verdict in HOLDS for _, shown, _ in placed)
+    verdict, placed = board.verdicts[claim.id], on_lines(board.deciding(claim) + board.deciding(claim, [OTHER]))
+    leftmost = min((shown.line[0] for shown in placed), default=-2.0)
+    held = sum(shown.record.verdict in HOLDS for shown in placed)
     words = f"{held} of {len(placed)} numbers hold: {verdict}" if placed else "no number yet"
     ours = sorted(chapters & ({claim.chapter} | {shown.run.chapter for shown in board.of(claim)}))
     links = " ".join(f'<a href="notebooks/{chapter}.html">{int(chapter[:2])}</a>' for chapter in ours)
@@ -348,9 +348,9 @@ def _row(claim: Claim, board: Board, chapters: set[str], columns: list[str], ord
     )
 
 
-def _ours(placed: Sequence[tuple[Check, Shown, list[float]]], columns: list[str]) -> Iterator[str]:
+def _ours(placed: Sequence[Shown], columns: list[str]) -> Iterator[str]:
     """The weakest number for each family; one cell for all where no language model is needed."""
-    of = {name: [each for each in placed if each[1].column == name] for name in ["", *columns]}
+    of = {name: [shown for shown in placed if shown.column == name] for name in ["", *columns]}
     if not any(of[name] for name in columns):
         yield f'<td class="ours" colspan="{len(columns)}">{_weakest(of[""])}</td>'
         return
@@ -359,11 +359,11 @@ def _ours(placed: Sequence[tuple[Check, Shown, list[float]]], columns: list[str]
         yield f'<td class="ours" data-family="{html.escape(name)}">{_weakest(of[name])}</td>'
 
 
-def _weakest(placed: Sequence[tuple[Check, Shown, list[float]]]) -> str:
+def _weakest(placed: Sequence[Shown]) -> str:
     if not placed:
         return '<span class="none">not run</span>'
-    check, shown = weakest(placed)
-    return f"<span>{number(shown.record.value, shown.record.ci)}</span> <small>{_asked(check)}</small>"
+    shown = weakest(placed)
+    return f"<span>{number(shown.record.value, shown.record.ci)}</span> <small>{_asked(shown.check)}</small>"
 
 
 def _asked(check: Check) -> str:
@@ -422,7 +422,7 @@ def _runs(board: Board) -> str:
 
 def _flat(board: Board) -> Iterator[dict[str, Any]]:
     for claim in board.book.claims:
-        for record, run, mark in board.of(claim):
+        for record, run, mark, *_ in board.of(claim):
             low, high = record.ci or (None, None)
             yield {
                 **{"claim": claim.id, "title": claim.title, "paper": claim.source.paper, "part": claim.part},

@@ -109,7 +109,9 @@ def test_another_model_and_a_readers_own_run_have_columns_and_decide_nothing(tmp
     )
     assert board.columns == ["Gemma 3", "SmolLM2", "your run"] and board.verdicts == alone.verdicts
     claim = board.book["dead.lm"]
-    assert [shown.run.profile for _, shown in board.drawn(claim)] == ["quick", "smollm2", "quick+custom"]
+    assert [shown.run.profile for shown in board.deciding(claim)] == ["quick"]
+    others = board.deciding(claim, [scoreboard.OTHER])
+    assert [shown.run.profile for shown in others] == ["smollm2", "quick+custom"]
     made = scoreboard.pages(board)["scoreboard.md"]
     assert {"your run, profile quick", "another run of yours, profile smollm2"} <= set(
         re.findall(r"[^<>]*, profile \w+", made)
@@ -118,7 +120,7 @@ def test_another_model_and_a_readers_own_run_have_columns_and_decide_nothing(tmp
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "09.json").write_text((tmp_path / "smollm2" / "09.json").read_text())
     both = scoreboard.Board.read(tmp_path / "none", tmp_path / "kept")
-    assert [shown.mark for _, shown in both.deciding(claim)] == [scoreboard.LONG] * 2, "each family's kept run decides"
+    assert [shown.mark for shown in both.deciding(claim)] == [scoreboard.LONG] * 2, "each family's kept run decides"
     row = BeautifulSoup(made.split('id="claim-dead-lm"')[1].split("</tr>")[0], "html.parser")
     assert len(row.select(".ours")) == 3 and len(row.select(".dot")) == 2 and len(row.select("circle")) == 1
 
