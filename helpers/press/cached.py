@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -24,10 +25,8 @@ def size(path: Path) -> int:
     """Bytes on disk; a file that another process takes away meanwhile counts nothing."""
     total = 0
     for file in path.rglob("*") if path.is_dir() else [path]:
-        try:
+        with suppress(FileNotFoundError):
             total += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:
-            continue
     return total
 
 

@@ -55,13 +55,11 @@ def compared(slug: str, board: Board) -> list[Compared]:
     wanted = own if (LONG, own) in teachers else next((teacher for mark, teacher in teachers if mark == LONG), None)
     for claim in board.book.claims:
         for name, check in claim.checks.items():
-            of = {LONG: [], BUILD: []}
-            for shown in board.of(claim, name):
-                other = shown.mark == LONG and shown.run.parameters.get("teacher") != wanted
-                if shown.run.chapter == slug and shown.mark in of and not other:
-                    of[shown.mark].append(shown)
-            if of[LONG] and of[BUILD]:
-                found.append(Compared(check, of[LONG], of[BUILD]))
+            records = [shown for shown in board.of(claim, name) if shown.run.chapter == slug]
+            book = [s for s in records if s.mark == LONG and s.run.parameters.get("teacher") == wanted]
+            reader = [s for s in records if s.mark == BUILD]
+            if book and reader:
+                found.append(Compared(check, book, reader))
     return found
 
 

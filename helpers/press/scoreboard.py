@@ -291,15 +291,15 @@ def _summary(board: Board) -> str:
     stated, found = sum(bool(check.control) for check in checks), board.controls()
     passed = sum(not control.rejected for control in found)
     deciding = [shown.record for claim in board.book.claims for shown in board.deciding(claim)]
-    chance = by_chance(deciding, found, board.book)
-    by_luck = f" By chance alone {number(chance.expected)} of the {chance.judged} numbers so controlled would hold."
+    expected, controlled = by_chance(deciding, found, board.book)
+    by_luck = f" By chance alone {number(expected)} of the {controlled} numbers so controlled would hold."
     none_left = f", {waiting} have one that was not run yet" if waiting else ""
     return (
         f"**{tested} of {len(board.verdicts)} claims of three papers and this book are tested here**, each by a rule "
         f"that could fail: {_counts(board, own=False)}\n\n"
         f"Of {len(checks)} checks {stated} have a negative control{none_left}, {len(checks) - stated - waiting} can "
         f"have none. {len(found)} controls were recorded; {passed} of them passed the rule that should reject it."
-        f"{by_luck if chance.judged else ''}\n"
+        f"{by_luck if controlled else ''}\n"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -197,18 +198,12 @@ def combined(claim: Claim, records: Sequence[Record]) -> Verdict:
     )
 
 
-class Chance(NamedTuple):
-    """How many of the `judged` records would hold by chance: for each, the share of its check's controls that pass."""
-
-    expected: float
-    judged: int
-
-
-def by_chance(records: Iterable[Record], controls: Iterable[Control], book: Register) -> Chance:
-    """What chance alone would let hold among the records whose check has a recorded control."""
-    passing = {}
+def by_chance(records: Iterable[Record], controls: Iterable[Control], book: Register) -> tuple[float, int]:
+    """How many of the records whose check has a recorded control would hold by chance alone, and how many those are:
+    of each the share of its check's controls that pass is added up."""
+    passing = defaultdict(list)
     for control in controls:
-        passing.setdefault((control.claim, control.check), []).append(control.passed)
+        passing[control.claim, control.check].append(control.passed)
     of = [passing.get((record.claim, book[record.claim].check_of(record.metric))) for record in records]
     shares = [sum(each) / len(each) for each in of if each]
-    return Chance(sum(shares), len(shares))
+    return sum(shares), len(shares)
