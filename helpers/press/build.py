@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from helpers import kept, settings
-from helpers.press import browse, claims, execution, finding, night, pages, polish, publish, reading, scoreboard
+from helpers.press import browse, claims, execution, finding, pages, polish, publish, reading, scoreboard
 from helpers.press.chapters import Job, digest_files
 from helpers.press.numbers import unmarked, words
 
@@ -131,7 +131,6 @@ def build(root: Path) -> list[str]:
         wrong = [line for line in lines if "WARNING" in line or "ERROR" in line]
         return [*(wrong or lines[-20:]), f"the build ended with status {status}; all it said: {log}"]
     polish.site(folder / "_build" / "html", root)
-    night.site(folder / "_build" / "html")
     html = root / "_build" / "html"
     for left in html.parent.glob(".html.*"):  # of a killed build
         shutil.rmtree(left, ignore_errors=True)

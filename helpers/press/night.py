@@ -16,31 +16,27 @@ PAPER = "#121212"
 """A dark page's own."""
 
 
-def site(html: Path) -> None:
-    """Every figure that is an SVG gets a dark version beside it, and a width below which it scrolls instead."""
-    for path in html.rglob("*.html"):
-        text = path.read_text(encoding="utf-8")
-        if ".svg" not in text:
-            continue
-        soup = BeautifulSoup(text, "html.parser")
-        found = soup.select("article .cell_output img[src$='.svg']")
-        for image in found:
-            day = path.parent / image["src"]
-            svg = day.read_text(encoding="utf-8")
-            day.with_suffix(".dark.svg").write_text(night(svg), encoding="utf-8")
-            wide = float(re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)[1]) * 4 / 3
-            least = 350 if wide <= 640 else 0.75 * wide  # letters of 12 points, 9 in a wide one, stay legible
-            image["style"] = f"--wide: {wide:.0f}px; --least: {least:.0f}px"
-            if wide > 350 and (box := image.find_parent(class_="cell_output")):  # it scrolls: keys must reach it
-                box["tabindex"], box["role"], box["aria-label"] = "0", "group", "figure"
-            other = copy.copy(image)
-            other["src"] = image["src"].removesuffix(".svg") + ".dark.svg"
-            for each, when in ((image, "by-day"), (other, "by-night")):
-                each["class"] = [*each.get("class", []), when]
-            other["loading"] = "lazy"  # not asked for where it is not shown
-            image.insert_after(other)
-        if found:
-            path.write_text(str(soup), encoding="utf-8")
+def page(text: str, folder: Path) -> str:
+    """A page of `folder` in which every figure that is an SVG has a dark version beside it, written beside its file,
+    and a width below which it scrolls instead."""
+    soup = BeautifulSoup(text, "html.parser")
+    found = soup.select("article .cell_output img[src$='.svg']")
+    for image in found:
+        day = folder / image["src"]
+        svg = day.read_text(encoding="utf-8")
+        day.with_suffix(".dark.svg").write_text(night(svg), encoding="utf-8")
+        wide = float(re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)[1]) * 4 / 3
+        least = 350 if wide <= 640 else 0.75 * wide  # letters of 12 points, 9 in a wide one, stay legible
+        image["style"] = f"--wide: {wide:.0f}px; --least: {least:.0f}px"
+        if wide > 350 and (box := image.find_parent(class_="cell_output")):  # it scrolls: keys must reach it
+            box["tabindex"], box["role"], box["aria-label"] = "0", "group", "figure"
+        other = copy.copy(image)
+        other["src"] = image["src"].removesuffix(".svg") + ".dark.svg"
+        for each, when in ((image, "by-day"), (other, "by-night")):
+            each["class"] = [*each.get("class", []), when]
+        other["loading"] = "lazy"  # not asked for where it is not shown
+        image.insert_after(other)
+    return str(soup) if found else text
 
 
 def night(svg: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from bs4 import BeautifulSoup
 
 from helpers import settings
-from helpers.press import publish, search
+from helpers.press import night, publish, search
 
 FONT_AHEAD = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
 VIEWPORT = re.compile(r'\s*<meta name="viewport"[^>]*>')
@@ -65,7 +65,7 @@ def site(folder: Path, root: Path = settings.ROOT) -> None:
             path.unlink()
             continue
         text = mended(path.read_text(encoding="utf-8"), page, icons, where)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(night.page(text, path.parent), encoding="utf-8")
         texts += search.sections(page, text)
     (folder / "_static" / "texts.js").write_text(search.script(texts), encoding="utf-8")
     for path in [path for pattern in LEFT for path in (folder / "_static").rglob(pattern)]:
