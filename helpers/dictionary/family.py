@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -153,7 +153,7 @@ class RankOneDictionary(nn.Module):
         score_gradient = score_gradient or self.gate == "softmax before"
         if screen is not None and (found := screen.top(x, self.encoder.weight, self.encoder.bias, self.k)) is not None:
             pre_acts = self.encoder.chosen(x, found[1], known=found[0])
-            return SparseCodes(self._atoms_of(found[1]), ACTIVATIONS[self.activation](pre_acts)), None
+            return SparseCodes(atoms_of(found[1], self.expert_rank), ACTIVATIONS[self.activation](pre_acts)), None
         with torch.set_grad_enabled(score_gradient and torch.is_grad_enabled()):
             scores = self.router.scores(x)
         ranking = scores.detach() if self.selection_bias is None else scores.detach() + self.selection_bias
@@ -161,7 +161,7 @@ class RankOneDictionary(nn.Module):
         chosen = scores.gather(1, experts)
         if not score_gradient and (self.gate != "hard" or self.router is self.encoder):
             chosen = self.router.chosen(x, experts, known=chosen)
-        atoms = self._atoms_of(experts)
+        atoms = atoms_of(experts, self.expert_rank)
         pre_acts = chosen if self.router is self.encoder else self.encoder.chosen(x, atoms)
         weighed = chosen if on is None else chosen.masked_fill(~on, torch.finfo(chosen.dtype).min)
         weighed = chosen if self.gate in ("hard", "score") else weighed  # the others share one whole among the chosen
@@ -171,12 +171,6 @@ class RankOneDictionary(nn.Module):
             repeated = (part.repeat_interleave(self.expert_rank, dim=1) for part in (chosen, experts, on))
             values = self.select.switch(values, *repeated)
         return SparseCodes(atoms, values), scores
-
-    def _atoms_of(self, experts: Tensor) -> Tensor:
-        if self.expert_rank == 1:
-            return experts
-        inside = torch.arange(self.expert_rank, device=experts.device)
-        return (experts[:, :, None] * self.expert_rank + inside).flatten(1)
 
     @property
     def active_neurons(self) -> int:
@@ -269,6 +263,13 @@ class RankOneDictionary(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.knobs.items())
+
+
+def atoms_of(experts: Int[Tensor, "batch k"], rank: int) -> Int[Tensor, "batch atoms"]:
+    """Numbers of the atoms of chosen experts, of which each has `rank`, one after another."""
+    if rank == 1:
+        return experts
+    return (experts[:, :, None] * rank + torch.arange(rank, device=experts.device)).flatten(1)
 
 
 def _one_of(name: str, given: str, allowed) -> None:

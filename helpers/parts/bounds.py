@@ -48,15 +48,12 @@ def fvu_bound(w: ArrayLike, d: ArrayLike, log_n: ArrayLike) -> np.ndarray | np.f
     near, far = np.zeros_like(p), (budget - special.xlogy(p, p)) / rest  # of s = ln((1 − p)/F); kl(far) ≥ the budget
     for _ in range(100):  # halvings: more than float64 can tell apart
         middle = (near + far) / 2
-        enough = _kl_below(p, rest, middle) > budget  # the error is still too small
+        # kl(p ‖ 1 − F) at F = (1 − p)·e^−middle: exact to rounding where F is tiny, and near its double root
+        kl = rest * middle - p * np.log1p(-rest * np.expm1(-middle) / np.where(p > 0, p, 1.0))
+        enough = kl > budget  # the error is still too small
         near, far = np.where(enough, near, middle), np.where(enough, middle, far)
     rounded = 16 * np.finfo(float).eps * (1 + far - np.log(rest))
     return np.where(inside, np.where(budget == 0, rest, np.exp(np.log(rest) - far - rounded)), 0.0)
-
-
-def _kl_below(p: ArrayLike, rest: ArrayLike, s: ArrayLike) -> np.ndarray | np.floating:
-    """kl(p ‖ 1 − F) at F = (1 − p)·e^−s, rest = 1 − p: exact to rounding where F is tiny, and near its double root."""
-    return rest * s - p * np.log1p(-rest * np.expm1(-s) / np.where(p > 0, p, 1.0))
 
 
 def measurements(model: RankOneDictionary) -> int:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helpers.dictionary import ACTIVATIONS, RankOneDictionary, Rows, SparseCodes, pursuit, weighted_sum
+from helpers.dictionary.family import atoms_of
 from helpers.settings import allowed, one_of
 
 POWERS = {1: "identity", 2: "square", 3: "cube"}
@@ -153,8 +154,7 @@ def gated_by(
     """
     given = f"gate={model.gate!r}, shared={model.shared is not None}"
     allowed(model.gate == "hard" and model.shared is None, given, "'hard' and no shared part")
-    inside = torch.arange(model.expert_rank, device=supports.device)
-    neurons = (supports[:, :, None] * model.expert_rank + inside).flatten(1)
+    neurons = atoms_of(supports, model.expert_rank)
     with torch.no_grad():
         x = x if model.b_in is None else x - model.b_in
         values = ACTIVATIONS[model.activation](model.encoder.chosen(x, neurons))

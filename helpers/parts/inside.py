@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, Rows, SparseCodes, pursuit
+from helpers.dictionary.family import atoms_of
 from helpers.models import checkpoints, sources
 from helpers.models.activations import ActivationStore
 from helpers.models.checkpoints import MoELayer, Principal
@@ -301,7 +302,7 @@ def _chosen(bench: LayerRows, seeds, controls, ranks) -> Iterator[tuple[str, int
     moe, own = bench.moe, bench.choice().indices
     first = bench.directions[:, 0]
     for rank in ranks if "implicit" in controls else ():
-        yield "implicit", rank, *_flat(bench.directions[:, :rank], own)
+        yield "implicit", rank, bench.directions[:, :rank].flatten(0, 1), atoms_of(own, rank)
     if "second" in controls:
         second = bench.directions if bench.rank > 1 else checkpoints.principal(moe, 2, device=bench.device).directions
         yield "second", 1, second[:, 1].to(own.device), own
@@ -314,7 +315,7 @@ def _chosen(bench: LayerRows, seeds, controls, ranks) -> Iterator[tuple[str, int
         elsewhere = bench.choice(moe=router).indices
         for rank in ranks if "shuffled" in controls else ():
             if rank == 1 or seed in seeds[:2]:
-                yield "shuffled", rank, *_flat(bench.directions[moved, :rank], own)
+                yield "shuffled", rank, bench.directions[moved, :rank].flatten(0, 1), atoms_of(own, rank)
         simple = {
             "random": (drawn, elsewhere),
             "random_directions": (drawn, own),
@@ -386,13 +387,6 @@ def _of_site(bench: LayerRows, site, centred, y, seeds, controls, ranks) -> Iter
         yield "fitted_directions", 1, projected(fitted, bench.choice().indices, y)[0]
     if "omp" in controls and centred:
         yield "omp", 1, projected(first, pursuit.omp(y, first, k).indices, y)[0]
-
-
-def _flat(directions: Float[Tensor, "experts rank d"], experts: Int[Tensor, "rows k"]) -> tuple[Tensor, Tensor]:
-    """Atoms of all experts one after another, and the numbers of those that belong to the chosen experts."""
-    rank = directions.shape[1]
-    inside = torch.arange(rank, device=experts.device)
-    return directions.flatten(0, 1), (experts[:, :, None] * rank + inside).flatten(1)
 
 
 def derangement(n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
