@@ -89,17 +89,13 @@ class KneserNey:
         tokens = np.concatenate(texts).astype(np.int64)
         low, high = tokens.min(), tokens.max()
         allowed(0 <= low <= high < self.vocabulary, f"token ids {low} to {high}", f"0 to {self.vocabulary - 1}")
-        lengths = np.array([len(text) for text in texts])
-        starts = np.cumsum(lengths) - lengths
-        return tokens, np.arange(len(tokens)) - np.repeat(starts, lengths)
+        return tokens, np.concatenate([np.arange(len(text)) for text in texts])
 
     def nats(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float[np.ndarray, " texts"]:
         """−log p of each text's tokens after its BOS, summed, in nats; what follows its last token is not asked for."""
         tokens, place = self._flat(texts)
         p = np.where(place > 0, self._probabilities(tokens, place), 1.0)
-        logs = -np.log(p)
-        ends = np.cumsum([len(text) for text in texts])
-        return np.diff(np.concatenate([[0.0], np.cumsum(logs)])[np.concatenate([[0], ends])])
+        return np.add.reduceat(-np.log(p), np.flatnonzero(place == 0))
 
     def _probabilities(self, tokens: np.ndarray, place: np.ndarray) -> np.ndarray:
         p = np.full(len(tokens), 1 / self.vocabulary)
