@@ -42,8 +42,10 @@ KEPT_BYTES = 2**29
 """Of what entered a layer, at most: a long run's side-by-side students, a quick run's all."""
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    return [each for each in (output if isinstance(output, tuple) else [output]) if isinstance(each, Tensor)]
+def _bytes(output: Any) -> int:
+    """Of what a block returns: a tensor, or several with other things among them."""
+    parts = output if isinstance(output, tuple) else (output,)
+    return sum(each.nbytes for each in parts if isinstance(each, Tensor))
 
 
 class FrozenLayer:
@@ -123,9 +125,8 @@ class FrozenLayer:
     def _keep(self, key: Hashable, output: Any) -> None:
         """What enters the layer; the oldest go where there are more than `KEPT_BYTES`."""
         self._entered[key] = output
-        sizes = [sum(each.nbytes for each in _tensors(kept)) for kept in self._entered.values()]
-        while sum(sizes) > KEPT_BYTES:
-            del self._entered[next(iter(self._entered))], sizes[0]
+        while sum(map(_bytes, self._entered.values())) > KEPT_BYTES:
+            del self._entered[next(iter(self._entered))]
 
     @cached_property
     def unspliced(self) -> dict[str, Float[np.ndarray, " articles"]]:
