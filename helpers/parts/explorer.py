@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from helpers import settings
-from helpers.dictionary import RankOneDictionary
 from helpers.models import activations, corpora, teachers
 from helpers.models.activations import ActivationStore
 from helpers.models.corpora import SPLITS
@@ -138,13 +137,6 @@ def _feature(view: View, j: int) -> dict[str, object]:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def book_sae(teacher: Teacher, args: argparse.Namespace) -> RankOneDictionary:
-    """An SAE trained as chapter 9 does, by default with load balancing, that reads rows as the model has them."""
-    place = args.corpus, args.layer[0], args.site
-    sizes = args.train_tokens, args.features, args.k, args.steps
-    return Book(*place, *sizes, args.lr, args.balance).train(teacher, device=args.device)
-
-
 def views(args: argparse.Namespace) -> Iterator[View]:
     """What was asked for; `ValueError` before anything long where it cannot be."""
     good = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name) is not None
@@ -160,16 +152,14 @@ def views(args: argparse.Namespace) -> Iterator[View]:
         return
     (layer,), site = args.layer, args.site
     teacher.block(layer)
-    where = f"{site} of layer {layer} of {args.teacher}"
-    allowed(
-        sae is None or sae.d_in == teacher.d_model,
-        f"sae={args.sae!r} reads {getattr(sae, 'd_in', 0)} numbers",
-        f"{teacher.d_model}, as {where}",
-    )
-    store = activations.harvest(
-        teacher, args.corpus, layer=layer, sites=(site,), n_tokens=args.tokens, split=args.split
-    )
-    sae = book_sae(teacher, args) if sae is None else sae
+    if sae is not None:
+        what = f"{teacher.d_model}, as {site} of layer {layer} of {args.teacher}"
+        allowed(sae.d_in == teacher.d_model, f"sae={args.sae!r} reads {sae.d_in} numbers", what)
+    how = {"layer": layer, "sites": (site,), "n_tokens": args.tokens, "split": args.split}
+    store = activations.harvest(teacher, args.corpus, **how)
+    if sae is None:
+        sizes = args.train_tokens, args.features, args.k, args.steps
+        sae = Book(args.corpus, layer, site, *sizes, args.lr, args.balance).train(teacher, device=args.device)
     shown = Dictionary.of_sae(sae, store.tensor(site))
     yield _view(teacher, shown, store, args, {"layer": layer, "site": site, "k": sae.k, "name": args.name})
 

@@ -223,22 +223,7 @@ def test_an_sae_that_is_trained(scene, tmp_path, monkeypatch):
 
 
 def test_the_trained_sae_reads_rows_as_the_model_has_them(scene, monkeypatch):
-    monkeypatch.setenv("RANK1_CACHE", str(scene["cache_dir"]))
-    words = [
-        "--sae",
-        "book",
-        "--name",
-        "a",
-        "--layer",
-        "1",
-        "--corpus",
-        scene["corpus"],
-        "--features",
-        "20",
-        "--k",
-        "2",
-    ]
-    args = explorer.parser().parse_args([*words, "--steps", "3", "--train-tokens", "600"])
+    book = audit.Book(scene["corpus"], 1, "resid_post", 600, 20, 2, 3, 1e-2)
     monkeypatch.setattr(audit, "trained", lambda *_, **__: type("Fit", (), {"student": scaled}))
     random = torch.Generator().manual_seed(2)
     scaled = dictionary.topk_sae(16, 20, 2, generator=random, b_dec=torch.randn(16, generator=random))
@@ -248,7 +233,8 @@ def test_the_trained_sae_reads_rows_as_the_model_has_them(scene, monkeypatch):
     before = scaled(x)
     scale = scene["store"].moments("resid_post").variance ** 0.5
     assert abs(scale - 1) > 0.1
-    assert torch.allclose(explorer.book_sae(scene["model"], args)(scale * x), scale * before, atol=1e-4)
+    sae = book.train(scene["model"], cache_dir=scene["cache_dir"])
+    assert torch.allclose(sae(scale * x), scale * before, atol=1e-4)
 
 
 @pytest.mark.parametrize(
