@@ -228,10 +228,10 @@ def load(counts: Num[np.ndarray, " n"], rows: float) -> dict[str, float]:
     }
 
 
-def twins(sae: RankOneDictionary, counts: Num[np.ndarray, " n"], seed: int = 0) -> float:
+def twins(sae: RankOneDictionary, counts: Num[np.ndarray, " n"]) -> float:
     """Share of live atoms that write along another live one: what a mixture calls collapsed experts."""
     vectors = unit(sae.decoder.vectors().detach().cpu().float()[np.asarray(counts) > 0])
-    asked = torch.randperm(len(vectors), generator=settings.generator(seed))[:TWINS]
+    asked = torch.randperm(len(vectors), generator=settings.generator(0))[:TWINS]
     cosines = vectors[asked] @ vectors.T
     cosines[torch.arange(len(asked)), asked] = -1
     return float((cosines.amax(1) > ALIKE).double().mean()) if len(vectors) > 1 else 0.0
@@ -267,8 +267,7 @@ def in_other_units(sums: Mapping[str, np.ndarray], factor: float, less: Float[np
     """The sums of the same errors where rows are y − `less`, and all is multiplied by `factor`."""
     rows, row = sums["rows"][:, None], sums["row"]
     squares = sums["squares"] - 2 * row @ less + sums["rows"] * (less @ less)
-    moved = {"errors": sums["errors"], "squares": squares}
-    moved = {name: factor**2 * values for name, values in moved.items()}
+    moved = {"errors": factor**2 * sums["errors"], "squares": factor**2 * squares}
     return dict(sums) | moved | {"error": factor * sums["error"], "row": factor * (row - rows * less)}
 
 

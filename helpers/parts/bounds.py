@@ -77,7 +77,7 @@ def model_bound(model: RankOneDictionary) -> float:
     return float(fvu_bound(measurements(model), model.d_in, log_configurations(model.n_features, model.k)))
 
 
-def random_subspaces_fvu(w: int, d: int, log_n: float, *, points: int = 8001) -> float:
+def random_subspaces_fvu(w: int, d: int, log_n: float) -> float:
     """FVU that the oracle's choice among N random subspaces has on average over the subspaces, for any N.
 
     The share of x left outside an even random subspace is Beta((d − w)/2, w/2), whatever x is, and the smallest of N
@@ -89,7 +89,7 @@ def random_subspaces_fvu(w: int, d: int, log_n: float, *, points: int = 8001) ->
     a, b = (d - w) / 2, w / 2
     # G(t) ≤ t^a / (a B(a, b)) · max(1, (1 − t)^(b − 1)): below this t the integrand is 1 to rounding
     start = min(-1.0, (math.log(a) + float(special.betaln(a, b)) - log_n - 40) / a)
-    logit = np.linspace(start, 80.0, points)
+    logit = np.linspace(start, 80.0, 8001)
     t, rest = special.expit(logit), special.expit(-logit)
     below, above = special.betainc(a, b, t), special.betainc(b, a, rest)  # G and 1 − G, each accurate where small
     with np.errstate(divide="ignore"):

@@ -39,17 +39,18 @@ def isometry_of(atoms: Float[Tensor, "n d"], supports: Int[Tensor, "batch k"]) -
     return torch.cat([_isometry(gram) for _, gram in _grams(atoms, supports)])
 
 
-def restricted_isometry(atoms: Float[Tensor, "n d"], k: int, *, most: int = 2_000_000) -> float:
+def restricted_isometry(atoms: Float[Tensor, "n d"], k: int) -> float:
     """δ = max over 1 ≤ |S| ≤ k of δ_S, exact, by enumeration.
 
     All sizes are visited: with linearly dependent atoms δ_S can shrink when S grows. Raises `ValueError` for k outside
-    1 to n, and for more than `most` supports; there the Babel function of unit atoms (chapter 4) is an upper bound, and
+    1 to n, and for over two million supports; there the Babel function of unit atoms (chapter 4) is an upper bound, and
     any `isometry_of` a lower one.
     """
     n, own = len(atoms), atoms.detach().double()
     allowed(1 <= k <= n, f"k={k}", f"1 to {n}, the number of atoms")
     count = sum(math.comb(n, size) for size in range(1, k + 1))
-    allowed(count <= most, f"k={k} of {n} atoms makes {count:,} supports", f"{most:,}; the Babel function bounds δ")
+    given = f"k={k} of {n} atoms makes {count:,} supports"
+    allowed(count <= 2_000_000, given, "2,000,000; the Babel function bounds δ")
     gram, worst = own @ own.T, 0.0
     for size in range(1, k + 1):
         rest: Iterator[tuple[int, ...]] = combinations(range(n), size)
@@ -60,16 +61,16 @@ def restricted_isometry(atoms: Float[Tensor, "n d"], k: int, *, most: int = 2_00
 
 
 def adversarial_supports(
-    atoms: Float[Tensor, "n d"], k: int, starts: int, generator: torch.Generator, *, steps: int = 10
+    atoms: Float[Tensor, "n d"], k: int, starts: int, generator: torch.Generator
 ) -> Int[Tensor, "starts k"]:
     """Supports with a large λ_max(G_S), by the truncated power method (Yuan & Zhang 2013) from random atoms.
 
-    Each step takes a vector's products with all atoms, keeps the k largest, and sums those atoms. Their δ_S are lower
-    bounds on δ, and nothing says that they reach it.
+    Each of ten steps takes a vector's products with all atoms, keeps the k largest, and sums those atoms. Their δ_S are
+    lower bounds on δ, and nothing says that they reach it.
     """
     allowed(1 <= k <= len(atoms), f"k={k}", f"1 to {len(atoms)}, the number of atoms")
     u = atoms[torch.randint(len(atoms), (starts,), generator=generator, device=generator.device)]
-    for _ in range(steps):
+    for _ in range(10):
         dots = u @ atoms.T
         supports = dots.abs().topk(k, dim=1).indices
         u = torch.einsum("bk,bkd->bd", dots.gather(1, supports), atoms[supports])
@@ -249,22 +250,20 @@ class Polynomial:
         return scale[:, :, None] * self.outputs[terms], self.factors[terms][:, :, :-1]
 
 
-def local_polynomial(
-    d: int, p: int, block: int, rank: int, generator: torch.Generator, dtype: torch.dtype = torch.float64
-) -> Polynomial:
+def local_polynomial(d: int, p: int, block: int, rank: int, generator: torch.Generator) -> Polynomial:
     """A polynomial map of d inputs and d outputs in which a coordinate meets only the others of its block.
 
     Each of the d/block blocks has `rank` terms, so T e_j has rank at most `rank` for every basis vector e_j. Outputs
     u_l and first factors v_l1 are orthonormal and the other factors unit vectors, so ‖T‖ = 1 (max over unit vectors of
-    T[u, x_1, …, x_p]). Raises `ValueError` unless block divides d and rank ≤ block.
+    T[u, x_1, …, x_p]); all in float64. Raises `ValueError` unless block divides d and rank ≤ block.
     """
     good = d % block == 0 and 1 <= rank <= block
     allowed(good, f"block={block}, rank={rank}", f"a divisor of d={d}, and rank from 1 to block")
-    blocks, how = d // block, {"generator": generator, "device": generator.device, "dtype": dtype}
+    blocks, how = d // block, {"generator": generator, "device": generator.device, "dtype": torch.float64}
     first = torch.linalg.qr(torch.randn(blocks, block, rank, **how)).Q.transpose(1, 2)[:, :, None]
     rest = torch.nn.functional.normalize(torch.randn(blocks, rank, p - 1, block, **how), dim=3)
     inside = torch.cat([first, rest], 2)
-    factors = torch.zeros(blocks, rank, p, blocks, block, dtype=dtype, device=generator.device)
+    factors = inside.new_zeros(blocks, rank, p, blocks, block)
     own = torch.arange(blocks)
     factors[own, :, :, own] = inside
     outputs = torch.linalg.qr(torch.randn(d, blocks * rank, **how)).Q.T
@@ -366,19 +365,19 @@ def with_copies(student: RankOneDictionary) -> RankOneDictionary:
 # -- what a dense network needs ----------------------------------------------------------------------------------------
 
 
-def flattening_rank(polynomial: Polynomial, tolerance: float = 1e-6) -> int:
+def flattening_rank(polynomial: Polynomial) -> int:
     """The largest rank of a flattening of Sym(T): a lower bound on the width of any dense MLP that computes f.
 
     Flattenings keep the output and a of the inputs as rows, p − a inputs as columns, a = 0 … p − 1. With Sym(T) =
     Σ_t w_t ⊗ s_t^{⊗p} a flattening is XᵀY, the rows of X and Y being rank-one tensors, so its singular values are those
     of √(XXᵀ)√(YYᵀ), and these Gram matrices are products of powers of (w_t·w_u) and (s_t·s_u): no tensor is built.
-    Singular values below `tolerance` of the largest count as zero, which can only lower the bound.
+    Singular values below 10⁻⁶ of the largest count as zero, which can only lower the bound.
     """
     written, read = symmetric_decomposition(polynomial.outputs.double(), polynomial.factors.double())
     p, outer, inner = polynomial.degree, written @ written.T, read @ read.T
     products = (_root(outer * inner**a) @ _root(inner ** (p - a)) for a in range(p))
     spectra = (torch.linalg.svdvals(product) for product in products)
-    return max(int((values > tolerance * values[0]).sum()) for values in spectra)
+    return max(int((values > 1e-6 * values[0]).sum()) for values in spectra)
 
 
 def _root(gram: Tensor) -> Tensor:

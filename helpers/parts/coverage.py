@@ -15,8 +15,8 @@ SIZES = ((1, 3), (1, 5), (1, 8), (1, 10), (1, 30), (2, 10), (3, 10), (3, 30), (5
 VARY = {"all": (1, 1, 1), "seeds": (1, 0, 0), "units": (0, 1, 0), "cells": (0, 0, 1)}
 
 
-def coverage(n_samples: int = 4000, *, seed: int = 0, level: float = 0.95) -> list[dict[str, str | float]]:
-    """How often the interval holds the truth, in samples of two correlated columns of which the truth is known.
+def coverage(n_samples: int = 4000, *, seed: int = 0) -> list[dict[str, str | float]]:
+    """How often the 95 % interval holds the truth, in samples of two correlated columns of which the truth is known.
 
     A row for each size, kind of data (normal with a spread of a fifth of the mean, lognormal with σ = 1) and, of
     several seeds, what varies, with the shares for a mean, a difference of means and a ratio of sums, plain and on the
@@ -38,7 +38,7 @@ def coverage(n_samples: int = 4000, *, seed: int = 0, level: float = 0.95) -> li
                 if seeds > 1:
                     without.append(of(*(_without_each(column.mean(2)) for column in columns)))
                 off = np.abs(value - of(truth, truth)) - 1e-9  # what does not vary is rounded
-                row[name] = float((off <= margin(*without, level=level)).mean())
+                row[name] = float((off <= margin(*without, level=0.95)).mean())
             rows.append(row)
     return rows
 

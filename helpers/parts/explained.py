@@ -71,24 +71,24 @@ def fve(part: Explained, **options) -> Comparison:
     return estimate(lambda shares: shares[0], part, **options)
 
 
-def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explained] | float, **options) -> Comparison:
+def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explained] | float) -> Comparison:
     """FVE of one over FVE of another, or over a number; of lists, one for each layer, the layers' geometric mean."""
     of = [of] if isinstance(of, Explained) else list(of)
     if isinstance(to, float):
-        return estimate(lambda shares: geometric(shares / to), *of, scale="log", **options)
+        return estimate(lambda shares: geometric(shares / to), *of, scale="log")
     to = [to] if isinstance(to, Explained) else list(to)
     allowed(len(of) == len(to), f"{len(to)} parts to divide {len(of)} by", "as many")
-    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, scale="log", **options)
+    return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, scale="log")
 
 
-def over_layers(of: Sequence[Explained], to: float, **options) -> Comparison:
+def over_layers(of: Sequence[Explained], to: float) -> Comparison:
     """`ratio` of parts without chance, one for each layer, with an interval over layers × articles. Few layers make a
     rough interval; with one layer it is over articles only."""
     draws = [len(part.explained) for part in of]
     allowed(set(draws) == {1}, f"parts of {draws} draws", "one draw each")
     layers = {i: {"explained": part.explained[0], "total": part.total} for i, part in enumerate(of)}
-    table, options = Sums({"": layers}), {"fewest": FEWEST, "scale": "log"} | options
-    found = table.compare(lambda cell: geometric(cell["explained"] / cell["total"] / to), **options)
+    table = Sums({"": layers})
+    found = table.compare(lambda cell: geometric(cell["explained"] / cell["total"] / to), fewest=FEWEST, scale="log")
     return replace(found, resampled="layer × article") if len(of) > 1 else found
 
 
@@ -98,10 +98,8 @@ def geometric(numbers: np.ndarray) -> float:
         return float(np.exp(np.log(numbers).mean()))
 
 
-def factors(
-    found: Sequence[Mapping[Key, Explained]], site: str, expected: float, *, centred: bool = True, **options
-) -> dict[str, Comparison]:
-    """The ratio implicit / `expected` as a product of three: what directions, routing and pairing add, in this order.
+def factors(found: Sequence[Mapping[Key, Explained]], site: str, expected: float) -> dict[str, Comparison]:
+    """The centred ratio implicit / `expected` as a product of what directions, routing and pairing add, in this order.
 
     directions   random router, trained directions  /  all random, whose expectation is `expected` = k/d
     routing      trained router and directions, shuffled pairing  /  random router, trained directions
@@ -114,16 +112,13 @@ def factors(
     """
     steps = {"directions": ("random_router", None), "routing": ("shuffled", "random_router")}
     steps |= {"pairing": ("implicit", "shuffled"), "ratio": ("implicit", None)}
-    if all(Key("covariance", site, centred) in each for each in found):
+    if all(Key("covariance", site, True) in each for each in found):
         steps |= {"covariance": ("covariance", None), "trained": ("random_router", "covariance")}
 
     def of(control: str) -> list[Explained]:
-        return [each[Key(control, site, centred)] for each in found]
+        return [each[Key(control, site, True)] for each in found]
 
-    return {
-        name: ratio(of(over), expected if under is None else of(under), **options)
-        for name, (over, under) in steps.items()
-    }
+    return {name: ratio(of(over), of(under) if under else expected) for name, (over, under) in steps.items()}
 
 
 def listed(found: Comparison) -> list[float | None]:

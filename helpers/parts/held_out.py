@@ -240,15 +240,13 @@ class Routing:
             rows.append((layer, found, np.mean(by_chance), max(by_chance), low, high))
         return pd.DataFrame(rows, columns=["layer", "bits", "shuffled", "largest shuffled", "low", "high"])
 
-    def favourites(
-        self, layer: int, tokenizer: PreTrainedTokenizerBase, *, n: int = 5, least: int = 10
-    ) -> pd.DataFrame:
-        """For each expert its `load`, and of the tokens seen `least` times or more the `n` that are sent to it most
+    def favourites(self, layer: int, tokenizer: PreTrainedTokenizerBase, *, n: int = 5) -> pd.DataFrame:
+        """For each expert its `load`, and of the tokens seen ten times or more the `n` that are sent to it most
         often (of equals the more frequent): `tokens`, and `shares`, how often each is."""
         chosen = np.zeros((self.tokens.max() + 1, self.n_experts))
         np.add.at(chosen, (np.repeat(self.tokens, self.experts.shape[2]), self.experts[:, layer].ravel()), 1)
         seen = np.bincount(self.tokens)
-        known = np.flatnonzero(seen >= least)
+        known = np.flatnonzero(seen >= 10)
         share, load = chosen[known] / seen[known, None], self.load()[layer]
         rows = []
         for expert in range(self.n_experts):
@@ -266,11 +264,11 @@ def _information(tokens: Int[np.ndarray, " rows"], experts: Int[np.ndarray, "row
 
 
 @torch.inference_mode()
-def routing(teacher: Teacher, corpus: str, *, n_tokens: int, split: str = "test") -> Routing:
-    """Where the tokens of a text are sent at every layer. Raises `ValueError` for a model without routers."""
+def routing(teacher: Teacher, corpus: str, *, n_tokens: int) -> Routing:
+    """Where the tokens of held-out text are sent at every layer. Raises `ValueError` for a model without routers."""
     has_router = hasattr(teacher.model.config, "num_experts_per_tok")
     allowed(has_router, f"teacher={teacher.name!r} has no router", "a mixture of experts")
-    pieces = activations.texts(teacher, corpus, n_tokens=n_tokens, split=split)
+    pieces = activations.texts(teacher, corpus, n_tokens=n_tokens, split="test")
     k, found = teacher.model.config.num_experts_per_tok, []
     for batch in pieces.batches(16):
         ids, mask = pieces.padded(batch)

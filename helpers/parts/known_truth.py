@@ -199,10 +199,8 @@ def from_points(points: Sequence[Mapping]) -> pd.DataFrame:
     frame = pd.DataFrame(points)
     if "strength" in frame:
         frame["strength"] = [tuple(each) if isinstance(each, list) else each for each in frame.strength]
-    if not isinstance(points[0].get("seed"), list):
-        return frame
     lists = [name for name, value in points[0].items() if isinstance(value, list) and name != "strength"]
-    return frame.explode(lists, ignore_index=True).infer_objects()
+    return frame.explode(lists, ignore_index=True).infer_objects() if lists else frame
 
 
 def contest_of(points: Mapping[str, Sequence[Mapping]]) -> pd.DataFrame:
@@ -280,25 +278,25 @@ def rivals_of(frame: pd.DataFrame, method: str) -> pd.DataFrame:
     return frame[~frame.method.str.contains(method) & ~frame.method.isin(NEWER)]
 
 
-def matched(frame: pd.DataFrame, method: str = "switch") -> tuple[tuple, tuple, bool]:
-    """A method's chosen candidate, the other methods' with the fewest dead at no larger FVU, and whether there is one.
+def matched(frame: pd.DataFrame) -> tuple[tuple, tuple, bool]:
+    """Switch's chosen candidate, the other methods' with the fewest dead at no larger FVU, and whether there is one.
 
     All by validation rows. Where no other method comes within 1 % of that FVU, the others' chosen candidate stands in:
-    by the same rule as the method's own, ties included.
+    by the same rule as Switch's own, ties included.
     """
-    mine = chosen(frame[frame.method == method])
-    others = rivals_of(frame, method)
+    mine = chosen(frame[frame.method == "switch"])
+    others = rivals_of(frame, "switch")
     rival = fewest_dead(others, validation(frame, mine)[0])
     return mine, rival or chosen(others), rival is not None
 
 
-def dominance(frame: pd.DataFrame, n_features: int, method: str = "switch") -> tuple[tuple, tuple]:
-    """The candidate of the other methods' Pareto front that is hardest to match, and the method's answer to it.
+def dominance(frame: pd.DataFrame, n_features: int) -> tuple[tuple, tuple]:
+    """The candidate of the other methods' Pareto front that is hardest to match, and Switch's answer to it.
 
-    For each candidate on that front the answer is the method's candidate of lowest validation FVU with at most one
+    For each candidate on that front the answer is Switch's candidate of lowest validation FVU with at most one
     dead feature more (or its fewest dead, if none has so few); hardest is where the answer's FVU is largest in ratio.
     """
-    mine, others = frame[frame.method == method], rivals_of(frame, method)
+    mine, others = frame[frame.method == "switch"], rivals_of(frame, "switch")
     pairs = []
     for rival in pareto_front(others):
         fvu, dead = validation(frame, rival)
@@ -308,10 +306,10 @@ def dominance(frame: pd.DataFrame, n_features: int, method: str = "switch") -> t
     return rival, answer
 
 
-def finalists(frame: pd.DataFrame, method: str = "switch") -> dict[str, tuple]:
-    """Chosen candidates, each by the rule: nothing done, the method, the best of the others, and it with the method."""
-    other = rivals_of(frame, method).query("method != 'none'")
-    parts = {"none": frame[frame.method == "none"], method: frame[frame.method == method], "other": other}
+def finalists(frame: pd.DataFrame) -> dict[str, tuple]:
+    """Chosen candidates, each by the rule: nothing done, Switch, the best of the others, and it with Switch."""
+    parts = {name: frame[frame.method == name] for name in ("none", "switch")}
+    parts["other"] = rivals_of(frame, "switch").query("method != 'none'")
     parts["both"] = frame[frame.method.str.contains("+", regex=False)]
     return {name: chosen(part) for name, part in parts.items() if len(part)}
 
