@@ -105,28 +105,23 @@ class FrozenLayer:
 
         `what` names the texts, which come in the same order each time.
         """
-        blocks, calls, keys = self.teacher.blocks[: self.number], itertools.count(), []
+        blocks, calls = self.teacher.blocks[: self.number], itertools.count()
 
-        def instead(i: int, forward: Callable, *args, **kwargs):
-            if i == 0:
-                keys[:] = [(what, next(calls))]
-            if keys[0] in self._entered:
-                return self._entered[keys[0]]
+        def instead(block: nn.Module, forward: Callable, *args, **kwargs):
+            text = what, next(calls) // len(blocks)  # each text passes through all blocks before the next one comes
+            if text in self._entered:
+                return self._entered[text]
             output = forward(*args, **kwargs)
-            if i == self.number - 1:
-                self._keep(keys[0], output)
+            if block is blocks[-1]:
+                self._entered[text] = output
+                while sum(map(_bytes, self._entered.values())) > KEPT_BYTES:
+                    del self._entered[next(iter(self._entered))]  # the oldest
             return output
 
         with contextlib.ExitStack() as patched:
-            for i, block in enumerate(blocks):
-                patched.enter_context(mock.patch.object(block, "forward", partial(instead, i, block.forward)))
+            for block in blocks:
+                patched.enter_context(mock.patch.object(block, "forward", partial(instead, block, block.forward)))
             yield
-
-    def _keep(self, key: Hashable, output: Any) -> None:
-        """What enters the layer; the oldest go where there are more than `KEPT_BYTES`."""
-        self._entered[key] = output
-        while sum(map(_bytes, self._entered.values())) > KEPT_BYTES:
-            del self._entered[next(iter(self._entered))]
 
     @cached_property
     def unspliced(self) -> dict[str, Float[np.ndarray, " articles"]]:
