@@ -280,11 +280,8 @@ def ladder(
 
     Those with chance in them are drawn once for each seed.
     """
-    for control in controls:
-        one_of("controls", control, CONTROLS)
-    good = bool(ranks) and 1 <= min(ranks) <= max(ranks) <= bench.rank
-    allowed(good, f"ranks={list(ranks)}", f"1 to {bench.rank}, the bench's rank")
-    allowed(bool(seeds), "seeds is empty", "one for each random draw")
+    check([bench.moe], seeds=seeds, ranks=ranks, controls=controls)
+    allowed(max(ranks) <= bench.rank, f"ranks={list(ranks)}", f"1 to {bench.rank}, the bench's rank")
     sites = [(site, centred) for site in SITES for centred in centrings]
     targets = [bench.rows("judging", *site) for site in sites]
     found: dict[Key, list[Tensor]] = {}

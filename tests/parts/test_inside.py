@@ -328,9 +328,9 @@ def test_bad_parameters_are_named(scene, bench):
     teacher, corpus, _ = scene
     with pytest.raises(ValueError, match="controls="):
         inside.ladder(bench, [0], controls=["implicit", "nobody"])
-    with pytest.raises(ValueError, match="ranks="):
-        inside.ladder(bench, [0], ranks=[4])
-    with pytest.raises(ValueError, match="seeds is empty"):
+    with pytest.raises(ValueError, match=r"ranks=\[1, 4\]; allowed: 1 to 3, the bench's rank"):
+        inside.ladder(bench, [0], ranks=[1, 4])
+    with pytest.raises(ValueError, match=r"seeds=\[\]"):
         inside.ladder(bench, [])
     with pytest.raises(ValueError, match="rank=9"):
         replace(bench, rank=9)
