@@ -1,9 +1,4 @@
-"""Distil a language model's MLP into students, dense and sparse, on its inputs and on inputs with less structure.
-
-A `Task` is a teacher's MLP with rows for training, validation and test: a problem for `study`. A `Spec` is a kind of
-student, `distil` trains it at the learning rate that is best on validation rows, and `gain` compares dense and sparse
-students at equal cost. What is done to the inputs is a `Change`.
-"""
+"""Distil a language model's MLP into students, dense and sparse, on its inputs and on inputs with less structure."""
 
 from __future__ import annotations
 
@@ -22,6 +17,7 @@ from torch import Tensor, nn
 from helpers import kept, settings
 from helpers.dictionary import RankOneDictionary, dense_mlp, secret_moe
 from helpers.models.activations import ActivationStore, Moments
+from helpers.models.corpora import SPLITS
 from helpers.models.teachers import Teacher
 from helpers.parts.language_model import codes_on
 from helpers.settings import CacheDir, allowed, one_of
@@ -153,11 +149,11 @@ class Task:
         scaled: bool = True,
         cache_dir: CacheDir = None,
     ):
-        missing = {"train", "validation", "test"} - set(stores)
-        allowed(not missing, f"stores has no {', '.join(sorted(missing))}", "train, validation and test")
+        missing = sorted(set(SPLITS) - set(stores))
+        allowed(not missing, f"stores has no {', '.join(missing)}", ", ".join(SPLITS))
         self.name = change.name if scaled else f"{change.name}, unscaled"
         self.steps, self.batch_size, self.scale = steps, batch_size, 1.0
-        for number, split in enumerate(("train", "validation", "test")):
+        for number, split in enumerate(SPLITS):
             how = change if split == "train" or judged_on is None else judged_on
             inputs = how.apply(stores[split].tensor("mlp_in"), settings.generator(1000 + number))
             make = partial(outputs_of, teacher.mlp(layer), inputs)

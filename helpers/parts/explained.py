@@ -71,12 +71,10 @@ def fve(part: Explained, **options) -> Comparison:
     return estimate(lambda shares: shares[0], part, **options)
 
 
-def ratio(of: Explained | Sequence[Explained], to: Explained | Sequence[Explained] | float) -> Comparison:
-    """FVE of one over FVE of another, or over a number; of lists, one for each layer, the layers' geometric mean."""
-    of = [of] if isinstance(of, Explained) else list(of)
+def ratio(of: Sequence[Explained], to: Sequence[Explained] | float) -> Comparison:
+    """FVE over FVE of others, or over a number: the geometric mean of layers, for each of which one is given."""
     if isinstance(to, float):
         return estimate(lambda shares: geometric(shares / to), *of, scale="log")
-    to = [to] if isinstance(to, Explained) else list(to)
     allowed(len(of) == len(to), f"{len(to)} parts to divide {len(of)} by", "as many")
     return estimate(lambda shares: geometric(shares[: len(of)] / shares[len(of) :]), *of, *to, scale="log")
 

@@ -1,8 +1,7 @@
 """Three knobs between a TopK SAE and the layer of a mixture of experts, each turned alone: rank, training, objective.
 
-A `FrozenLayer` holds one layer of a frozen language model with rows and texts. A `StandIn` is the problem of a student
-with a place in it (`stand_ins`): its output stands for what enters the MLP, or for what leaves it. Every student sees
-the same pieces of text and is judged on held-out articles: FVU, nats added to the model's loss, dead atoms.
+Every student sees the same pieces of text and is judged on held-out articles: FVU, nats added to the model's loss, dead
+atoms.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 
 from helpers.dictionary import RankOneDictionary
 from helpers.models import activations
+from helpers.models.corpora import SPLITS
 from helpers.models.teachers import Splice, Teacher
-from helpers.parts.language_model import SPLITS, ablated, by_article
+from helpers.parts.language_model import ablated, by_article
 from helpers.settings import allowed, one_of
 from helpers.study.scores import FEWEST, by_group, evaluate
 from helpers.study.study import Judged, Outcome, sums
@@ -204,10 +204,7 @@ class StandIn:
 
 
 class PieceStream:
-    """Batches of whole pieces of text, each epoch in a new order: the rows of a problem, and the tokens behind them.
-
-    Squared errors need only rows; the model's loss needs the texts. Both signals get these batches.
-    """
+    """Batches of whole pieces of text, each epoch in a new order: rows for errors, and tokens for the model's loss."""
 
     def __init__(self, problem: StandIn, seed: int):
         self.layer, self.site, rows = problem.layer, problem.site, problem.layer.stores["train"].rows

@@ -24,7 +24,7 @@ from helpers.dictionary import RankOneDictionary, SparseCodes, topk_sae
 from helpers.dictionary.pursuit import least_squares, omp
 from helpers.models import activations, teachers
 from helpers.models.activations import ActivationStore
-from helpers.models.corpora import Texts
+from helpers.models.corpora import SPLITS, Texts
 from helpers.models.teachers import Splice, Teacher
 from helpers.settings import allowed
 from helpers.study.scores import Sums, by_group, evaluate
@@ -32,7 +32,6 @@ from helpers.study.study import Judged, Outcome, choose
 from helpers.training import Shuffled, Stream
 from helpers.training.remedies import AuxK, Balance, Ghost, LossFree, Resample, Switch
 
-SPLITS = ("train", "validation", "test")
 DENSE = 0.1
 """A latent that fires on more than this share of the rows is dense."""
 BUSIEST = 100

@@ -376,22 +376,26 @@ def test_ratios_pair_draws_and_articles():
     one = Explained(3 * many.explained.mean(0)[None], total)
     assert explained.fve(many).value == pytest.approx(many.explained.sum() / 4 / total.sum())
     thrice = Explained(3 * many.explained, total)
-    assert listed(explained.ratio(thrice, many)) == pytest.approx([3, 3, 3])
-    value, low, high = listed(explained.ratio(one, many))
+    assert listed(explained.ratio([thrice], [many])) == pytest.approx([3, 3, 3])
+    value, low, high = listed(explained.ratio([one], [many]))
     assert value == pytest.approx(3) and low < 3 < high
     both = explained.ratio([thrice, many], [many, many])
     assert listed(both) == pytest.approx([3**0.5] * 3)
-    assert both.n == (4, 8) and both.resampled == "seed × article" and explained.ratio(one, one).resampled == "articles"
+    assert (
+        both.n == (4, 8)
+        and both.resampled == "seed × article"
+        and explained.ratio([one], [one]).resampled == "articles"
+    )
     assert explained.ratio([many, thrice], 0.1).value == pytest.approx(3**0.5 * explained.fve(many).value / 0.1)
     few = Explained(many.explained[:, :4], total[:4])
-    assert listed(explained.ratio(few, few)) == [pytest.approx(1), None, None]
+    assert listed(explained.ratio([few], [few])) == [pytest.approx(1), None, None]
     lone = Explained(many.explained[:, :1], total[:1])
     assert listed(explained.fve(lone)) == [pytest.approx(lone.fve), None, None]
     assert explained.fve(many, level=None).ci is None
     worse = explained.fve(Explained(-many.explained, total))  # codes by a rule can be worse than nothing
     assert worse.value == pytest.approx(-explained.fve(many).value) and worse.ci[1] < 0
     with pytest.raises(ValueError, match="draws × articles"):
-        explained.ratio(many, few)
+        explained.ratio([many], [few])
     with pytest.raises(ValueError, match="as many"):
         explained.ratio([many, many], [many])
 
