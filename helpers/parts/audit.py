@@ -1,8 +1,4 @@
-"""Somebody's dictionary, read as a mixture of rank-1 experts, and what the field's libraries say of it.
-
-`read_sae` finds it, and `measured` takes it over rows once, article by article. From these sums come the diagnostics
-of a mixture (`load`) and every library's headline (`unexplained`, `silent`).
-"""
+"""Somebody's dictionary, read as a mixture of rank-1 experts, and what the field's libraries say of it."""
 
 from __future__ import annotations
 

@@ -165,12 +165,10 @@ def held_out_losses(
 
 def bits_per_byte(losses: pd.DataFrame, against: pd.DataFrame | None = None) -> tuple[float, float, float]:
     """Bits per byte of a table of `held_out_losses`, or how many more than in `against`, a table of the same text;
-    and the ends of a 95 % interval over documents, NaN for fewer than five of them.
-    """
+    and the ends of a 95 % interval over documents, NaN for fewer than five of them."""
     sums = losses.groupby("article")[["nats", "bytes"]].sum()
     if against is not None:
         sums["nats"] -= against.groupby("article").nats.sum()
-
     found = mean_loss(sums, "bytes")
     return tuple(nats / math.log(2) for nats in (found.value, *(found.ci or (math.nan, math.nan))))
 

@@ -241,8 +241,7 @@ def effective_experts(load: Float[Tensor, " experts"]) -> float:
 
 def participation(bench: LayerRows, site: str) -> float:
     """Participation ratio (tr C)² / tr C² of the fitting rows' covariance: d where all directions have as much
-    variance, 1 where one has all. The number of rows bounds it too.
-    """
+    variance, 1 where one has all. The number of rows bounds it too."""
     cov = bench.fitting.moments(site).cov
     return float(cov.diagonal().sum() ** 2 / cov.square().sum())
 

@@ -1,9 +1,7 @@
-"""Remedies for dead features on trial, where the true features are known.
+"""Remedies for dead features on trial, where the true features are known (chapters 7 and 8).
 
-`KnownTruth` is the `study.Problem` of chapters 7 and 8: a kind of world and the SAE that shall learn it. A `Candidate`
-is a remedy at one strength and learning rate. `contest` trains candidates, as many for every method, into a table with
-a line for each and each seed; what follows chooses among its lines and compares them. The Switch loss acts through one
-matrix, its gradient for the scores (`pull`); `Pinned` applies that and nothing else, to what it reaches or to a part.
+`contest` trains candidates into a table with a line for each and each seed; what follows chooses among its lines and
+compares them. At the end the Switch loss's gradient for the scores, whole or in part (`pull`, `Pinned`).
 """
 
 from __future__ import annotations
