@@ -24,7 +24,7 @@ from helpers.parts.language_model import DENSE, Sae, SiteRows, ablated, by_artic
 from helpers.settings import allowed
 from helpers.study.scores import Totals, by_group
 from helpers.study.study import Arm, trained
-from helpers.training.remedies import Balance, Moment, Switch, Together
+from helpers.training.remedies import Balance, Switch
 
 BATCH = 512
 """Rows whose scores are held at once."""
@@ -83,24 +83,6 @@ def _width(teacher: str, cache_dir: str | Path | None) -> int | None:
 
 
 @dataclass(frozen=True)
-class Counter(Balance):
-    """What a trainer counts: for each latent the steps since it last fired, in the student's buffer `quiet`."""
-
-    def after_step(self, now: Moment) -> None:
-        now.dictionary.quiet.copy_(now.silent)
-
-
-@dataclass(frozen=True)
-class Counted(Sae):
-    """An `Sae` with room for a `Counter`."""
-
-    def __call__(self, problem: SiteRows, seed: int) -> RankOneDictionary:
-        sae = super().__call__(problem, seed)
-        sae.register_buffer("quiet", torch.zeros(sae.n_features, dtype=torch.long))
-        return sae
-
-
-@dataclass(frozen=True)
 class Book:
     """The book's own SAE, trained as chapter 9 does with b_dec from the mean: nothing done for dead latents, or load
     balancing of the weight `balance`. It reads rows as the model has them."""
@@ -125,9 +107,11 @@ class Book:
         }
         folders = {split: str(store.folder) for split, store in stores.items()}
         problem = SiteRows(folders, self.site, self.steps, min(self.batch_size, stores["train"].n))
-        remedy = Together(Switch(self.balance), Counter()) if self.balance else Counter()
-        arm = Arm("SAE", Counted(self.n_features, self.k, centred=True), remedy, self.lr)
-        sae = trained(problem, arm, seed, device=device, cache_dir=cache_dir).student.cpu()
+        remedy = Switch(self.balance) if self.balance else Balance()
+        arm = Arm("SAE", Sae(self.n_features, self.k, centred=True), remedy, self.lr)
+        fit = trained(problem, arm, seed, device=device, cache_dir=cache_dir)
+        sae = fit.student.cpu()
+        sae.register_buffer("quiet", fit.silent.cpu())
         with torch.no_grad():  # TopK and ReLU commute with a factor
             sae.b_out.mul_(problem.scale)
             sae.encoder.bias.mul_(problem.scale)

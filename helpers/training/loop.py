@@ -130,13 +130,15 @@ class Recipe:
 
 @dataclass
 class Fit:
-    """A trained student, its loss curve (`steps`, `loss`: normalised MSE without what the remedy adds) and its cost."""
+    """A trained student, its loss curve (`steps`, `loss`: normalised MSE without what the remedy adds), its cost, and
+    for each atom the steps that it has been `silent`."""
 
     student: RankOneDictionary
     steps: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     seconds: float = 0.0
     from_cache: bool = False
+    silent: Tensor | None = None
 
 
 def fit(
@@ -218,14 +220,14 @@ class Run:
         self.students, self.stream, self.recipes = students, stream, recipes
         self.autocast, self.log_every = autocast, log_every
         self.steps, self.stores, self.screens = dict.fromkeys(students, 0), {}, {} if screen else None
-        self.fits = {name: Fit(student) for name, student in students.items()}
         self.ks = {name: student.k for name, student in students.items()}
-        self.optimisers, self.silent = {}, {}
+        self.fits, self.optimisers, self.silent = {}, {}, {}
         for name, student in students.items():
             recipe, where = recipes[name], next(student.parameters()).device
             how = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
             self.optimisers[name] = torch.optim.Adam(student.parameters(), fused=where.type in ("cpu", "cuda"), **how)
             self.silent[name] = torch.zeros(student.n_atoms, dtype=torch.long, device=where)
+            self.fits[name] = Fit(student, silent=self.silent[name])
 
     def kept(self, name: str, cache_dir: str | Path | None) -> Kept:
         """Where a student lies in the cache: under everything that determines it, the code included."""
@@ -348,7 +350,7 @@ class Run:
             if state["optimiser"] is not None:
                 self.optimisers[name].load_state_dict(state["optimiser"])
             self.silent[name].copy_(state["silent"])
-            self.fits[name] = Fit(self.students[name], *state["fit"], from_cache=state["optimiser"] is None)
+            self.fits[name] = Fit(self.students[name], *state["fit"], state["optimiser"] is None, self.silent[name])
 
 
 def as_tensor(array, rows) -> Tensor:

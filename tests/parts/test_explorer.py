@@ -11,6 +11,7 @@ from helpers.models import activations
 from helpers.models.activations import ActivationStore
 from helpers.parts import audit, explorer, latents, lens
 from helpers.settings import ROOT
+from helpers.training.loop import Fit
 from tests import tiny
 from tests.parts.test_inside import scene as mixture  # noqa: F401
 
@@ -224,7 +225,7 @@ def test_an_sae_that_is_trained(scene, tmp_path, monkeypatch):
 
 def test_the_trained_sae_reads_rows_as_the_model_has_them(scene, monkeypatch):
     book = audit.Book(scene["corpus"], 1, "resid_post", 600, 20, 2, 3, 1e-2)
-    monkeypatch.setattr(audit, "trained", lambda *_, **__: type("Fit", (), {"student": scaled}))
+    monkeypatch.setattr(audit, "trained", lambda *_, **__: Fit(scaled, silent=torch.zeros(20)))
     random = torch.Generator().manual_seed(2)
     scaled = dictionary.topk_sae(16, 20, 2, generator=random, b_dec=torch.randn(16, generator=random))
     with torch.no_grad():
