@@ -160,8 +160,7 @@ def measured(
         squared = e.square().sum(1)
         found = {"codes": fires.sum(1), "gap": margins(sae, trace.scores, on), "errors": squared}
         found |= {"squares": y.square().sum(1), "ratios": squared / (y - mean).square().sum(1)}
-        cut = sae.trace(x.bfloat16().to(x)).scores
-        found |= {"flips": (chosen(sae, cut) != on).any(1)}
+        found |= {"flips": (chosen(sae, sae.trace(x.bfloat16().to(x)).scores) != on).any(1)}
         for name, values in found.items():
             rows[name].append(values.cpu())
     whole = {name: torch.cat(parts) for name, parts in rows.items()}

@@ -53,8 +53,7 @@ def estimate(statistic: Callable[[np.ndarray], float], *parts: Explained, **opti
     draws, articles = max(len(part.explained) for part in parts), len(parts[0].total)
     for part in parts:
         fits = len(part.explained) in (1, draws) and len(part.total) == articles
-        given = f"a part has {part.explained.shape} draws × articles"
-        allowed(fits, given, f"{(draws, articles)}, or 1 draw")
+        allowed(fits, f"a part has {part.explained.shape} draws × articles", f"{(draws, articles)}, or 1 draw")
     cells = {}
     for i, part in enumerate(parts):
         some = np.broadcast_to(part.explained, (draws, articles))

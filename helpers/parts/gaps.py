@@ -94,10 +94,10 @@ class FrozenLayer:
     def rows(self, split: str, site: str) -> Float[Tensor, "rows d"]:
         return self.stores[split].tensor(site) / self.scale[site]
 
-    def nats(self, split: str, splice: Splice | None = None, model: Teacher | None = None) -> pd.DataFrame:
-        """`by_article` of this model, or another, on a split."""
-        with self.resumed(split) if model is None else contextlib.nullcontext():
-            return by_article(model or self.teacher, self.pieces[split], splice)
+    def nats(self, split: str, splice: Splice | None = None) -> pd.DataFrame:
+        """`by_article` of the model on a split."""
+        with self.resumed(split):
+            return by_article(self.teacher, self.pieces[split], splice)
 
     @contextlib.contextmanager
     def resumed(self, what: Hashable) -> Iterator[None]:
@@ -240,7 +240,7 @@ def whole(model: Teacher, on: FrozenLayer, seeds: Sequence[int]) -> list[Outcome
     cut = activations.texts(model, **on.texts["test"]), on.pieces["test"]
     theirs, ours = ([piece.tolist() for piece in pieces.tokens] for pieces in cut)
     allowed(theirs == ours, f"model={model.name!r} has another tokenizer", f"that of {on.teacher.name!r}")
-    columns = {"nats": on.nats("test", model=model).nats.to_numpy()} | on.unspliced
+    columns = {"nats": by_article(model, on.pieces["test"]).nats.to_numpy()} | on.unspliced
     return [Outcome(columns, {}, seed=seed) for seed in seeds]
 
 

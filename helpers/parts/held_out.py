@@ -148,8 +148,7 @@ def held_out_losses(
     are not the reader's.
     """
     reader = reader or model
-    given = "reader=None: n-grams have no tokenizer"
-    allowed(isinstance(reader, Teacher), given, "the teacher they are compared with")
+    allowed(isinstance(reader, Teacher), "reader=None: n-grams have no tokenizer", "the teacher they are compared with")
     pieces = activations.texts(reader, corpus, n_tokens=n_tokens, split=split)
     if isinstance(model, Teacher):
         same = model.tokenizer.get_vocab() == reader.tokenizer.get_vocab()
@@ -255,8 +254,7 @@ class Routing:
 
 
 def _information(tokens: Int[np.ndarray, " rows"], experts: Int[np.ndarray, "rows k"], n_experts: int) -> float:
-    k = experts.shape[1]
-    cells = np.repeat(tokens, k) * n_experts + experts.ravel()
+    cells = np.repeat(tokens, experts.shape[1]) * n_experts + experts.ravel()
     joint = np.bincount(cells, minlength=(tokens.max() + 1) * n_experts).reshape(-1, n_experts) / cells.size
     return float(rel_entr(joint, joint.sum(1, keepdims=True) * joint.sum(0)).sum() / math.log(2))
 

@@ -67,8 +67,7 @@ def check(
     allowed(good, f"ranks={list(ranks)}", f"whole numbers, 1 to {most} = d_model // top_k, 1 among them")
     once = bool(seeds) and len(set(seeds)) == len(seeds)
     allowed(once, f"seeds={list(seeds)}", "at least one, each once; five or more for good intervals")
-    given = lrs is None or (bool(lrs) and min(lrs) > 0)
-    allowed(given, f"lrs={lrs}", "at least one learning rate, all above 0")
+    allowed(lrs is None or (bool(lrs) and min(lrs) > 0), f"lrs={lrs}", "at least one learning rate, all above 0")
     for control in controls:
         one_of("controls", control, CONTROLS)
     missing = [control for control in needed if control not in controls]
