@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from helpers.dictionary import RankOneDictionary, Select, gated_sae, topk_sae
 from helpers.parts.audit import load
 from helpers.parts.language_model import Passage, SiteRows, rate_curve, reconstructions
 from helpers.settings import generator, one_of
-from helpers.study.scores import FEWEST, Comparison, Sums, by_group, over_seeds
+from helpers.study.scores import FEWEST, Comparison, Evaluation, Sums, Totals, by_group, evaluate, over_seeds
 from helpers.study.study import Arm, Judged, Outcome, choose
 from helpers.training.loop import as_tensor
 from helpers.training.remedies import Balance, Gated, Moment, Nested, TargetL0
@@ -183,47 +183,21 @@ def milliseconds(sae: RankOneDictionary, rows: Float[Tensor, "rows d"]) -> float
     return 1e6 * min(taken) / len(rows)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A dictionary on rows: squared errors and numbers of codes by row, and how often each atom fires."""
-
-    errors: Float[Tensor, " rows"]
-    norms: Float[Tensor, " rows"]
-    codes: Float[Tensor, " rows"]
-    counts: np.ndarray
-
-    @property
-    def fvu(self) -> float:
-        return float(self.errors.sum() / self.norms.sum())
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """FVU, codes a token, their spread over tokens, and the load of the atoms."""
-        own = {"fvu": self.fvu, "codes": float(self.codes.mean()), "spread": float(self.codes.std())}
-        return own | load(self.counts, len(self.codes))
-
-    @property
-    def curves(self) -> dict[str, list]:
-        """Firing rates by rank, and codes a token at every twentieth of the tokens, in rising order."""
-        shares = np.linspace(0, 1, 21)
-        return {"rates": rate_curve(self.counts / len(self.codes)), "codes by token": _quantiles(self.codes, shares)}
+measured = partial(evaluate, batch_size=BATCH)
+"""A dictionary on rows, batch by batch: under expert choice a batch is what an atom chooses from."""
 
 
-def _quantiles(values: Tensor, shares: np.ndarray) -> list[list[float]]:
-    return [[float(share), float(q)] for share, q in zip(shares, np.quantile(values.numpy(), shares), strict=True)]
+def numbers(found: Evaluation) -> dict[str, float]:
+    """FVU, codes a token, their spread over tokens, and the load of the atoms."""
+    own = {"fvu": found.fvu, "codes": float(found.codes.mean()), "spread": float(found.codes.std())}
+    return own | load(found.rates.numpy() * found.n, found.n)
 
 
-@torch.no_grad()
-def measured(sae: RankOneDictionary, rows: Float[Tensor, "rows d"]) -> Measured:
-    """Batch by batch: under expert choice a batch is what an atom chooses from."""
-    errors, codes, counts = [], [], torch.zeros(sae.n_atoms, dtype=torch.long)
-    for part in rows.split(BATCH):
-        found = sae.encode(part)
-        errors.append((sae.decode(found) - part).double().square().sum(1))
-        codes.append(found.fires.sum(1).double())
-        counts += found.firing_counts(sae.n_atoms)
-    norms = (rows.double() - rows.double().mean(0)).square().sum(1)
-    return Measured(torch.cat(errors), norms, torch.cat(codes), counts.numpy())
+def curves(found: Evaluation) -> dict[str, list]:
+    """Firing rates by rank, and codes a token at every twentieth of the tokens, in rising order."""
+    shares = np.linspace(0, 1, 21)
+    by_token = np.stack([shares, np.quantile(found.codes.numpy(), shares)], 1)
+    return {"rates": rate_curve(found.rates.numpy()), "codes by token": by_token.tolist()}
 
 
 # -- the bench ---------------------------------------------------------------------------------------------------------
@@ -252,27 +226,28 @@ class RuleRows(SiteRows):
         return as_tensor(self.store("train")[self.site], slice(n)).float() / self.scale
 
     def judge(self, student: RankOneDictionary, seed: int) -> Judged:
-        """Sums by article of the test rows: `errors` and `norms`. `about` has the numbers of `Measured` on them and,
-        looking closer, what `closely` adds for the student and, under "twin", for expert choice's causal twin."""
+        """Sums by article of the test rows: `errors` and `norms`. `about` has `numbers` of them and, looking closer,
+        what `closely` adds for the student and, under "twin", for expert choice's causal twin."""
         student, validation, test = student.cpu().eval(), self.rows("validation"), self.rows("test")
         found = measured(calibrated(student, test), test)
         article = self.store("test").article
-        sums = {"errors": by_group(found.errors, article), "norms": by_group(found.norms, article)}
-        about: dict[str, Any] = found.numbers
+        sums = {"errors": by_group(found.squared_error, article), "norms": by_group(found.squared_norm, article)}
+        about: dict[str, Any] = numbers(found)
         if self.closer:
-            about |= found.curves | self.closely(student, test) | {"noticed": noticed(student, test[:NOTICED], True)}
+            about |= curves(found) | self.closely(student, test) | {"noticed": noticed(student, test[:NOTICED], True)}
             if student.select.rule == "atom":
                 twin = causal_twin(student, self.first(COUNTED))
                 found = measured(calibrated(twin, test), test)
-                about["twin"] = found.numbers | found.curves | self.closely(twin, test)
+                about["twin"] = numbers(found) | curves(found) | self.closely(twin, test)
         return Judged(sums, {"fvu": measured(calibrated(student, validation), validation).fvu}, about)
 
     def closely(self, sae: RankOneDictionary, test: Float[Tensor, "rows d"]) -> dict[str, Any]:
         """Tokens that notice another one in use, cost, what thresholds from training text and none that are moved
         make of it, and the model's loss with its reconstructions, in nats by article."""
-        own, moved = measured(sae, test).numbers, measured(calibrated(sae, self.first(COUNTED)), test).numbers
         about = {"noticed in use": noticed(sae, test[:NOTICED]), "ms": milliseconds(sae, test[:COUNTED])}
-        about |= {"multiply_adds": sae.multiply_adds, "unmoved": own, "from training": moved}
+        about["multiply_adds"] = sae.multiply_adds
+        for way, each in {"unmoved": sae, "from training": calibrated(sae, self.first(COUNTED))}.items():
+            about[way] = numbers(measured(each, test))
         if self.passage is not None:
             scene = self.passage.scene
             rows = scene.rows / self.scale
@@ -313,13 +288,16 @@ def _mean(abouts: Sequence[Mapping[str, Any]], measure: str) -> float:
     return float(np.mean([each[measure] for each in abouts]))
 
 
+def _nats(abouts: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, np.ndarray]]:
+    """A cell of `Sums`, by seed."""
+    return {seed: {"nats": np.array(each["nats"])} for seed, each in enumerate(abouts)}
+
+
 def _recovered(abouts: Sequence[Mapping[str, Any]], yardstick: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
     """CE recovered against both ablations: value and, where there are enough articles, interval."""
     if yardstick is None:
         return {"ce_zero": None, "ce_mean": None}
-    nats = {seed: {"nats": np.array(each["nats"])} for seed, each in enumerate(abouts)}
-    table = Sums({"": nats}, yardstick)
-    found = {}
+    table, found = Sums({"": _nats(abouts)}, yardstick), {}
     for ablation in ("zero", "mean"):
         one = table.compare(lambda cell, a=ablation: cell.ce_recovered(a), fewest=FEWEST)
         found[f"ce_{ablation}"] = [one.value, *(one.ci or ())]
@@ -330,29 +308,23 @@ def recovered_beyond_token(
     runs: Mapping[Key, Sequence[Outcome]], yardstick: Mapping[str, np.ndarray]
 ) -> dict[Key, Comparison]:
     """CE recovered against the mean under each rule minus that under TopK with as many codes, on the same articles."""
-    found: dict[Key, Comparison] = {}
-    for n in {k for _, k in runs}:
-        cells = {
-            rule: {seed: {"nats": np.array(each.about["nats"])} for seed, each in enumerate(some)}
-            for (rule, k), some in runs.items()
-            if k == n
-        }
-        table = Sums(cells, yardstick)
-        for rule in cells.keys() - {"token"}:
-            found[rule, n] = table.compare(_beyond, rule, "token", fewest=FEWEST)
-    return found
+    table = Sums({key: _nats([each.about for each in some]) for key, some in runs.items()}, yardstick)
 
+    def beyond(one: Totals, other: Totals) -> float:
+        return one.ce_recovered("mean") - other.ce_recovered("mean")
 
-def _beyond(one: Any, other: Any) -> float:
-    return one.ce_recovered("mean") - other.ce_recovered("mean")
+    others = [key for key in runs if key[0] != "token"]
+    return {(rule, k): table.compare(beyond, (rule, k), ("token", k), fewest=FEWEST) for rule, k in others}
 
 
 def against_token(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Comparison]:
     """FVU of each rule over that of TopK with as many codes, means over seeds."""
     by_seed = {(row["rule"], row["k"]): row["fvu_by_seed"] for row in rows}
-    theirs = {k: by_seed["token", k] for _, k in by_seed}
-    others = {key: some for key, some in by_seed.items() if key[0] != "token"}
-    return {key: over_seeds(some, theirs[key[1]], statistic=ratio_of_means) for key, some in others.items()}
+    return {
+        (rule, k): over_seeds(some, by_seed["token", k], statistic=ratio_of_means)
+        for (rule, k), some in by_seed.items()
+        if rule != "token"
+    }
 
 
 def ratio_of_means(ours: Float[np.ndarray, " seeds"], theirs: Float[np.ndarray, " seeds"]) -> float:

@@ -39,12 +39,13 @@ class Evaluation:
     """What a dictionary does on held-out rows.
 
     `squared_error` and `squared_norm` are per row (‖y − ŷ‖² and ‖y − ȳ‖², ȳ the mean of all rows), so that FVU can have
-    an interval over articles; `rates` [n_atoms] is the share of rows on which each atom fires. What is said of atoms is
-    NaN for a model without any.
+    an interval over articles, as is `codes`, how many atoms fire; `rates` [n_atoms] is the share of rows on which each
+    atom fires. What is said of atoms is NaN for a model without any.
     """
 
     squared_error: Float[Tensor, " rows"]
     squared_norm: Float[Tensor, " rows"]
+    codes: Float[Tensor, " rows"]
     rates: Float[Tensor, " n_atoms"]
     chosen_but_zero: float
 
@@ -83,17 +84,19 @@ def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluati
     batches = [slice(start, start + batch_size) for start in range(0, len(inputs), batch_size)]
     beyond = sum((as_tensor(targets, rows).to(where.dtype).cpu().double() - first).sum(0) for rows in batches)
     mean = first + beyond / len(targets)
-    errors, norms, fired, silent = [], [], torch.zeros(model.n_atoms, dtype=torch.long, device=where.device), 0
-    for rows in batches:
+    errors, norms, codes, silent = [], [], [], 0
+    fired = torch.zeros(model.n_atoms, dtype=torch.long, device=where.device)
+    for rows in _slices(len(inputs), batch_size):
         x, y = (as_tensor(a, rows).to(where.device, where.dtype) for a in (inputs, targets))
         trace = model.trace(x)
         errors.append((trace.output - y).cpu().double().square().sum(1))  # an mps has no float64
         norms.append((y.cpu().double() - mean).square().sum(1))
+        codes.append(trace.codes.fires.sum(1).cpu().double())
         fired += trace.codes.firing_counts(model.n_atoms)
         silent += int((~trace.codes.fires).sum())
     slots = len(inputs) * model.k * model.expert_rank
     share = silent / slots if slots else math.nan
-    return Evaluation(torch.cat(errors), torch.cat(norms), fired.cpu().double() / len(inputs), share)
+    return Evaluation(*map(torch.cat, (errors, norms, codes)), fired.cpu().double() / len(inputs), share)
 
 
 def ce_recovered(ablated: float, spliced: float, clean: float) -> float:

@@ -127,8 +127,9 @@ def test_what_is_measured_is_what_slow_sums_say(problem):
     slow = {"fvu": ((x - y) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), "codes": fires.mean()}
     slow |= {"spread": fires.std(ddof=1), "dead": (counts == 0).mean(), "busiest": counts.max() / len(x)}
     slow |= {"max_violation": counts.max() / counts.mean() - 1, "in_effect": np.exp(-(share * np.log(share)).sum())}
-    assert {name: found.numbers[name] for name in slow} == pytest.approx(slow, rel=1e-5)
-    assert found.curves["codes by token"][0][1] == fires.min() and found.curves["codes by token"][-1][1] == fires.max()
+    assert {name: rules.numbers(found)[name] for name in slow} == pytest.approx(slow, rel=1e-5)
+    by_token = rules.curves(found)["codes by token"]
+    assert by_token[0][1] == fires.min() and by_token[-1][1] == fires.max()
 
 
 def test_a_look_is_closer_only_where_that_is_asked(problem):
