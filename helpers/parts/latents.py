@@ -99,9 +99,7 @@ def sparse(codes: SparseCodes, n: int) -> csc_array:
     fires = codes.fires.cpu().numpy()
     rows, _ = np.nonzero(fires)
     indices, values = (part.detach().cpu().numpy()[fires] for part in (codes.indices, codes.values))
-    found = csc_array((values, (rows, indices)), shape=(len(fires), n))
-    found.sort_indices()
-    return found
+    return csc_array((values, (rows, indices)), shape=(len(fires), n))
 
 
 def places(store: ActivationStore) -> Int[np.ndarray, " rows"]:
@@ -117,25 +115,22 @@ def nearest(vectors: Float[Tensor, "n d"], count: int = NEAR) -> Ranked:
         cosines = rows[start : start + CHUNK] @ rows.T
         itself = torch.arange(len(cosines))
         cosines[itself, start + itself] = -torch.inf
-        found = cosines.topk(min(count, len(rows) - 1))
-        parts.append((found.indices, found.values))
-    return joined(parts)
+        parts.append(cosines.topk(min(count, len(rows) - 1)))
+    return _joined(parts)
 
 
 def promoted(teacher: Teacher, vectors: Float[Tensor, "n d"], count: int = WORDS) -> dict[str, Ranked]:
     """Tokens whose logit each vector raises most, by the logit lens, and those whose it lowers most."""
-    parts: dict[str, list[Ranked]] = {"promoted": [], "suppressed": []}
+    best, worst = [], []
     for some in settings.progress(vectors.split(CHUNK), desc="logit lens", delay=2):
         logits = lens(teacher, some)
-        for name, largest in zip(parts, (True, False), strict=True):
-            found = logits.topk(count, largest=largest)
-            parts[name].append((found.indices, found.values))
-    return {name: joined(each) for name, each in parts.items()}
+        best.append(logits.topk(count))
+        worst.append(logits.topk(count, largest=False))
+    return {"promoted": _joined(best), "suppressed": _joined(worst)}
 
 
-def joined(parts: Sequence[Ranked]) -> Ranked:
-    """Parts one after another."""
-    return torch.cat([indices for indices, _ in parts]), torch.cat([values for _, values in parts])
+def _joined(parts: Sequence[torch.return_types.topk]) -> Ranked:
+    return torch.cat([each.indices for each in parts]), torch.cat([each.values for each in parts])
 
 
 def words(tokenizer, ids: Sequence[int]) -> list[str]:

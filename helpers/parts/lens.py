@@ -89,12 +89,10 @@ def _shares(cell: Totals) -> dict[str, float]:
     return {"own": own, "base": base, "shuffled": shuffled, "lift": own - base - shuffled}
 
 
-def contexts(
-    bench: LayerRows, expert: int, count: int, *, before: int = 6, after: int = 3
-) -> list[tuple[str, str, str]]:
+def contexts(bench: LayerRows, expert: int, count: int) -> list[tuple[str, str, str]]:
     """The judging rows on which the layer weighs an expert most: text before, the token, text after."""
     choice = bench.choice()
     weight = torch.where(choice.indices == expert, choice.values, 0.0).amax(1)
     best = weight.topk(min(count, len(weight)))
     found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    return [bench.judging.context(row, before, after) for value, row in found if value > 0]
+    return [bench.judging.context(row, before=6, after=3) for value, row in found if value > 0]

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linprog
 from torch import Tensor
-from torch.nn import functional as F
 
 from helpers import settings
 from helpers.dictionary import Packed, Rows, SparseCodes
 from helpers.dictionary.rows import power_of_two
+from helpers.parts.worlds import random_atoms
 from helpers.settings import allowed, one_of
 
 MOST_SETS = 20_000_000
@@ -159,7 +159,9 @@ def expansion(rows: Int[Tensor, "n degree"], d_model: int, size: int, *, most: i
     _check_size(size, n)
     sets = sum(math.comb(n, t) for t in range(1, size + 1))
     allowed(sets <= most, f"size={size} means {sets:,} sets of n={n} atoms", f"{most:,} (expansion_bounds is fast)")
-    bits = _bit_strings(rows, d_model)
+    on = np.zeros((n, -(-d_model // 64) * 64), dtype=bool)
+    np.put_along_axis(on, rows.cpu().numpy(), True, axis=1)
+    bits = np.packbits(on, axis=1).view(np.uint64)  # the mask as [n, ⌈m/64⌉] words
     smallest, worst = [d_model + 1] * size, [None] * size
     bar = settings.progress(total=sets, desc="sets of atoms", unit_scale=True, delay=2)
     for members, union in _unions(bits, np.arange(n)[:, None], bits, size):
@@ -171,13 +173,6 @@ def expansion(rows: Int[Tensor, "n degree"], d_model: int, size: int, *, most: i
     bar.close()
     epsilon = _shortfall(torch.tensor(smallest), degree)
     return Expansion(epsilon, epsilon, tuple(worst))
-
-
-def _bit_strings(rows: Tensor, m: int) -> np.ndarray:
-    """The mask as [n, ⌈m/64⌉] words."""
-    on = np.zeros((len(rows), -(-m // 64) * 64), dtype=bool)
-    np.put_along_axis(on, rows.cpu().numpy(), True, axis=1)
-    return np.packbits(on, axis=1).view(np.uint64)
 
 
 def _unions(bits: np.ndarray, members: np.ndarray, union: np.ndarray, size: int) -> Iterator[tuple]:
@@ -225,7 +220,7 @@ def expansion_bounds(
     ones = Packed(torch.ones(n, degree, device=rows.device), rows, d_model)
     sums = babel(ones, size - 1).double().cpu()
     t = torch.arange(1, size + 1, dtype=torch.float64)
-    kappa = torch.arange(1, size + 1, dtype=torch.float64)[:, None]
+    kappa = t[:, None]
     at_least = (2 / (kappa + 1) * (degree * t - t * sums / 2 / kappa)).amax(0)
     at_least = torch.ceil(at_least - 1e-9).cummax(0).values  # rows are whole, and a larger set reaches no fewer
     reached, sets = crowded_sets(rows, d_model, size, generator, starts=starts)
@@ -377,8 +372,7 @@ def flat_values(n_features: int, degree: int, generator: torch.Generator) -> Flo
 
 def gaussian_values(n_features: int, degree: int, generator: torch.Generator) -> Float[Tensor, "n degree"]:
     """Independent normal values, scaled to unit columns, in float64."""
-    noise = {"generator": generator, "device": generator.device, "dtype": torch.float64}
-    return F.normalize(torch.randn(n_features, degree, **noise), dim=1)
+    return random_atoms(n_features, degree, generator, torch.float64)
 
 
 VALUES = ("normal", "signs", "wide")
@@ -391,10 +385,10 @@ def sparse_codes(
     """`count` codes in float64, each on a uniform support of k atoms. Raises `ValueError` for unknown values or k."""
     one_of("values", values, VALUES)
     allowed(1 <= k <= n_features, f"k={k} atoms cannot be active", f"1 to n_features={n_features}")
-    noise = {"generator": generator, "device": generator.device}
-    indices = _subsets(count, n_features, k, generator)
-    normal = torch.randn(count, k, dtype=torch.float64, **noise)
-    if values == "normal":
-        return SparseCodes(indices, normal)
-    sizes = 10 ** (4 * torch.rand(count, k, dtype=torch.float64, **noise) - 2) if values == "wide" else 1.0
-    return SparseCodes(indices, normal.sign() * sizes)
+    noise = {"generator": generator, "device": generator.device, "dtype": torch.float64}
+    indices, drawn = _subsets(count, n_features, k, generator), torch.randn(count, k, **noise)
+    if values != "normal":
+        drawn = drawn.sign()
+    if values == "wide":
+        drawn *= 10 ** (4 * torch.rand(count, k, **noise) - 2)
+    return SparseCodes(indices, drawn)

@@ -26,6 +26,7 @@ from helpers.dictionary import Packed, RankOneDictionary, Rows, expander_sae, sa
 from helpers.parts.distilling import Spec
 from helpers.parts.language_model import WAYS, Passage, SiteRows, codes_on, reconstructions
 from helpers.parts.masks import clustered, informed, left_regular
+from helpers.parts.worlds import clamped_to
 from helpers.settings import allowed, one_of
 from helpers.study.scores import Sums, by_group
 from helpers.study.study import Arm, Judged, Outcome
@@ -156,12 +157,7 @@ def allotted(weight: Float[Tensor, " n"], total: int, most: int) -> Int[Tensor, 
     n = len(weight)
     given = f"total={total} cannot be shared by {n} atoms of 1 to most={most}"
     allowed(n <= total <= n * most, given, f"{n} to {n * most}")
-    weight = weight.double() / weight.double().mean().clamp_min(1e-30) + 1e-9
-    low, high = 0.0, total / float(weight.min())
-    for _ in range(100):  # the sum of the clamped shares rises with the factor: bisect
-        middle = (low + high) / 2
-        low, high = (middle, high) if (weight * middle).clamp(1, most).sum() < total else (low, middle)
-    shares = (weight * high).clamp(1, most)
+    shares = clamped_to(total, weight.double() / weight.double().mean().clamp_min(1e-30) + 1e-9, 1, most)
     whole = shares.floor().long()
     rest = (shares - whole).masked_fill(whole >= most, -1)
     whole[rest.topk(total - int(whole.sum())).indices] += 1

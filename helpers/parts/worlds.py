@@ -115,10 +115,8 @@ class SparseSource(CodedRows):
         allowed(good, given, f"noise above 0, 'gaussian', up to {MOST_SUPPORTS:,} supports")
         supports = torch.combinations(torch.arange(n), k)
         atoms, x = self.atoms.double(), x.double()
-        gram = (
-            torch.eye(k)
-            + self.energy / k / self.noise**2 * (atoms @ atoms.T)[supports[:, :, None], supports[:, None, :]]
-        )
+        of_noise = self.energy / k / self.noise**2
+        gram = torch.eye(k) + of_noise * (atoms @ atoms.T)[supports[:, :, None], supports[:, None, :]]
         roots = torch.linalg.cholesky(gram)  # Woodbury and the determinant lemma: k × k in the place of d × d
         inverse, logs = torch.linalg.inv(roots), []
         for part in x.split(256):
@@ -150,12 +148,16 @@ def zipf_rates(n: int, active: float, exponent: float, cap: float = 0.5) -> Floa
     """
     most = f"above 0, at most {cap * n:g} = {cap:g}·n_true"
     allowed(0 < active <= cap * n, f"active={active} cannot be reached", most)
-    law = torch.arange(1, n + 1, dtype=torch.float64) ** -exponent
-    low, high = 0.0, active / float(law.min()) + 1.0
+    return clamped_to(active, torch.arange(1, n + 1, dtype=torch.float64) ** -exponent, 0.0, cap)
+
+
+def clamped_to(total: float, law: Float[Tensor, " n"], least: float, most: float) -> Float[Tensor, " n"]:
+    """c·law, each number from `least` to `most`, with the c that makes their sum `total` (which rises with c)."""
+    low, high = 0.0, total / float(law.min()) + 1.0
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if float((middle * law).clamp(max=cap).sum()) < active else (low, middle)
-    return (high * law).clamp(max=cap)
+        low, high = (middle, high) if float((middle * law).clamp(least, most).sum()) < total else (low, middle)
+    return (high * law).clamp(least, most)
 
 
 @dataclass(frozen=True)
