@@ -27,12 +27,13 @@ from helpers.dictionary.select import Select
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hard": lambda chosen, scores: torch.ones_like(chosen),
     "softmax": lambda chosen, scores: chosen.softmax(-1),
+    "softmax times k": lambda chosen, scores: chosen.shape[-1] * chosen.softmax(-1),
     "softmax before": lambda chosen, scores: (chosen - scores.logsumexp(-1, keepdim=True)).exp(),
     "sigmoid": lambda chosen, scores: chosen.sigmoid() / chosen.sigmoid().sum(-1, keepdim=True).clamp_min(1e-20),
     "score": lambda chosen, scores: chosen,
 }
-"""Gate weights from the chosen scores: all one; a softmax over the chosen; over all before choosing (OLMoE), which has
-a dense backward pass; sigmoids that sum to one (DeepSeek-V3); the score itself."""
+"""Gate weights from the chosen scores: all one; a softmax over the chosen, which sums to one or averages one; over all
+before choosing (OLMoE), which has a dense backward pass; sigmoids that sum to one (DeepSeek-V3); the score itself."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,

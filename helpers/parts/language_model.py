@@ -251,12 +251,12 @@ def mean_shares(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], rates: Fl
     `others`; `rates` are the latents' firing rates. They add to 1 but for the error of the reconstruction's mean.
     """
     mean, codes = rows.double().mean(0), codes_on(sae, rows)
-    along = sae.decoder.weight.detach().cpu().double() @ mean / mean.square().sum()
-    total = torch.zeros(sae.n_atoms, dtype=torch.float64)
-    total.index_add_(0, codes.indices.flatten(), codes.values.flatten().double())
+    along, bias = (
+        each.detach().cpu().double() @ mean / mean.square().sum() for each in (sae.decoder.weight, sae.b_out)
+    )
+    total = torch.bincount(codes.indices.flatten(), codes.values.flatten().double(), minlength=sae.n_atoms)
     parts, dense = total / len(rows) * along, rates > DENSE
-    bias = float(sae.b_out.detach().cpu().double() @ mean / mean.square().sum())
-    return {"bias": bias, "dense": float(parts[dense].sum()), "others": float(parts[~dense].sum())}
+    return {"bias": float(bias), "dense": float(parts[dense].sum()), "others": float(parts[~dense].sum())}
 
 
 # -- what the model loses with reconstructions in the place of its rows ------------------------------------------------

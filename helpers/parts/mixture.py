@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -59,24 +60,19 @@ def tokenizer(corpus: str = "book-texts", vocabulary: int = 4096, *, cache_dir=N
     allowed(vocabulary >= 257, f"vocabulary={vocabulary} cannot hold 256 bytes and BOS", "at least 257")
 
     def fill(new: Path) -> None:
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        about = {"special_tokens": [BOS], "initial_alphabet": alphabet, "show_progress": False}
-        texts = corpora.load(corpus, "train")["text"][:]
-        bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, **about))
-        bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-        special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS)
-        PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(new)
+        bpe, texts = ByteLevelBPETokenizer(), corpora.load(corpus, "train")["text"][:]
+        bpe.train_from_iterator(texts, vocabulary, min_frequency=0, show_progress=False, special_tokens=[BOS])
+        bpe.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+        special, plain = dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS), Tokenizer.from_str(bpe.to_str())
+        PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(new)
 
     asked = ["tokenizer", corpora.fingerprint(corpus), vocabulary]
     return PreTrainedTokenizerFast.from_pretrained(keep_folder("mixture", asked, fill, cache_dir=cache_dir))
 
 
-def paragraphs(tokenizer: PreTrainedTokenizerBase, corpus: str, split: str = "train") -> list[Int[np.ndarray, " _"]]:
-    """Token ids of every paragraph of a split, BOS in front."""
-    return [np.array(ids, np.int32) for ids in tokenizer(corpora.load(corpus, split)["text"][:]).input_ids]
+def paragraphs(tokenizer: PreTrainedTokenizerBase, corpus: str) -> list[Int[np.ndarray, " _"]]:
+    """Token ids of every paragraph of the training split, BOS in front."""
+    return [np.array(ids, np.int32) for ids in tokenizer(corpora.load(corpus, "train")["text"][:]).input_ids]
 
 
 class TokenBatches:
@@ -408,7 +404,7 @@ def _dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
     places = [model.get_input_embeddings(), *(p for b in teachers.find_blocks(model) for p in (b.self_attn, b.mlp))]
     with contextlib.ExitStack() as hooks:
         for place in places if share else []:
-            hooks.callback(place.register_forward_hook(hook).remove)
+            hooks.enter_context(place.register_forward_hook(hook))
         yield
 
 

@@ -27,9 +27,8 @@ from helpers.settings import one_of
 RELEASED = settings.ROOT / "data" / "secret_moe_released.csv"
 QUANTITIES = ("input", "output", "gaussian")
 GRID, COARSE = np.linspace(0, 0.95, 191), np.linspace(0, 0.95, 20)
-AROUND = (
-    0.06  # a Gaussian curve costs forward passes: that without an article is measured only this far beside the estimate
-)
+AROUND = 0.06
+"""A Gaussian curve costs forward passes: that without an article is measured only this far beside the estimate."""
 
 
 def released(teacher: str, layer: int) -> dict[str, tuple[float, float, float]] | None:
@@ -106,8 +105,7 @@ class Mixture:
         one_of("quantity", quantity, QUANTITIES)
         if quantity == "gaussian":
             return self._gaussian(shares)
-        of_outputs = quantity == "output"
-        text, row = (self.outputs, self.output_row) if of_outputs else (self.inputs, self.input_row)
+        text, row = getattr(self, f"{quantity}s"), getattr(self, f"{quantity}_row")
         gap = text.mean - row.double()
         variance = (1 - shares) * text.variance + shares * (1 - shares) * float(gap.square().mean())
         if self.overall:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from helpers import settings
@@ -28,20 +28,6 @@ if TYPE_CHECKING:
 
 SIGNALS = {"local": 1.0, "fine-tuned": 0.5, "end to end": 0.0}
 """What trains a student: up to this share of the steps its own squared error, from there on the model's loss."""
-
-
-class Scaled(Rows):
-    """Decoder rows whose sum is multiplied by one number, so that gates which add to 1 can average 1."""
-
-    def __init__(self, weight: Tensor, scale: float):
-        super().__init__(weight)
-        self.register_buffer("scale", torch.full((1,), float(scale), dtype=weight.dtype))  # as part of a key
-
-    def combine(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> Float[Tensor, "batch d"]:
-        return super().combine(values * self.scale, indices)
-
-    def vectors(self, only: Tensor | None = None) -> Float[Tensor, "n d"]:
-        return super().vectors(only) * self.scale
 
 
 def family(kind: str, active: int, total: int, rank: int = 1, signal: str = "local") -> Arm:
@@ -81,10 +67,10 @@ def mixture(active: int, total: int, rank: int, problem: StandIn, seed: int) -> 
     plain = secret_moe(len(b_in), len(b_out), total, active, generator=noise, shared_neurons=0)
     return RankOneDictionary(
         plain.encoder,
-        Scaled(plain.decoder.weight.detach(), active // rank),
+        plain.decoder,
         k=active // rank,
         router=Rows(plain.router.weight.detach()[: total // rank].clone()),
-        gate="softmax",
+        gate="softmax times k",
         activation="gelu",
         b_in=b_in,
         b_out=b_out,
@@ -153,12 +139,9 @@ def _up_and_down(mlp: nn.Module) -> tuple[Float[Tensor, "d_ff d"], nn.Linear]:
 def _read_by(mlp: nn.Module, linear: nn.Linear, rows: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d_ff"]:
     """What a linear map in an MLP reads where the MLP reads these rows."""
     found: list[Tensor] = []
-    hook = linear.register_forward_pre_hook(lambda module, args: found.append(args[0].detach().float().cpu()))
-    try:
-        with torch.no_grad():
-            mlp(rows.to(linear.weight.device, linear.weight.dtype))
-    finally:
-        hook.remove()
+    hook = linear.register_forward_pre_hook(lambda module, args: found.append(args[0].float().cpu()))
+    with hook, torch.no_grad():
+        mlp(rows.to(linear.weight.device, linear.weight.dtype))
     return found[0]
 
 
