@@ -190,7 +190,7 @@ measured = partial(evaluate, batch_size=BATCH)
 def numbers(found: Evaluation) -> dict[str, float]:
     """FVU, codes a token, their spread over tokens, and the load of the atoms."""
     own = {"fvu": found.fvu, "codes": float(found.codes.mean()), "spread": float(found.codes.std())}
-    return own | load(found.rates.numpy() * found.n, found.n)
+    return own | load(found.rates.numpy() * len(found.codes), len(found.codes))
 
 
 def curves(found: Evaluation) -> dict[str, list]:

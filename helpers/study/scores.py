@@ -81,12 +81,12 @@ def evaluate(model, inputs, targets=None, *, batch_size: int = 4096) -> Evaluati
     allowed(0 < len(inputs) == len(targets), given, "as many, at least one")
     where = next(model.parameters())
     first = as_tensor(targets, slice(1)).to(where.dtype).cpu().double()  # from which a constant differs by exact zeros
-    slices = [slice(start, start + batch_size) for start in range(0, len(targets), batch_size)]
-    beyond = sum((as_tensor(targets, s).to(where.dtype).cpu().double() - first).sum(0) for s in slices)
+    batches = [slice(start, start + batch_size) for start in range(0, len(inputs), batch_size)]
+    beyond = sum((as_tensor(targets, rows).to(where.dtype).cpu().double() - first).sum(0) for rows in batches)
     mean = first + beyond / len(targets)
     errors, norms, codes, silent = [], [], [], 0
     fired = torch.zeros(model.n_atoms, dtype=torch.long, device=where.device)
-    for rows in slices:
+    for rows in batches:
         x, y = (as_tensor(a, rows).to(where.device, where.dtype) for a in (inputs, targets))
         trace = model.trace(x)
         errors.append((trace.output - y).cpu().double().square().sum(1))  # an mps has no float64
