@@ -114,8 +114,7 @@ def best_sae(
     problem: TrainedSAE, shape: tuple[int, int], lrs: Sequence[float], seed: int, **options
 ) -> tuple[float, dict[str, Explained]]:
     """The best learning rate of a TopK SAE of the implicit one's `shape` (n = experts, k = top_k), whose b_dec starts
-    at the mean, and what the SAE explains: `sae` and `sae_own` of the ladder. `options` of `study.study`.
-    """
+    at the mean, and what the SAE explains: `sae` and `sae_own` of the ladder. `options` of `study.study`."""
     arm = Arm(f"SAE, {problem.site}", Sae(*shape, centred=True))
     tried = study.tune(problem, {"": arm}, sorted(lrs), seed, **{"together": len(lrs), "workers": 0} | options)[""]
     sums = tried[best := study.choose(tried)].sums

@@ -47,8 +47,7 @@ class Frequency(Balance):
 @dataclass(frozen=True)
 class Aligned(Balance):
     """Aligned training (Brzozowski & Chung 2026, arXiv 2605.18629): e_j·d_j = 1 for every atom, so that none drifts
-    away from what it writes. They write the encoder so that it holds; here the nearest such e_j is taken after a step.
-    """
+    away from what it writes. They write the encoder so that it holds; here the nearest one is taken after a step."""
 
     @torch.no_grad()
     def after_step(self, now: Moment) -> None:

@@ -202,10 +202,8 @@ def arm(build: Shape, remedy: Balance, lr: float, steps: int) -> Arm:
 
 @dataclass(frozen=True)
 class Spliced(SiteRows):
-    """Rows of a site, and a passage on which the model's loss is measured with a student's reconstructions in it.
-
-    `ways` are those of `language_model.WAYS` in which codes are found there.
-    """
+    """Rows of a site, and a passage on which the model's loss is measured with a student's reconstructions in it, from
+    codes that are found in the `ways` (of `language_model.WAYS`)."""
 
     passage: Passage | None = None
     ways: tuple[str, ...] = ("encoder",)
@@ -219,8 +217,7 @@ class Spliced(SiteRows):
     @torch.no_grad()
     def judge(self, student: RankOneDictionary, seed: int) -> Judged:
         """As for `SiteRows`, and on the passage by article: the model's loss (`NATS`), `passage_norms`, and each way's
-        squared errors. `spectrum`: the share of the variance left along principal directions, by the encoder.
-        """
+        squared errors. `spectrum`: the share of the variance left along principal directions, by the encoder."""
         judged, scene = super().judge(student, seed), self.passage.scene
         rows = scene.rows / self.scale
         guesses = {way: reconstructions(student, rows, way) for way in self.ways}

@@ -107,8 +107,7 @@ class SparseSource(CodedRows):
 
     def log_density(self, x: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """ln p(x) in float64, exact: a mixture of Gaussians, one for each of the (n choose k) supports S, of covariance
-        σ²I + (E/k) A_Sᵀ A_S. Raises `ValueError` without noise, for other coefficients, and for too many supports.
-        """
+        σ²I + (E/k) A_Sᵀ A_S. Raises `ValueError` without noise, for other coefficients, and for too many supports."""
         (n, d), k = self.atoms.shape, self.k
         good = self.noise > 0 and self.coefficients == "gaussian" and math.comb(n, k) <= MOST_SUPPORTS
         given = f"noise={self.noise}, coefficients={self.coefficients!r}, {math.comb(n, k):,} supports"
