@@ -1,8 +1,5 @@
 """SAEs on a language model's activations: what they learn from, what counts, what remedies make of the busiest, and
 what the model loses with their reconstructions in the place of its rows.
-
-`SiteRows` is the `study.Problem` of chapters 9 and 15: harvested rows of one site, which students learn to give back
-and which judge them article by article.
 """
 
 from __future__ import annotations
@@ -43,7 +40,7 @@ BUSIEST = 100
 
 @dataclass(frozen=True)
 class SiteRows:
-    """Harvested rows of one site that a student learns to give back.
+    """Harvested rows of one site that a student learns to give back, and which judge it article by article.
 
     Rows are divided by one number, the root of the training rows' mean variance over dimensions, so that strengths
     mean the same at every site. `folders` are those of the harvests for train, validation and test: names, which
@@ -93,8 +90,7 @@ class SiteRows:
 
     def judge(self, student: RankOneDictionary, seed: int) -> Judged:
         """Sums by article of the test rows: `errors` ‖x − x̂‖², `norms` ‖x − x̄‖², `relative` ‖x − x̂‖/‖x‖, `rows`, and
-        `counts`: on how many rows each of the busiest latents fires.
-        """
+        `counts`: on how many rows each of the busiest latents fires."""
         validation, test = self.rows("validation"), self.rows("test")
         before, after = evaluate(student, validation), evaluate(student, test)
         article = self.store("test").article
@@ -248,8 +244,7 @@ def whereabouts(problem: SiteRows, sae: Sae, seed: int = 0) -> dict[str, float |
 
 def mean_shares(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], rates: Float[Tensor, " n"]) -> dict[str, float]:
     """Who carries the mean μ of the rows: shares of ‖μ‖² along μ in b_dec (`bias`), in `dense` latents and in the
-    `others`; `rates` are the latents' firing rates. They add to 1 but for the error of the reconstruction's mean.
-    """
+    `others`; `rates` are the latents' firing rates. They add to 1 but for the error of the reconstruction's mean."""
     mean, codes = rows.double().mean(0), codes_on(sae, rows)
     along, bias = (
         each.detach().cpu().double() @ mean / mean.square().sum() for each in (sae.decoder.weight, sae.b_out)
@@ -310,7 +305,7 @@ class Scene:
 
     def __init__(self, passage: Passage, teacher: Teacher):
         self.passage, self.teacher = passage, teacher
-        self._pieces = activations.loss_texts(teacher, passage.corpus, passage.n_tokens, passage.split)
+        self._pieces = pieces = activations.loss_texts(teacher, passage.corpus, passage.n_tokens, passage.split)
         parts: list[Tensor] = []
 
         def look(rows: Tensor) -> Tensor:
@@ -319,9 +314,8 @@ class Scene:
 
         self.clean = self._nats(look)
         self.rows, self._sizes = torch.cat(parts), [len(part) for part in parts]
-        pieces = self._pieces
         order = [i for batch in pieces.batches(BATCH) for i in batch]
-        self.articles = np.concatenate([np.full(len(pieces.tokens[i]) - pieces.bos, pieces.articles[i]) for i in order])
+        self.articles = np.repeat(pieces.articles[order], pieces.lengths[order])
 
     def nats(self, rows: Float[Tensor, "rows d_model"]) -> Float[np.ndarray, " articles"]:
         """The model's loss by article, with these in the place of `rows`."""
