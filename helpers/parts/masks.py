@@ -163,14 +163,13 @@ def expansion(rows: Int[Tensor, "n degree"], d_model: int, size: int, *, most: i
     np.put_along_axis(on, rows.cpu().numpy(), True, axis=1)
     bits = np.packbits(on, axis=1).view(np.uint64)  # the mask as [n, ⌈m/64⌉] words
     smallest, worst = [d_model + 1] * size, [None] * size
-    bar = settings.progress(total=sets, desc="sets of atoms", unit_scale=True, delay=2)
-    for members, union in _unions(bits, np.arange(n)[:, None], bits, size):
-        reached = np.bitwise_count(union).sum(axis=1, dtype=np.int64)
-        t, best = members.shape[1], reached.argmin()
-        if reached[best] < smallest[t - 1]:
-            smallest[t - 1], worst[t - 1] = int(reached[best]), torch.from_numpy(members[best].copy())
-        bar.update(len(members))
-    bar.close()
+    with settings.progress(total=sets, desc="sets of atoms", unit_scale=True, delay=2) as bar:
+        for members, union in _unions(bits, np.arange(n)[:, None], bits, size):
+            reached = np.bitwise_count(union).sum(axis=1, dtype=np.int64)
+            t, best = members.shape[1], reached.argmin()
+            if reached[best] < smallest[t - 1]:
+                smallest[t - 1], worst[t - 1] = int(reached[best]), torch.from_numpy(members[best].copy())
+            bar.update(len(members))
     epsilon = _shortfall(torch.tensor(smallest), degree)
     return Expansion(epsilon, epsilon, tuple(worst))
 

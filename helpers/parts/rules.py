@@ -8,7 +8,7 @@ reconstructs from its first atoms too).
 from __future__ import annotations
 
 import copy
-import time
+import timeit
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -175,12 +175,7 @@ def noticed(sae: RankOneDictionary, rows: Float[Tensor, "rows d"], training_rule
 @torch.no_grad()
 def milliseconds(sae: RankOneDictionary, rows: Float[Tensor, "rows d"]) -> float:
     """Of a forward pass of a thousand rows: the fastest of three runs."""
-    taken = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        sae(rows)
-        taken.append(time.perf_counter() - begun)
-    return 1e6 * min(taken) / len(rows)
+    return 1e6 * min(timeit.repeat(lambda: sae(rows), number=1, repeat=3)) / len(rows)
 
 
 measured = partial(evaluate, batch_size=BATCH)
