@@ -274,8 +274,7 @@ def _pretrain_kind(kind: str, size: Size, recipe: PretrainingRecipe, corpus: str
 
 class Pretraining:
     """A training, how it goes on, and what it leaves: `model`, `checkpoints` (folders by step in the layout of the hub;
-    the last is the final model), `curve` (one entry a log: step, loss in nats a token, …) and `seconds`.
-    """
+    the last is the final model), `curve` (one entry a log: step, loss in nats a token, …) and `seconds`."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: PretrainingRecipe, kept: Kept
@@ -395,11 +394,9 @@ def _dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
     """Dropout of embeddings and of every block's two updates, while the model is in training mode."""
 
     def hook(module: nn.Module, _, output):
-        if not module.training:
-            return None
         if isinstance(output, tuple):
-            return (F.dropout(output[0], share), *output[1:])
-        return F.dropout(output, share)
+            return F.dropout(output[0], share, module.training), *output[1:]
+        return F.dropout(output, share, module.training)
 
     places = [model.get_input_embeddings(), *(p for b in teachers.find_blocks(model) for p in (b.self_attn, b.mlp))]
     with contextlib.ExitStack() as hooks:

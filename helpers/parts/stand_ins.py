@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -105,7 +104,7 @@ def from_weights(active: int, total: int, problem: StandIn, seed: int) -> RankOn
     student, layer = topk(active, total, problem, seed, tied=False), problem.layer
     up, last = _up_and_down(layer.teacher.mlp(layer.number))
     down = last.weight.detach().float().cpu()
-    rows = layer.stores["train"].tensor("mlp_in", np.arange(min(SLOPE_ROWS, len(layer.stores["train"].rows))))
+    rows = layer.stores["train"].tensor("mlp_in", slice(SLOPE_ROWS))
     activations = _read_by(layer.teacher.mlp(layer.number), last, rows)
     centred = rows - layer.mean("mlp_in") * layer.scale["mlp_in"]
     read = centred @ up.T
