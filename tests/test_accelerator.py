@@ -241,7 +241,7 @@ ACTS = {"training/remedies.py:after_step": 4, "training/remedies.py:_starts": 2}
 FETCHED = {  # of what a step does, besides the loss that is logged
     "gated": {"dictionary/select.py:_widest": STEPS},  # how wide a batch's codes are
     # and whether the few best of each row are enough; for thresholds that start low they are not
-    "BatchTopK": dict.fromkeys(WIDE, STEPS),
+    "BatchTopK": dict(zip(WIDE, (STEPS + 4, STEPS), strict=True)),  # in four steps they are not
     "L0": dict(zip(WIDE, (2 * STEPS, STEPS), strict=True)),
     **dict.fromkeys(("resampling", "resampling residuals", "packed"), ACTS),  # at the two steps where atoms start anew
 }

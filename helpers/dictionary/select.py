@@ -58,7 +58,6 @@ class Select(nn.Module):
         _allowed(always >= 0, f"always={always}", "at least 0")
         _allowed(0 <= threshold < float("inf"), f"threshold={threshold}", "at least 0")
         _allowed(bandwidth > 0, f"bandwidth={bandwidth}", "above 0")
-        self.width = 0  # see `_reaching`
         self.rule, self.n_groups, self.groups, self.always, self.bandwidth = rule, n_groups, groups, always, bandwidth
         if rule == "threshold":
             _allowed(n_features > 0, f"n_features={n_features} for 'threshold'", "the number of scores")
@@ -122,7 +121,7 @@ def _token(select: Select, scores: Tensor, k: int) -> Chosen:
 def _batch(select: Select, scores: Tensor, k: int) -> Chosen:
     if not select.training:
         return _positive(select, scores, k, select.threshold)
-    values, indices = _reaching(select, scores, k, lambda best: best.flatten().topk(k * len(best)).values[-1])
+    values, indices = _reaching(scores, 2 * k, lambda best: best.flatten().topk(k * len(best)).values[-1])
     best, flat = values.flatten().topk(k * len(values))
     if (above := best[best > 0]).numel():  # the smallest that fires
         select.threshold.lerp_(above.min().to(select.threshold), RATE)
@@ -132,7 +131,7 @@ def _batch(select: Select, scores: Tensor, k: int) -> Chosen:
 
 def _threshold(select: Select, scores: Tensor, k: int) -> Chosen:
     near = -select.bandwidth / 2  # not chosen, but θ's gradient is theirs too
-    margins, indices = _reaching(select, scores, k, lambda _: near, select.threshold.detach())
+    margins, indices = _reaching(scores, 4 * k, lambda _: near, select.threshold.detach())
     return _padded(indices[:, : _widest((margins > near).sum(1))], (margins > 0).sum(1))
 
 
@@ -181,19 +180,18 @@ def _padded(indices: Tensor, counts: Tensor) -> Chosen:
     return indices, torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
 
 
-def _reaching(select: Select, scores: Tensor, k: int, floor: Callable, shift: Tensor | None = None) -> list[Tensor]:
+def _reaching(scores: Tensor, start: int, floor: Callable, shift: Tensor | None = None) -> list[Tensor]:
     """The best of each row less `shift`, values and indices, so many that none is left out that reaches the floor,
-    which the first of each row set. How many that took the last time is where the next begins: all take longer."""
-    width = min(scores.shape[1], max(k, select.width or 2 * k))
-    while True:
+    which the first `start` of each row set: to look through all of them in order takes longer."""
+    width, n = min(start, scores.shape[1]), scores.shape[1]
+    for enough in (width == n, True):
         parts = [(part if shift is None else part - shift).topk(width) for part in scores.split(BLOCK)]
         values, indices = (torch.cat(each) for each in zip(*parts, strict=True))
         low = floor(values)  # with more of them it can only rise
-        if width == scores.shape[1] or not bool((values[:, -1] >= low).any()):
-            select.width = 1 + 5 * _widest((values >= low).sum(1)) // 4
-            return [values, indices]
-        reach = scores >= low if shift is None else scores - shift >= low
-        width = min(scores.shape[1], 1 + _widest(reach.sum(1)))
+        if enough or not bool((values[:, -1] >= low).any()):
+            break
+        width = _widest((scores >= low if shift is None else scores - shift >= low).sum(1))
+    return [values, indices]
 
 
 NAMED = (_token, _batch, _threshold, _atom, _groups, _always, _positive)

@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, get_args
@@ -299,14 +300,12 @@ def environment(device: str = "auto") -> dict[str, Any]:
     files than runs write."""
     import torch  # takes a second, which the command line does without
 
-    from helpers import kept
-
     chosen = settings.device(str(device))
     on_gpu = chosen.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": kept.versions()["transformers"],
+        "transformers": version("transformers"),
         "device": f"{chosen} ({torch.cuda.get_device_name(chosen)})" if on_gpu else str(chosen),
         "threads": torch.get_num_threads(),
         "commit": _commit(),

@@ -43,6 +43,21 @@ Counted = int | tuple[int, int]
 """How many units: one number, or one of each kind where two vary."""
 
 
+def judge(
+    rule: Rule,
+    value: float,
+    ci: tuple[float, float] | None,
+    scope: Scope,
+    n: Counted,
+    resampled: Resampled | None,
+    seeds: int | None = None,
+) -> Verdict:
+    """The verdict of one number: what the rule says, under the scope it was measured in."""
+    if rule.needs_interval and too_few(n, resampled, seeds):
+        return "too few"
+    return VERDICTS[scope].get(rule.outcome(value, *(ci or (value, value))), "partly")
+
+
 class Record(Strict):
     """One measured number and its verdict: the rows of a results file, field by field."""
 
@@ -73,10 +88,7 @@ class Record(Strict):
 
     def judged(self, rule: Rule, seeds: int | None = None) -> Record:
         """The same record with the verdict of the rule as it stands, under the scope that it was measured in."""
-        outcome = rule.outcome(self.value, *(self.ci or (self.value, self.value)))
-        verdict = VERDICTS[self.scope].get(outcome, "partly")
-        if rule.needs_interval and too_few(self.n, self.resampled, seeds):
-            verdict = "too few"
+        verdict = judge(rule, self.value, self.ci, self.scope, self.n, self.resampled, seeds)
         return self.model_copy(update={"expected": str(rule), "verdict": verdict})
 
     def _repr_html_(self) -> str:

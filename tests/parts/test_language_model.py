@@ -76,7 +76,7 @@ def test_a_judgement_is_what_evaluate_says_and_the_arm_learns(problem, tmp_path,
     found = run(problem, [arm], 0, **options)[0]
     sae, rows = trained(problem, arm, 0, **options).student, problem.rows("test")
     whole, before = evaluate(sae, rows), evaluate(sae, problem.rows("validation"))
-    assert found.fvu == pytest.approx(whole.fvu) and found.sums["rows"].sum() == whole.n
+    assert found.fvu == pytest.approx(whole.fvu) and found.sums["rows"].sum() == len(whole.squared_error)
     assert found.about["n_dense"] == int((whole.rates > 0.1).sum())
     for name in ("dead", "dense", "largest_rate", "chosen_but_zero"):
         assert found.about[name] == getattr(whole, name)
@@ -93,7 +93,10 @@ def test_a_judgement_is_what_evaluate_says_and_the_arm_learns(problem, tmp_path,
     assert counts.shape == (len(set(article.tolist())), 5)
     assert counts.sum(0).tolist() == sorted(every.sum(0).tolist())[::-1][:5]
     busiest = every.sum(0).argmax()
-    assert counts[:, 0].tolist() == every[:, busiest].tolist() and counts[:, 0].sum() / whole.n == whole.largest_rate
+    assert (
+        counts[:, 0].tolist() == every[:, busiest].tolist()
+        and counts[:, 0].sum() / len(whole.squared_error) == whole.largest_rate
+    )
     assert found.about["curve"][0] == [1, whole.largest_rate] and found.about["curve"][-1] == [
         32,
         float(whole.rates.min()),
