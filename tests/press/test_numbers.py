@@ -60,6 +60,13 @@ def test_no_new_number_is_typed(name):
     assert [hit for text in texts for hit in unmarked(text)] == []
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_no_mark_stands_in_a_row_of_a_table(name):
+    """Its bar would end the cell, and the page would show the mark."""
+    lines = [line for text in FILES[name] for line in text.splitlines()]
+    assert not [line for line in lines if line.lstrip().startswith("|") and "<!--n" in line]
+
+
 def test_titles_carry_words_and_not_numbers():
     for name, texts in FILES.items():
         for heading in re.findall(r"^#+ .*", re.sub(r"```.*?```", "", "\n\n".join(texts), flags=re.DOTALL), re.M):
