@@ -274,8 +274,6 @@ def _is_text(node: ast.AST) -> bool:
 # -- what is computed once ---------------------------------------------------------------------------------------------
 
 MAGIC = b"rank1 kept 1\n"
-
-
 _within = ContextVar("_within", default=False)
 
 
@@ -304,9 +302,10 @@ class Kept:
     def __init__(self, kind: str, what: Any, *makers: Any, cache_dir: CacheDir = None):
         found = list(makers)
         self.what = json.dumps(described(what, found), sort_keys=True)
-        # what was asked for stays the same where the code that answers moves to another module
-        self.asked = digest(kind, re.sub(r'"helpers\.([a-z_0-9]+\.)+', '"', self.what))
-        self.key = digest(kind, self.what, code_of(*found), json.dumps(versions()))
+        # Where the code that answers changes or moves, what was asked is the same: of a store, KEY@N, half the key.
+        plain = re.sub(r'"helpers\.([a-z_0-9]+\.)+', '"', re.sub(r"\b([0-9a-f]{16})[0-9a-f]{16}@", r"\1@", self.what))
+        self.asked = digest(kind, plain)[:16]
+        self.key = self.asked + digest(kind, self.what, code_of(*found), json.dumps(versions()))[:16]
         self.folder = settings.cache_dir(cache_dir or None) / kind
         self.path = self.folder / f"{self.key}.kept"
         settings.note(f"asked {kind} {self.key}")

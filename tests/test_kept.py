@@ -661,3 +661,17 @@ def test_what_was_asked_for_is_the_same_where_the_code_moves(tmp_path, monkeypat
     after = Kept("cells", Switch(0.1), cache_dir=tmp_path)
     assert after.asked == before.asked and after.key != before.key
     assert Kept("cells", Switch(0.2), cache_dir=tmp_path).asked != before.asked
+
+
+def test_what_was_asked_of_a_store_is_the_same_where_the_code_that_harvests_changes(tmp_path, monkeypatch):
+    """Cells over a harvest are found again after its code has changed, and what lies in the cache is not."""
+
+    def both(rows=30_000, layer=9):
+        store = Kept("activations", {"layer": layer}, cache_dir=tmp_path)
+        return Kept("runs", {"folder": f"{store.key}@{rows}"}, cache_dir=tmp_path)
+
+    before = both()
+    monkeypatch.setattr("helpers.kept.code_of", lambda *_: "other code")
+    after = both()
+    assert after.asked == before.asked and after.key != before.key
+    assert len({before.asked, both(rows=20_000).asked, both(layer=3).asked}) == 3
