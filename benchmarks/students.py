@@ -64,12 +64,12 @@ def batches() -> training.Fresh:
     return training.Fresh(draw, batch_size=BATCH, fingerprint="normal pairs")
 
 
-def ours(n: int, k: int) -> Callable[[int], None]:
-    return training.Run({"": new_student(n, k)}, _Same(), {"": training.Recipe(10**6)}).train_step
+def ours(n: int, k: int, device: str = "cpu") -> Callable[[int], None]:
+    return training.Run({"": new_student(n, k).to(device)}, _Same(device), {"": training.Recipe(10**6)}).train_step
 
 
-def gathering(n: int, k: int, fused: bool) -> Callable[[int], None]:
-    model, stream = Gathering(new_student(n, k)), _Same()
+def gathering(n: int, k: int, fused: bool, device: str = "cpu") -> Callable[[int], None]:
+    model, stream = Gathering(new_student(n, k)).to(device), _Same(device)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
 
     def step(i: int) -> None:
@@ -86,8 +86,8 @@ class _Same:
 
     fingerprint = "one batch"
 
-    def __init__(self):
-        self.batch = batches()(0)
+    def __init__(self, device: str = "cpu"):
+        self.batch = tuple(each.to(device) for each in batches()(0))
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         return self.batch

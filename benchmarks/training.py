@@ -68,12 +68,12 @@ def data(rows: int = 8 * BATCH) -> torch.Tensor:
 
 def ours(n: int, stream, screen: bool = False, k: int = K) -> tuple:
     recipe = training.Recipe(10**6, lr=LR, schedule="constant")
-    run = training.Run({"": new_sae(n, k)}, stream, {"": recipe}, log_every=1, screen=screen)
+    run = training.Run({"": new_sae(n, k).to(stream.device)}, stream, {"": recipe}, log_every=1, screen=screen)
     return run.train_step, run
 
 
 def plain_dense(n: int, stream, fused: bool, k: int = K):
-    model = PlainDense(new_sae(n, k))
+    model = PlainDense(new_sae(n, k).to(stream.device))
     optimiser = torch.optim.Adam(model.parameters(), lr=LR, fused=fused)
     variance = training.Run({"": new_sae(n)}, stream, {"": training.Recipe(1)}).variance
     return lambda step: model.step(stream(step)[0], variance, optimiser)
@@ -82,7 +82,7 @@ def plain_dense(n: int, stream, fused: bool, k: int = K):
 def sparsify(n: int, stream, fused: bool):
     with contextlib.redirect_stdout(io.StringIO()):
         from sparsify import SparseCoder, SparseCoderConfig
-    model = SparseCoder(D_MODEL, SparseCoderConfig(num_latents=n, k=K))
+    model = SparseCoder(D_MODEL, SparseCoderConfig(num_latents=n, k=K)).to(stream.device)
     optimiser = torch.optim.Adam(model.parameters(), lr=LR, fused=fused)
 
     def step(i):
@@ -121,7 +121,7 @@ def sae_lens(n: int, stream, fused: bool):
 
 def floor(n: int, stream) -> dict:
     """The three things no step can do without, each alone: one encoder GEMM, one top-k, one optimiser pass."""
-    sae, x = new_sae(n), stream(0)[0]
+    sae, x = new_sae(n).to(stream.device), stream(0)[0]
     scores = sae.encoder.scores(x).detach()
     weights = [nn.Parameter(p.detach().clone()) for p in sae.parameters()]
     for p in weights:

@@ -3,12 +3,13 @@
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import common, faults, runs, soak, students
-from helpers.press import pages
+from benchmarks import common, faults, gpu, runs, soak, students
+from helpers.press import chapters, pages
 
 
 @pytest.fixture
@@ -173,3 +174,62 @@ def test_the_soak_runs_what_is_marked_and_reads_its_report(tmp_path):
 def test_the_page_can_be_made_of_the_records_that_are_kept():
     page = pages.performance_markdown()
     assert "## Reliability" in page and "<td>sweep</td>" in page
+
+
+# -- a borrowed GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["steps", "students", "pursuits"])
+def test_a_gpus_timings_run_on_a_cpu_at_a_hundredth(name, tmp_path):
+    small = replace(gpu.REHEARSAL, saes=(256,), students=((64, 4),), pursuits=((16, 32, 3, 8),), batch=32)
+    gpu.one(name, small, tmp_path)
+    rows = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {row["who"] for row in rows} > {"this book"} and all(row["ms"] > 0 for row in rows)
+
+
+def test_a_chapters_rehearsal_names_parameters_that_it_has():
+    by_number = {chapter.number: chapter.defaults for chapter in chapters.find()}
+    assert all(set(given) <= set(by_number[number]) for number, given in gpu.REHEARSAL.given.items())
+
+
+def test_a_gpus_jobs_are_done_once_and_one_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypatch):
+    started = []
+
+    class Process:
+        def __init__(self, command, **_):
+            self.name, self.pid = command[4], 2**22 + 1  # a number that no process has
+            started.append(self.name)
+
+        def wait(self, left):
+            if self.name == "slow":
+                raise gpu.subprocess.TimeoutExpired("slow", left)
+            return int(self.name == "wrong")
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    (tmp_path / "there.json").write_text("[]")
+    jobs = ["there", "wrong", "slow", "good"]
+    expected = {"there": "kept", "wrong": "failed", "slow": "no time left", "good": "done"}
+    assert gpu.everything(gpu.GPU, tmp_path, jobs=jobs) == expected and started == jobs[1:]
+    assert gpu.everything(gpu.GPU, tmp_path, 0, jobs)["good"] == "no time left"
+
+
+def test_a_gpus_record_says_what_became_of_each_job(results, tmp_path):
+    rows = [
+        {"what": "step", "who": who, "ms": ms, "/ ours": ms} for who, ms in [("this book", 1.0), ("eai-sparsify", 1.1)]
+    ]
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    (folder / "steps.json").write_text(json.dumps(rows))
+    write()
+    without = pages.performance_markdown(results)
+    gpu.record(folder, {"steps": "done", "chapter-5": "no time left"})
+    found = json.loads((results / "gpu.json").read_text())
+    assert found["targets"][0]["met"] is False and "chapter-5: no time left." in found["note"]
+    page = pages.performance_markdown(results)
+    assert "A quarter of an hour" in page and "No GPU has run" not in page and "No GPU has run" in without
+
+
+def test_without_a_gpu_its_programme_says_what_is_here(monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="device='cuda' is not on this machine; allowed here: auto, cpu"):
+        gpu.main()

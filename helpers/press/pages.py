@@ -48,6 +48,7 @@ How fast the book's own code is, beside its peers, how long the book takes, and 
 Everything that is compared was timed in turns in one process; the figures are medians.
 A target that was missed is shown as missed.
 """
+NO_GPU = "No GPU has run this; what one should do in 15 minutes (`python -m benchmarks.gpu`) is rehearsed on a CPU.\n"
 
 
 class Target(Strict):
@@ -78,8 +79,7 @@ class Benchmark(Strict):
 def spent(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Seconds of each chapter's last run, and of what it computed for good: converted, harvested, trained.
 
-    Grids compute in several processes at once, so that this can be more than the chapter took. The last row is of all
-    chapters.
+    Grids compute in several processes at once, so this can be more than the chapter took. The last row is of all.
     """
     rows = []
     for job in jobs:
@@ -105,7 +105,8 @@ def performance_markdown(results: Path = BENCHMARKS, jobs: Sequence[Job] = ()) -
     targets = [target for benchmark in benchmarks for target in benchmark.targets]
     met = sum(target.met for target in targets)
     count = f"**{met} of {len(targets)} targets are met.**\n" if targets else ""
-    return "\n".join([INTRODUCTION, count, own, *map(_section, benchmarks)])
+    gpu = NO_GPU * all(each.name != "gpu" for each in benchmarks)
+    return "\n".join([INTRODUCTION, count + gpu, own, *map(_section, benchmarks)])
 
 
 def _this_copy(jobs: Sequence[Job]) -> str:
