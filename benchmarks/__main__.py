@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LAST = "book"  # it collects what the others wrote
-APART = {"__init__", "__main__", "common", "soak", "gpu"}  # `make soak` takes hours, and not everyone has a GPU
+APART = {"__init__", "__main__", "common", "soak", "mutations", "gpu"}  # hours, and a GPU
 
 
 def names() -> list[str]:

@@ -1,5 +1,6 @@
 """The form of benchmark results, timing in turns, and the performance page made from them."""
 
+import ast
 import json
 import re
 import time
@@ -8,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import common, faults, gpu, runs, soak, students
+from benchmarks import common, faults, gpu, mutations, runs, soak, students
+from helpers import settings
 from helpers.press import chapters, pages
 
 
@@ -233,3 +235,57 @@ def test_without_a_gpu_its_programme_says_what_is_here(monkeypatch):
     monkeypatch.setattr(gpu.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="device='cuda' is not on this machine; allowed here: auto, cpu"):
         gpu.main()
+
+
+# -- lines broken on purpose -------------------------------------------------------------------------------------------
+
+
+def test_a_broken_line_is_code_and_does_something_else():
+    """Of all files: it parses, its tree is another one, and only its line has changed."""
+    found = 0
+    for path in (settings.ROOT / "helpers").rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        tree = ast.dump(ast.parse(source))
+        for mutant in list(mutations.mutants(source, path.name))[::50]:
+            broken = mutant.of(source)
+            assert ast.dump(ast.parse(broken)) != tree, (path, mutant)
+            found += 1
+    assert found > 100
+
+
+def test_what_is_only_said_or_only_a_size_is_not_broken():
+    source = """BLOCK = 32
+
+def f(x: Literal[1], scale=2, batch_size=16):
+    allowed(x > 1, f"x={x + 1}", "at least 2")
+    y = keep(x, workers=2)
+    return (y @ scale) - "a" + 3.5
+"""
+    found = [(each.line, each.of(source).splitlines()[each.line - 1].strip()) for each in mutations.mutants(source, "")]
+    assert sorted(found) == [
+        (3, "def f(x: Literal[1], scale=3, batch_size=16):"),
+        (4, 'allowed(x > 2, f"x={x + 1}", "at least 2")'),
+        (4, 'allowed(x >= 1, f"x={x + 1}", "at least 2")'),
+        (6, 'return (y * scale) - "a" + 3.5'),
+        (6, 'return (y @ scale) - "a" + 7.0'),
+        (6, 'return (y @ scale) - "a" - 3.5'),
+    ]
+
+
+def test_a_broken_line_is_noticed_by_its_own_test_and_mended_again(tmp_path):
+    (tmp_path / "tests" / "study").mkdir(parents=True)
+    (tmp_path / "helpers").mkdir()
+    source = "def double(x):\n    return 2 * x\n"
+    (tmp_path / "helpers" / "__init__.py").write_text("")
+    (tmp_path / "helpers" / "more.py").write_text(source)
+    test = "from helpers.more import double\n\n\ndef test_it():\n    assert double(3) == 6\n"
+    (tmp_path / "tests" / "study" / "test_more.py").write_text(test)
+    mutant = next(each for each in mutations.mutants(source, "helpers/more.py") if each.text == "/")
+    assert "test_it" in mutations.noticed(mutant, tmp_path)[0]
+    assert (tmp_path / "helpers" / "more.py").read_text() == source
+
+
+def test_lines_to_break_are_drawn_by_a_seed():
+    assert mutations.chosen(5, 1) == mutations.chosen(5, 1) != mutations.chosen(5, 2)
+    with pytest.raises(ValueError, match=r"count=0; allowed: 1 to \d+ lines"):
+        mutations.chosen(0, 1)
