@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import common, faults, gpu, mutations, runs, soak, students
+from benchmarks import book, common, faults, gpu, mutations, runs, soak, students
 from helpers import settings
 from helpers.press import chapters, pages
 
@@ -289,3 +289,13 @@ def test_lines_to_break_are_drawn_by_a_seed():
     assert mutations.chosen(5, 1) == mutations.chosen(5, 1) != mutations.chosen(5, 2)
     with pytest.raises(ValueError, match=r"count=0; allowed: 1 to \d+ lines"):
         mutations.chosen(0, 1)
+
+
+def test_a_simulated_book_takes_as_long_as_its_longest_chain():
+    """One after another it is the sum; with a place for each, the longest; in between, a bound of list scheduling."""
+    jobs = chapters.plan((), "quick")
+    seconds = [float(10 + 7 * i % 50) for i in range(len(jobs))]
+    alone, two, four, all_ = (book.simulated(jobs, seconds, n) for n in (1, 2, 4, len(jobs)))
+    assert alone == sum(seconds) and all_ == max(seconds)
+    for n, found in ((2, two), (4, four)):
+        assert sum(seconds) / n <= found <= sum(seconds) / n + (1 - 1 / n) * max(seconds)
