@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +62,29 @@ def _wait() -> None:
         torch.cuda.synchronize()
     elif torch.backends.mps.is_available():
         torch.mps.synchronize()
+
+
+def separately(module: str, names: Sequence[str], runs: int = 3) -> dict[str, list[Any]]:
+    """What `python -m benchmarks.MODULE once NAME FILE` wrote, `runs` times for each name, a process each time."""
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        for _ in range(runs):
+            for name in names:
+                command = [sys.executable, "-m", f"benchmarks.{module}", "once", name, str(path)]
+                subprocess.run(command, check=True)
+                found[name].append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def over_runs(times: Sequence[Mapping[str, float]], ours: str) -> dict[str, dict[str, float]]:
+    """By name the median over separate runs, and the lowest and the highest ratio to `ours` of any run."""
+    found = {}
+    for name in times[0]:
+        ratios = [run[name] / run[ours] for run in times]
+        found[name] = {"median": statistics.median(run[name] for run in times)}
+        found[name] |= {"lowest": min(ratios), "highest": max(ratios)}
+    return found
 
 
 def _summary(times: Sequence[float]) -> dict[str, float]:

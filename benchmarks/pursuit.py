@@ -1,18 +1,15 @@
 """Matching pursuit beside SPAMS, scikit-learn and omp-gpu; three ways to correlate packed atoms.
 
-Peers are compared in runs of their own, each a process: `python -m benchmarks.pursuit once small FILE` is one of them,
-`python -m benchmarks.pursuit join FILE …` writes the record of several. Without arguments all of it is done.
+Peers are compared in runs of their own, each a process (`python -m benchmarks.pursuit once small FILE` is one of them).
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,27 +113,25 @@ def once(size: str) -> dict:
     seconds = common.interleave(own | theirs, {"small": 7, "large": 3}[size], warmup=0)
     few = FEW if size == "large" else {}
     times = {name: 1e3 * t["median"] / few.get(name, BATCH) for name, t in seconds.items()}
-    return {"size": size, "times": times, "agree": agree, "reasons": reasons, "cpu": common.processor()}
+    return {"times": times, "agree": agree, "reasons": reasons, "cpu": common.processor()}
 
 
-def compare(files: list[Path]) -> None:
-    """The record of several runs: medians, and the lowest ratio of any."""
-    runs = [json.loads(path.read_text()) for path in files]
+def compare(runs: Mapping[str, Sequence[dict]]) -> None:
+    """The record of several runs of each problem: medians, and the lowest ratio of any."""
     rows, targets = [], []
     for size, (m, n, k) in PROBLEMS.items():
-        of_size = [run for run in runs if run["size"] == size]
-        times = {name: [run["times"][name] for run in of_size] for name in (of_size[0]["times"] if of_size else ())}
+        times = common.over_runs([run["times"] for run in runs[size]], "this book")
         for name, found in times.items():
-            agree = of_size[0]["agree"].get(name, [None] * 3)
+            agree = runs[size][0]["agree"].get(name, [None] * 3)
             rows.append(
                 {
                     "m": m,
                     "n": n,
                     "k": k,
                     "who": name,
-                    "ms a signal": statistics.median(found),
-                    "lowest ratio to ours": min(a / b for a, b in zip(found, times["this book"], strict=True)),
-                    "highest": max(a / b for a, b in zip(found, times["this book"], strict=True)),
+                    "ms a signal": found["median"],
+                    "lowest ratio to ours": found["lowest"],
+                    "highest": found["highest"],
                     "same support as ours": agree[0],
                     "largest difference": agree[1],
                     "length of what is left / ours": agree[2],
@@ -163,7 +158,7 @@ def compare(files: list[Path]) -> None:
         targets=targets,
         note=" ".join(
             [
-                f"{runs[0]['cpu']}. Medians of {RUNS} runs of 7 rounds (large problem: 3); ratios are within runs.",
+                f"{runs['small'][0]['cpu']}. Medians of {RUNS} runs of 7 rounds (large problem: 3), ratios within.",
                 "Time includes the Gram matrix where one is used; SPAMS always makes one.",
                 f"Of the large problem scikit-learn solves {FEW['scikit-learn']} signals and omp-gpu {FEW['omp-gpu']}.",
                 "SPAMS (spams-bin 2.6.14) chooses by |d·r| over the atom's length outside the span of those before",
@@ -172,19 +167,10 @@ def compare(files: list[Path]) -> None:
                 "omp-gpu is orthogonal-matching-pursuit-gpu on the CPU. The packed dictionary is another one.",
                 "The floor: with all atoms k products, 2kmn operations a signal, in 8 bits or bfloat16",
                 "(`dictionary.screening`); beside it are 4·k²/2·m for the basis and reading the scores.",
-                *runs[0]["reasons"],
+                *runs["small"][0]["reasons"],
             ]
         ),
     )
-
-
-def separately() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{size}{run}.json" for size in PROBLEMS for run in range(RUNS)]
-        for path in files:
-            command = [sys.executable, "-m", "benchmarks.pursuit", "once", path.stem[:-1], str(path)]
-            subprocess.run(command, check=True)
-        compare(files)
 
 
 def ways(atoms: Packed, x: torch.Tensor) -> dict:
@@ -242,11 +228,9 @@ def main(how: str = "", *rest: str, repeats: int = 7) -> None:
     started = time.perf_counter()
     if how == "once":
         Path(rest[1]).write_text(json.dumps(once(rest[0])))
-    elif how == "join":
-        compare([Path(name) for name in rest])
     else:
         correlations(max(repeats, 11))
-        separately()
+        compare(common.separately("pursuit", list(PROBLEMS), RUNS))
     print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
 
 

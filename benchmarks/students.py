@@ -7,7 +7,7 @@ a fresh process for each, above what it holds once model and batch are there.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,8 +18,8 @@ from benchmarks import common
 from helpers import dictionary, settings, training
 
 D_MODEL, BATCH, RANK = 640, 1024, 64
-SIZES = ((1_000, 32), (10_000, 64))
-"""Experts and how many of them are active."""
+SIZES = {(1_000, 32): 2.5, (10_000, 64): 3.0, (100_000, 64): 3.0}
+"""Experts and how many of them are active; how many times as long as ours gathering is to take."""
 
 
 class Gathering(nn.Module):
@@ -140,9 +140,13 @@ def peak_memory(name: str, n: int, k: int) -> float:
     return peak
 
 
+def _best(times: Mapping[str, Mapping[str, float]]) -> float:
+    return min(t["median"] for name, t in times.items() if name != "this book")
+
+
 def main(repeats: int = 9) -> None:
     rows, targets = [], []
-    for n, k in SIZES:
+    for (n, k), goal in SIZES.items():
         output, gradient = differences(n, k)
         times = common.interleave({name: make(n, k) for name, make in IMPLEMENTATIONS.items()}, repeats=repeats)
         for name, t in times.items():
@@ -162,7 +166,7 @@ def main(repeats: int = 9) -> None:
         targets += [
             common.at_most(f"{where}: largest relative difference of outputs", output, 1e-5),
             common.at_most(f"{where}: largest relative difference of gradients", gradient, 1e-4),
-            common.at_least(f"{where}: steps/s over gathering", times["gathers weights"]["median"] / mine, 2.5),
+            common.at_least(f"{where}: steps/s over gathering", _best(times) / mine, goal),
         ]
     common.write(
         "students",
