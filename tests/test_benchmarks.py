@@ -186,7 +186,7 @@ def test_a_gpus_timings_run_on_a_cpu_at_a_hundredth(name, tmp_path):
     small = replace(gpu.REHEARSAL, saes=(256,), students=((64, 4),), pursuits=((16, 32, 3, 8),), batch=32)
     gpu.one(name, small, tmp_path)
     rows = json.loads((tmp_path / f"{name}.json").read_text())
-    assert {row["who"] for row in rows} > {"this book"} and all(row["ms"] > 0 for row in rows)
+    assert {row["who"] for row in rows} >= {"this book"} and all(row["ms"] > 0 for row in rows)
 
 
 def test_a_chapters_rehearsal_names_parameters_that_it_has():

@@ -78,7 +78,7 @@ WORDS = [
     asked("run -p nowhere 3", "-p: parameter='nowhere'", "allowed:\n  00_how_to_read: "),
 ]
 TYPES = [
-    asked("run 1 -p n_tokens 4,000", "-p: n_tokens='4,000'; allowed: a whole number, such as 30000"),
+    asked("run 1 -p n_tokens 4,000", "-p: n_tokens='4,000'; allowed: a whole number, such as 15000"),
     asked("run 1 -p n_tokens 1.5", "-p: n_tokens=1.5; allowed: a whole number"),
     asked("run 1 -p n_tokens ''", "-p: n_tokens=None; allowed: a whole number", soak=True),
     asked("run 1 -p n_tokens .inf", "-p: n_tokens=inf; allowed: a whole number", soak=True),
