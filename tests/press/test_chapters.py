@@ -185,7 +185,7 @@ TYPES = [
     ({"d": 192, "names": ["a"]}, {"d": 4.0, "more": ["b"]}, {"d": 4, "more": ["b"]}),
 ]
 REFUSED = [
-    (30_000, "4,000", "a whole number, such as 15000"),
+    (30_000, "4,000", "a whole number, such as 30000"),
     (30_000, 1.5, "a whole number"),
     (30_000, True, "a whole number"),
     (30_000, None, "a whole number"),
