@@ -6,7 +6,7 @@ import shutil
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from helpers.press import browse
 from tests.browser.chromium import HTML, open_page, requested
@@ -108,11 +108,11 @@ def test_the_list_is_filtered_and_sorted(page):
     page.find_element(By.CSS_SELECTOR, ".rows button").send_keys(Keys.ENTER)
     assert sorted(listed(page)) == list(range(1152))
     for way, column in (("largest activation", "largest"), ("most frequent", "counts")):
-        page.find_element(By.ID, "explorer-sort").send_keys(way)
+        Select(page.find_element(By.ID, "explorer-sort")).select_by_visible_text(way)
         values = page.execute_script(f"return window.explorer.data['smollm2'].{column}")
         shown = [values[j] for j in listed(page)]
         assert shown == sorted(values, reverse=True)[: len(shown)]
-    page.find_element(By.ID, "explorer-sort").send_keys("number")
+    Select(page.find_element(By.ID, "explorer-sort")).select_by_visible_text("number")
     go(page, "smollm2/798")
     heading(page, "latent 798")
     row = page.find_element(By.CSS_SELECTOR, ".rows [aria-current]")
