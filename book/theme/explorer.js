@@ -99,7 +99,8 @@
     const [row, all] = [rows.querySelector("[aria-current]"), rows].map((each) => each?.getBoundingClientRect());
     if (row && (row.top < all.top || row.bottom > all.bottom)) rows.scrollTop += row.top - all.top - all.height / 2;
   };
-  for (const box of [filter, sort]) box.addEventListener("input", () => fill());
+  filter.addEventListener("input", () => fill());
+  sort.addEventListener("change", () => fill());
   rows.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     const links = [...rows.querySelectorAll("a, button")];
