@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import ModelOutput
 
 from helpers import settings
+from helpers.kept import keep
 from helpers.models import sources
 from helpers.models.architecture import OF_MLP, PREFIXES, SITES, Sum, check_loaded, find_blocks, mlps_of, watched
 from helpers.models.sources import ALLOWED, EMBEDDED, SECOND
@@ -211,7 +212,7 @@ class Teacher:
             torch.manual_seed(seed)
             config = type(self.model.config).from_dict(self.model.config.to_dict())
             model = type(self.model)._from_config(config, attn_implementation=self.attn_implementation)
-        model = _frozen(model.to(self.device, self.dtype))
+        model = model.to(self.device, self.dtype).eval().requires_grad_(False)
         name, fingerprint = f"{self.name} (random, seed {seed})", f"{self.fingerprint}-random{seed}"
         return replace(self, name=name, fingerprint=fingerprint, model=model)
 
@@ -290,10 +291,10 @@ class Teacher:
         allowed(good, f"{self._named}: {what} is not finite, dtype={str(self.dtype)[6:]!r}", "a dtype that holds it")
 
     @torch.inference_mode()
-    def check_sites(self) -> None:
+    def check_sites(self) -> bool:
         """`ValueError` unless text comes to every site once, as [batch, seq, d_model] of finite numbers.
 
-        And unless MLPs side by side read the same, and the sum of what they return is what the block goes on with.
+        And unless MLPs side by side read the same, and what they return adds up to what comes next. Gives `_splits`.
         """
         ids = torch.arange(1, 9, device=self.device)[None]
         seen = {(layer, site): [] for layer in range(self.n_layers) for site in SITES}
@@ -313,7 +314,7 @@ class Teacher:
         several = {layer: ", ".join(mlps_of(self.block(layer))) for layer in range(self.n_layers)}
         given = f"{self._named}: its layers have {' and '.join(sorted(set(several.values())))}, which do not add up"
         allowed(torch.equal(own, seen_by), given, "one MLP in a block, or several whose sum it takes")
-        _ = self._splits  # its passes are no part of a later one that is watched
+        return self._splits  # its passes are no part of a later one that is watched
 
     @cached_property
     @torch.no_grad()
@@ -389,8 +390,10 @@ def load(
         model.set_experts_implementation("grouped_mm" if _aligned(model) else "eager")
     if tokenizer.pad_token_id is None:  # attention never sees it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    loaded = Teacher(teacher, fingerprint, _frozen(model.to(where)), tokenizer)
-    loaded.check_sites()  # now, not after a harvest
+    loaded = Teacher(teacher, fingerprint, model.to(where).eval().requires_grad_(False), tokenizer)
+    asked = [fingerprint, dtype, loaded.attn_implementation, where.type]
+    once = cache_dir if teacher in (EMBEDDED, SECOND) else False  # those lie in the cache, and so may the answer
+    vars(loaded)["_splits"] = keep("checked", asked, loaded.check_sites, cache_dir=once)  # now, not after a harvest
     return loaded
 
 
@@ -417,7 +420,3 @@ def _replace_rows(value: Tensor, kept: Bool[Tensor, "batch seq"], function: Call
     value = value.clone()
     value[kept] = function(value[kept]).to(value)
     return value
-
-
-def _frozen(model: PreTrainedModel) -> PreTrainedModel:
-    return model.eval().requires_grad_(False)

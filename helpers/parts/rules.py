@@ -21,6 +21,7 @@ from torch import Tensor
 
 from helpers.dictionary import RankOneDictionary, Select, gated_sae, topk_sae
 from helpers.parts.audit import load
+from helpers.parts.known_truth import ratio_of_means
 from helpers.parts.language_model import Passage, SiteRows, rate_curve, reconstructions
 from helpers.settings import generator, one_of
 from helpers.study.scores import FEWEST, Comparison, Evaluation, Sums, Totals, by_group, evaluate, over_seeds
@@ -320,7 +321,3 @@ def against_token(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Comparison]:
         for (rule, k), some in by_seed.items()
         if rule != "token"
     }
-
-
-def ratio_of_means(ours: Float[np.ndarray, " seeds"], theirs: Float[np.ndarray, " seeds"]) -> float:
-    return float(np.mean(ours) / np.mean(theirs))

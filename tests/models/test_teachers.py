@@ -691,6 +691,16 @@ def test_embedded_gemma_as_transformers_builds_it(attention):
     assert config.tie_word_embeddings and config._attn_implementation == attention
 
 
+@pytest.mark.gemma
+def test_the_embedded_teacher_is_watched_once_and_then_known(monkeypatch):
+    first, passes = teachers.load(device="cpu"), []
+    with torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: passes.append(type(module))):
+        again = teachers.load(device="cpu")
+    assert not passes and again._splits is first._splits is True
+    monkeypatch.delitem(vars(again), "_splits")
+    assert again._splits, "what was kept is what it would find"
+
+
 def test_a_folder_named_like_a_model_of_the_book_is_told_apart(tmp_path, monkeypatch):
     """`book-llama` is the reader's own; `gemma-3-270m` and `book-moe` stay the book's, and that is said."""
     monkeypatch.chdir(tmp_path)
