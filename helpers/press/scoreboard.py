@@ -447,4 +447,4 @@ def _json(board: Board) -> str:
     for claim in board.book.claims:
         controls = [control.model_dump(mode="json") for control in board.controls(claim.id)]
         claims.append(claim.model_dump(mode="json") | {"verdict": board.verdicts[claim.id], "controls": controls})
-    return json.dumps({"claims": claims, "records": list(_flat(board))}, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps({"claims": claims, "records": list(_flat(board))}, ensure_ascii=False) + "\n"
