@@ -18,7 +18,6 @@ from helpers.settings import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMMON = {"teacher", "layer", "layers", "corpus", "n_tokens", "seeds", "device", "cache_dir", "results_dir"}
 MOST_LINES = 25
-MOST_PARAMETERS = 30  # a line each: where the run can be changed, and no plumbing
 CHECKED = "nbval-check-output"
 MOST_OPEN = 15
 MEDIAN_OPEN = 6
@@ -89,8 +88,7 @@ def test_a_chapter_has_a_title_exercises_and_a_summary(notebook):
 def test_cells_are_short_and_plumbing_stays_in_helpers(notebook):
     for cell in code(notebook):
         lines = cell.source.splitlines()
-        most = MOST_PARAMETERS if "parameters" in cell.metadata.get("tags", ()) else MOST_LINES
-        assert len(lines) <= most, f"{len(lines)} lines in the cell that begins {lines[0]!r}"
+        assert len(lines) <= MOST_LINES, f"{len(lines)} lines in the cell that begins {lines[0]!r}"
         assert "sys.path" not in cell.source
         ast.parse(cell.source)
 
