@@ -1,4 +1,5 @@
-"""How matching pursuit and a training step grow with atoms, choices and batch over two decades, beside the best peer.
+"""How matching pursuit, a training step and a sparse student's step grow over two decades of atoms or experts, choices
+and batch, beside the best peer of each.
 
 An exponent is the slope of the logarithm of the time, with its interval: 1 is proportional, 0 does not depend on it.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks import common, training
+from benchmarks import common, students, training
 from benchmarks.pursuit import problem
 from helpers.dictionary import pursuit
 from helpers.study.scores import slope
@@ -19,8 +20,10 @@ M = 256
 
 PURSUIT = {"n": 4096, "k": 16, "batch": 128}
 STEP = {"n": 4096, "k": 32, "batch": 256}
+STUDENT = {"E": 10_000, "k": 32, "batch": 256}
 SWEEPS = {
     "n": (160, 512, 1024, 2048, 4096, 8192, 16384),
+    "E": (1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000),
     "k": (1, 2, 4, 8, 16, 32, 64, 100),
     "batch": (16, 32, 64, 128, 256, 512, 1024, 1600),
 }
@@ -48,7 +51,18 @@ def step(n: int, k: int, batch: int) -> dict:
     }
 
 
-KERNELS = {"matching pursuit": (omp, PURSUIT), "training step": (step, STEP)}
+def student(E: int, k: int, batch: int) -> dict:  # experts are E in the papers and on the page
+    return {
+        "this book": students.ours(E, k, batch=batch),
+        "gathers weights + fused Adam": students.gathering(E, k, fused=True, batch=batch),
+    }
+
+
+KERNELS = {
+    "matching pursuit": (omp, PURSUIT),
+    "training step": (step, STEP),
+    "sparse student's step": (student, STUDENT),
+}
 
 
 def sweep(make, at: dict[str, int], varied: str, repeats: int) -> dict[str, list[tuple[int, float]]]:
@@ -63,21 +77,21 @@ def sweep(make, at: dict[str, int], varied: str, repeats: int) -> dict[str, list
 def main(repeats: int = 5) -> None:
     rows = []
     for kernel, (make, at) in KERNELS.items():
-        for varied in SWEEPS:
+        for varied in at:
             for who, points in sweep(make, at, varied, repeats).items():
                 values, seconds = zip(*points, strict=True)
                 fitted, upper = (slope(np.log(values[-last:]), np.log(seconds[-last:])) for last in (len(values), 4))
-                row = {"kernel": kernel, "who": who, "varied": varied, "from": values[0], "to": values[-1]}
-                row |= {"first (ms)": 1e3 * seconds[0], "last (ms)": 1e3 * seconds[-1]}
+                row = {"kernel": kernel, "who": who, "varied": varied}
                 row |= {"exponent": fitted.value, "low": fitted.ci[0], "high": fitted.ci[1]}
-                rows.append(row | {"exponent of the last four": upper.value})
+                row |= {"exponent of the last four": upper.value}
+                rows.append(row | {"points": [[value, 1e3 * second] for value, second in points]})
     others = "; ".join(
         f"{kernel}: {', '.join(f'{a}={b}' for a, b in at.items())}" for kernel, (_, at) in KERNELS.items()
     )
     common.write(
         "growth",
         title="How times grow",
-        question="With what power of atoms n, choices k and batch does the time of a call grow, float32?",
+        question="With what power of atoms n or experts E, choices k and batch does the time of a call grow, float32?",
         rows=rows,
         note=f"{common.processor()}. One is varied, the others stay ({others}; signals of {M} numbers, d_model="
         f"{training.D_MODEL}). Least times of {repeats} rounds; least squares through logarithms, with 95 % intervals.",

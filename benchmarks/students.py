@@ -57,19 +57,20 @@ def new_student(n: int, k: int) -> dictionary.RankOneDictionary:
     return dictionary.secret_moe(D_MODEL, D_MODEL, n, k, generator=settings.generator(0), router_rank=RANK)
 
 
-def batches() -> training.Fresh:
+def batches(batch: int = BATCH) -> training.Fresh:
     def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return torch.randn(n, D_MODEL, generator=generator), torch.randn(n, D_MODEL, generator=generator)
 
-    return training.Fresh(draw, batch_size=BATCH, fingerprint="normal pairs")
+    return training.Fresh(draw, batch_size=batch, fingerprint="normal pairs")
 
 
-def ours(n: int, k: int, device: str = "cpu") -> Callable[[int], None]:
-    return training.Run({"": new_student(n, k).to(device)}, _Same(device), {"": training.Recipe(10**6)}).train_step
+def ours(n: int, k: int, device: str = "cpu", batch: int = BATCH) -> Callable[[int], None]:
+    stream = _Same(device, batch)
+    return training.Run({"": new_student(n, k).to(device)}, stream, {"": training.Recipe(10**6)}).train_step
 
 
-def gathering(n: int, k: int, fused: bool, device: str = "cpu") -> Callable[[int], None]:
-    model, stream = Gathering(new_student(n, k)).to(device), _Same(device)
+def gathering(n: int, k: int, fused: bool, device: str = "cpu", batch: int = BATCH) -> Callable[[int], None]:
+    model, stream = Gathering(new_student(n, k)).to(device), _Same(device, batch)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
 
     def step(i: int) -> None:
@@ -86,8 +87,8 @@ class _Same:
 
     fingerprint = "one batch"
 
-    def __init__(self, device: str = "cpu"):
-        self.batch = tuple(each.to(device) for each in batches()(0))
+    def __init__(self, device: str = "cpu", batch: int = BATCH):
+        self.batch = tuple(each.to(device) for each in batches(batch)(0))
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         return self.batch

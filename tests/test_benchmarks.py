@@ -98,6 +98,34 @@ def test_many_rows_are_folded_and_the_file_lies_beside_them(results):
         assert "{download}`one.json <benchmarks/one.json>`" in page
 
 
+def test_how_times_grow_is_drawn_with_peers_and_the_ratio_of_the_best_is_said(results, tmp_path):
+    peers = {"this book": 1.0, "this book, screened": 0.1, "SPAMS": 3.0, "another": 2.0}
+    rows = [
+        {
+            "kernel": kernel,
+            "who": who,
+            "varied": size,
+            "exponent": 1.0,
+            "points": [[n, ms * n * more], [10 * n, ms * n]],
+        }
+        for kernel, more in (("pursuit", 1.0), ("step", 0.5))
+        for size, n in (("n", 10), ("k", 2))
+        for who, ms in peers.items()
+        if (kernel, who) not in (("step", "another"), ("pursuit", "this book, screened"))
+    ]
+    rows[0]["points"][0][1] *= 4  # there the best peer takes half as long as ours
+    write(rows=rows)
+    page = pages.performance_markdown(results)
+    assert "One pursuit over two decades of each size: the best peer takes 0.5 to 2 times as long" in page
+    assert "One step over two decades of each size: the best peer takes 3 to 3 times as long" in page
+    assert heads(page) == [["kernel", "who", "varied", "exponent"]]
+    pages.draw_growth(tmp_path, results)
+    drawn = [(tmp_path / f"one-{number}.svg").read_text() for number in (0, 1)]
+    assert [svg.count("<!-- milliseconds -->") for svg in drawn] == [1, 1]
+    assert "<!-- another -->" in drawn[0] and "<!-- another -->" not in drawn[1]
+    assert all(f"benchmarks/one-{n}.svg" in page for n in (0, 1))
+
+
 def test_without_results_the_page_says_so(tmp_path):
     assert "No benchmark has been run" in pages.performance_markdown(tmp_path)
 

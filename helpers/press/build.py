@@ -97,6 +97,7 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
     shutil.copytree(root / "third_party", folder / "third_party")
     if pages.BENCHMARKS.is_dir():
         shutil.copytree(pages.BENCHMARKS, folder / "benchmarks")
+        pages.draw_growth(folder / "benchmarks")
     (folder / "notebooks").mkdir()
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(root / name, folder / name)

@@ -118,7 +118,7 @@ LADDER = {
 OVER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 """Behind words that stand on a line."""
 
-_STYLE: dict[str, Any] = {  # letters of a figure 6.4 inches wide are 9 pixels high where a phone shows it at 350
+STYLE: dict[str, Any] = {  # letters of a figure 6.4 inches wide are 9 pixels high where a phone shows it at 350
     "figure.figsize": (6.4, 3.4),
     "figure.dpi": 100,
     "figure.facecolor": "white",
@@ -153,7 +153,7 @@ def use() -> None:
 
     Figures are drawn on white; a page has a dark version of each beside it (`press.build`).
     """
-    plt.rcParams.update(_STYLE)
+    plt.rcParams.update(STYLE)
     try:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
     except ImportError:

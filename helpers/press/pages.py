@@ -5,12 +5,16 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from pydantic import model_validator
 
 from helpers import settings
+from helpers.press import figures
 from helpers.press.chapters import Job
 from helpers.press.claims import read_json
 from helpers.press.rules import Strict, validated
@@ -148,7 +152,7 @@ def measured(rows: Sequence[dict[str, Any]]) -> Table:
             row["work of 8 at once / alone"] = row.pop("work of 8 at once / alone")
             gone = {*WRONG, "named", "ends compared"}
         else:
-            gone = {name for name in row if "iqr" in name or name.startswith("range of")}
+            gone = {name for name in row if "iqr" in name or name.startswith("range of") or name == "points"}
         shown.append({name: value for name, value in row.items() if name not in gone})
     width = {"d": "width"} if "k" not in rows[0] and "m" not in rows[0] else {}
     return Table([dict(list(row.items())[:MOST_COLUMNS]) for row in shown], HEADS | width)
@@ -162,9 +166,57 @@ def _section(benchmark: Benchmark) -> str:
         targets = [dict(zip(("target", "asked", "measured", "met"), each, strict=True)) for each in what]
         parts += ["```{raw} html", table(targets), "```\n"]
     if rows := benchmark.rows:
+        parts += [_figure(benchmark.name, number, *each) for number, each in enumerate(_kernels(rows))]
         lines = ["```{raw} html", measured(rows)._repr_html_(), "```"]
         if len(rows) > LONGEST:
             lines = [f":::{{dropdown}} All {len(rows)} rows", *lines, ":::"]
         parts += [*lines, f"\nAll columns: {{download}}`{benchmark.name}.json <benchmarks/{benchmark.name}.json>`\n"]
     about = f"{plain(benchmark.note)} Measured on: {plain(machine(benchmark.environment))}."
     return "\n".join([*parts, f"<small>{about}</small>\n"])
+
+
+# -- how times grow ----------------------------------------------------------------------------------------------------
+
+
+def _kernels(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Rows that have `points` (what was varied, milliseconds), by their kernel; none where rows have no points."""
+    timed = [row for row in rows if "points" in row]
+    return [(kernel, list(each)) for kernel, each in groupby(timed, lambda row: row["kernel"])]
+
+
+def _figure(name: str, number: int, kernel: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A figure of `draw_growth` on the page; its caption says how many times as long as ours the best peer takes."""
+    peers: dict[tuple, float] = {}  # the best one's milliseconds, by what was varied and its value
+    for row in (row for row in rows if "this book" not in row["who"]):
+        for value, ms in row["points"]:
+            peers[row["varied"], value] = min(ms, peers.get((row["varied"], value), ms))
+    ours = {(row["varied"], value): ms for row in rows if row["who"] == "this book" for value, ms in row["points"]}
+    times = [peers[where] / ms for where, ms in ours.items() if where in peers] or [1.0]
+    best = f": the best peer takes {min(times):.2g} to {max(times):.2g} times as long as this book" if peers else ""
+    alt = "Milliseconds over sizes, both on logarithmic axes: a line for this book and one for each peer."
+    head = f"::::{{container}} cell_output\n```{{figure}} benchmarks/{name}-{number}.svg\n:alt: {alt}\n\n"
+    return f"{head}One {plain(kernel)} over two decades of each size{best}.\n```\n::::\n"
+
+
+def draw_growth(folder: Path, results: Path = BENCHMARKS) -> None:
+    """Draw times over sizes, a figure a kernel, into `folder`, for every benchmark whose rows have `points`."""
+    for path in sorted(results.glob("*.json")):
+        rows = read_json(path, "run `make bench` again or delete it")["rows"]
+        for number, (_, each) in enumerate(_kernels(rows)):
+            with rc_context(figures.STYLE):
+                _drawn(each).savefig(folder / f"{path.stem}-{number}.svg", metadata={"Date": None})
+
+
+def _drawn(rows: Sequence[dict[str, Any]]) -> Figure:
+    """A panel for each size that was varied, a curve for everyone who was timed: at most three."""
+    varied, everyone = (list(dict.fromkeys(row[name] for row in rows)) for name in ("varied", "who"))
+    figure = Figure(figsize=(9.6, 3.4))
+    panels = figure.subplots(1, len(varied), sharey=True)
+    for panel, size in zip(panels, varied, strict=True):
+        for row in (row for row in rows if row["varied"] == size):
+            look = figures.line(("one", "two", "three")[everyone.index(row["who"])], label=row["who"])
+            panel.plot(*zip(*row["points"], strict=True), **look)
+        panel.set(xscale="log", yscale="log", xlabel=size)
+    panels[0].set_ylabel("milliseconds")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(everyone))
+    return figure
