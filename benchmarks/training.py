@@ -91,10 +91,10 @@ def plain_dense(n: int, stream, fused: bool, k: int = K, switch: float = 0.0):
     return lambda step: model.step(stream(step)[0], variance, optimiser, switch)
 
 
-def sparsify(n: int, stream, fused: bool):
+def sparsify(n: int, stream, fused: bool, k: int = K):
     with contextlib.redirect_stdout(io.StringIO()):
         from sparsify import SparseCoder, SparseCoderConfig
-    model = SparseCoder(D_MODEL, SparseCoderConfig(num_latents=n, k=K)).to(stream.device)
+    model = SparseCoder(D_MODEL, SparseCoderConfig(num_latents=n, k=k)).to(stream.device)
     optimiser = torch.optim.Adam(model.parameters(), lr=LR, fused=fused)
 
     def step(i):
