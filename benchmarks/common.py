@@ -64,6 +64,12 @@ def _wait() -> None:
         torch.mps.synchronize()
 
 
+def memory(field: str) -> float:
+    """MiB of this process: `VmRSS` now, `VmHWM` at most so far (Linux; `ru_maxrss` would count its parent's)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(lines[field].split()[0]) / 2**10
+
+
 def separately(module: str, names: Sequence[str], runs: int = 3) -> dict[str, list[Any]]:
     """What `python -m benchmarks.MODULE once NAME FILE` wrote, `runs` times for each name, a process each time."""
     found: dict[str, list[Any]] = {name: [] for name in names}

@@ -219,7 +219,7 @@ def correlations(repeats: int) -> None:
         targets=[common.at_most("largest relative difference of the three", worst, 1e-5)],
         note="gather: `pursuit.correlations`, one embedding bag over the transposed batch; CSR: PyTorch's sparse "
         "product; GEMM: the dense matrix, which stands ready. Times include bringing the result into rows of samples. "
-        f"The gather is faster at: {'; '.join(crossings)}. `dictionary.GATHER_SHARE` is {GATHER_SHARE}.",
+        f"The gather is faster than GEMM at: {'; '.join(crossings)}. `dictionary.GATHER_SHARE` is {GATHER_SHARE}.",
     )
 
 

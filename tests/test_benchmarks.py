@@ -160,8 +160,9 @@ def test_an_unknown_benchmark_is_refused(capsys):
     assert "no benchmark nothing; there are: " in capsys.readouterr().err
 
 
-def test_the_gathering_student_is_the_same_function():
-    outputs, gradients = students.differences(200, 8)
+@pytest.mark.parametrize("make", [students.Gathering, students.Grouped])
+def test_the_other_students_are_the_same_function(make):
+    outputs, gradients = students.differences(200, 8, make)
     assert outputs < 1e-5 and gradients < 1e-4
 
 

@@ -379,11 +379,9 @@ def load_results(folder: Path, book: Register | None = None) -> list[tuple[Resul
         content = read_json(path, "delete it and run its chapter again")
         if isinstance(content, dict) and "records" in content:
             results = validated(Results, content, path.name)
-            seeds = results.parameters.get("seeds")
-            n_seeds = len(seeds) if hasattr(seeds, "__len__") else None
             results.controls = [_control_again(control, book, path.name) for control in results.controls]
             judged = [row for row in results.records if not _retired(row, book)]
-            found.append((results, [_judged_again(row, book, path.name, n_seeds) for row in judged]))
+            found.append((results, [_judged_again(row, book, path.name) for row in judged]))
     return found
 
 
@@ -408,7 +406,7 @@ def _retired(row: Record, book: Register) -> bool:
     return any(row.metric.split(BETWEEN)[0] == metric or row.metric.endswith(metric) for metric in old)
 
 
-def _judged_again(row: Record, book: Register, name: str, seeds: int | None) -> Record:
+def _judged_again(row: Record, book: Register, name: str) -> Record:
     try:
         claim = book[row.claim]
         check = claim.check_of(row.metric)
@@ -417,4 +415,4 @@ def _judged_again(row: Record, book: Register, name: str, seeds: int | None) -> 
         _can_be_judged(claim, check, row.value, row.ci, row.n)
     except ValueError as error:
         raise ValueError(f"{name} is stale: run its chapter again or delete it ({error})") from error
-    return row.judged(claim.checks[check].rule, seeds)
+    return row.judged(claim.checks[check].rule)

@@ -11,19 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 import nbformat
 
+from helpers.press.pages import rich
 from helpers.press.rules import Check, Claim
-from helpers.press.scoreboard import BUILD, LONG, WHOSE, Board, Shown, anchor, badge, on_lines, rich, weakest
+from helpers.press.scoreboard import BUILD, LONG, WHOSE, Board, Shown, anchor, badge, on_lines, weakest
 from helpers.press.tables import number, table
-from helpers.press.verdicts import Verdict
+from helpers.press.verdicts import VERDICTS, Verdict
 
 HERO, OWN = "hero", "own"
 """Tags of the cell that draws the finding from the book's run, and of the last one, which draws this run alike."""
-SIDES: dict[Verdict, str] = {
-    "reproduced": "holds",
-    "holds here": "holds",
-    "fails here": "fails",
-    "not reproduced": "fails",
-}
+SIDES: dict[Verdict, str] = {verdict: side for of in VERDICTS.values() for side, verdict in of.items()}
 Word = Literal["agrees", "differs", "cannot tell"]
 
 

@@ -30,8 +30,11 @@ def plain(text: str) -> str:
     return "".join(parts)
 
 
-def _coded(text: str) -> str:
-    return CODE.sub(lambda found: f"<code>{found[1].strip('`')}</code>", html.escape(text))
+def rich(text: str) -> str:
+    """Text of the register as HTML: `$…$` is typeset, `` `…` `` is code, everything else is as it stands."""
+    text = html.escape(" ".join(text.split()))
+    text = re.sub(r"\$([^$]+)\$", r'<span class="math notranslate nohighlight">\\(\1\\)</span>', text)
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
 
 
 def machine(environment: dict[str, Any]) -> str:
@@ -162,7 +165,7 @@ def _section(benchmark: Benchmark) -> str:
     parts = [f"## {plain(benchmark.title)}\n", f"{plain(benchmark.question)}\n"]
     if benchmark.targets:
         met = {True: "✓ met", False: "✗ missed"}
-        what = ((_coded(t.what), html.escape(t.target), t.measured, met[t.met]) for t in benchmark.targets)
+        what = ((rich(t.what), html.escape(t.target), t.measured, met[t.met]) for t in benchmark.targets)
         targets = [dict(zip(("target", "asked", "measured", "met"), each, strict=True)) for each in what]
         parts += ["```{raw} html", table(targets), "```\n"]
     if rows := benchmark.rows:

@@ -80,7 +80,7 @@ def _ways(taken: Mapping[int, tuple[int, float | None]]) -> list[dict[str, Any]]
 
 
 def _shown(run: Sequence[float | None]) -> str:
-    return "–" if None in run else f"{sum(run):.0f} min"
+    return "–" if None in run else f"{max(1, sum(run)):.0f} min"
 
 
 def _row(chapter: Chapter, taken: tuple[int, float | None]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_args
 
 from helpers import settings
 from helpers.press.claims import REFERENCE, Chapter, Results, load_results
-from helpers.press.pages import machine
+from helpers.press.pages import machine, rich
 from helpers.press.rules import BETWEEN, Bound, Check, Claim, Identity, IntervalWithin, Register, Trend, register
 from helpers.press.tables import number, table
 from helpers.press.verdicts import HOLDS, TABLE, Control, Record, Verdict, by_chance, combined, counted
@@ -32,6 +32,8 @@ SYMBOLS: dict[Verdict, str] = {
     "too few": "?",
     "not tested": "–",
 }
+SAID: dict[Verdict, str] = {"partly": "open: ", "fails here": "not ", "not reproduced": "not ", "too few": "too few: "}
+"""Before what was asked of a number, where that does not hold."""
 FAMILIES = {"gemma": "Gemma 3", "smollm2": "SmolLM2", "pythia": "Pythia"}
 """Language models by the beginning of their names; another is a family of its own name."""
 OWN = "book-moe"
@@ -224,13 +226,6 @@ def anchor(claim_id: str) -> str:
     return "claim-" + claim_id.replace(".", "-")
 
 
-def rich(text: str) -> str:
-    """Text of the register as HTML: `$…$` is typeset, `` `…` `` is code, everything else is as it stands."""
-    text = html.escape(" ".join(text.split()))
-    text = re.sub(r"\$([^$]+)\$", r'<span class="math notranslate nohighlight">\\(\1\\)</span>', text)
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-
-
 def tidy(note: str) -> str:
     """A record's note without Python's spelling: `AuxK(k_aux=None, coefficient=0.03)` is "AuxK, coefficient 0.03"."""
     note = re.sub(r"\w+=None(, )?", "", note)
@@ -363,7 +358,9 @@ def _weakest(placed: Sequence[Shown]) -> str:
     if not placed:
         return '<span class="none">not run</span>'
     shown = weakest(placed)
-    return f"<span>{number(shown.record.value, shown.record.ci)}</span> <small>{_asked(shown.check)}</small>"
+    said, what = SAID.get(shown.record.verdict, ""), html.escape(shown.record.metric)
+    asked = f"<small>{said}{_asked(shown.check)}</small>"
+    return f'<span title="{what}">{number(shown.record.value, shown.record.ci)}</span> {asked}'
 
 
 def _asked(check: Check) -> str:

@@ -54,15 +54,11 @@ NAMES = {
     "lr": "learning rate",
     "ce": "CE",
     "mcc": "MCC",
-    "k": "k",
-    "n": "n",
-    "d": "d",
     "ci": "95 %",
     "largest_rate": "busiest latent",
     "dead": "dead features",
     "found": "truths found",
     "multiply_adds": "multiply-adds",
-    "n_parameters": "parameters",
 }
 """What a column is called on a page where its name in the code reads badly; every other name loses its underscores."""
 MOST_COLUMNS = 7

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -29,8 +29,8 @@ COLOURS: dict[Verdict, str] = {
     "too few": "#999999",
     "not tested": "#999999",
 }
-FEWEST: dict[Resampled, int | tuple[int, int]] = {
-    **{"seeds": 3, "random draws": 3, "layers": 3, "sizes": 3, "articles": 5, "samples": 5},
+FEWEST: dict[Resampled | None, tuple[int, ...]] = {
+    **{"seeds": (3,), "random draws": (3,), "layers": (3,), "sizes": (3,), "articles": (5,), "samples": (5,)},
     **{"seed × article": (3, 5), "layer × article": (3, 5)},
 }
 """The fewest units whose interval is judged, of each kind where two vary; of a slope, the fewest sizes it lies over."""
@@ -44,16 +44,11 @@ Counted = int | tuple[int, int]
 
 
 def judge(
-    rule: Rule,
-    value: float,
-    ci: tuple[float, float] | None,
-    scope: Scope,
-    n: Counted,
-    resampled: Resampled | None,
-    seeds: int | None = None,
+    rule: Rule, value: float, ci: tuple[float, float] | None, scope: Scope, n: Counted, resampled: Resampled | None
 ) -> Verdict:
     """The verdict of one number: what the rule says, under the scope it was measured in."""
-    if rule.needs_interval and too_few(n, resampled, seeds):
+    units, fewest = n if isinstance(n, tuple) else (n,), FEWEST.get(resampled, ())
+    if rule.needs_interval and any(own < least for own, least in zip_longest(units, fewest, fillvalue=0)):
         return "too few"
     return VERDICTS[scope].get(rule.outcome(value, *(ci or (value, value))), "partly")
 
@@ -86,9 +81,9 @@ class Record(Strict):
         over = f" ({self.resampled})" if self.resampled else ""
         return f"{_number(self.value)}{interval}{unit}, n = {counted(self.n)}{over}"
 
-    def judged(self, rule: Rule, seeds: int | None = None) -> Record:
+    def judged(self, rule: Rule) -> Record:
         """The same record with the verdict of the rule as it stands, under the scope that it was measured in."""
-        verdict = judge(rule, self.value, self.ci, self.scope, self.n, self.resampled, seeds)
+        verdict = judge(rule, self.value, self.ci, self.scope, self.n, self.resampled)
         return self.model_copy(update={"expected": str(rule), "verdict": verdict})
 
     def _repr_html_(self) -> str:
@@ -150,24 +145,6 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-# -- the verdict of one number -----------------------------------------------------------------------------------------
-
-
-def too_few(n: Counted, resampled: Resampled | None, seeds: int | None = None) -> bool:
-    """Whether an interval over `n` units rests on too few of them.
-
-    Older records count pairs of seeds and articles, and rows: of those `seeds`, a chapter's number of them, decides.
-    """
-    if resampled is None:
-        return False
-    fewest = FEWEST[resampled]
-    if isinstance(fewest, int):
-        return n < fewest
-    if isinstance(n, tuple):
-        return any(own < least for own, least in zip(n, fewest, strict=True))
-    return n < math.prod(fewest) or (seeds is not None and seeds < fewest[0])
-
-
 # -- the verdict of a claim --------------------------------------------------------------------------------------------
 
 
@@ -182,19 +159,21 @@ class Row(NamedTuple):
 
 
 HOLDS: frozenset[Verdict] = frozenset({"reproduced", "holds here"})
-FAILS: frozenset[Verdict] = frozenset({"fails here", "too few"})
+OPEN: frozenset[Verdict] = frozenset({"partly", "too few"})
+FAILS: frozenset[Verdict] = OPEN | {"fails here"}
 NONE: frozenset[Verdict] = frozenset()
 TABLE = (
     Row("no record", NONE, NONE, "not tested"),
     Row("every record rests on too few", frozenset({"too few"}), NONE, "too few"),
-    Row("what was judged fails, on analogues only", FAILS, NONE, "fails here"),
-    Row("what was judged fails, in the paper's setting too", FAILS | {"not reproduced"}, NONE, "not reproduced"),
+    Row("none holds or fails: intervals lie across their thresholds", OPEN, NONE, "partly"),
+    Row("none holds and some fail, on analogues only", FAILS, NONE, "fails here"),
+    Row("none holds and some fail, in the paper's setting too", FAILS | {"not reproduced"}, NONE, "not reproduced"),
     Row("all hold, each check in the paper's setting", HOLDS, frozenset({"reproduced"}), "reproduced"),
     Row("all hold, each check was run", HOLDS, HOLDS, "holds here"),
     Row("anything else: records disagree, or something is open", frozenset(COLOURS), NONE, "partly"),
 )
 """How a claim's records combine: the first row that fits. A record on too few units never completes a claim, and
-never saves one whose other records fail."""
+no open one saves a claim whose other records fail."""
 
 
 def combined(claim: Claim, records: Sequence[Record]) -> Verdict:
