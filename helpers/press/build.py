@@ -107,6 +107,8 @@ def stage(jobs: list[Job], profile: str, root: Path) -> None:
             notebook = _as_page(nbformat.read(job.executed, as_version=4))
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"{job.executed} is damaged; delete it, and its chapter runs again") from error
+        first = notebook.cells[0]  # other pages name a chapter by its number
+        first.source = first.source.replace("# ", f"# {job.chapter.number} · ", 1)
         nbformat.write(finding.page(notebook, job.chapter.slug, board), folder / "notebooks" / job.executed.name)
     made = scoreboard.pages(board, profile)
     made |= {"map.md": reading.page(jobs), "performance.md": pages.performance_markdown(jobs=jobs)}
