@@ -150,6 +150,14 @@ def contrast(one, other):
     return second / first
 
 
+def test_a_figure_loses_decimals_that_nobody_sees_and_keeps_its_scales(tmp_path):
+    svg = '<svg width="9.5pt"><path\n   d="M 1.23456 -7.8919 L 12345 0.5" transform="scale(0.015625)"/></svg>'
+    (tmp_path / "a.svg").write_text(svg)
+    night.page('<article><div class="cell_output"><img src="a.svg"></div></article>', tmp_path)
+    kept = '<svg width="9.5pt"><path\nd="M 1.23 -7.89 L 12345 0.5" transform="scale(0.015625)"/></svg>'
+    assert (tmp_path / "a.svg").read_text() == (tmp_path / "a.dark.svg").read_text() == kept
+
+
 @pytest.mark.parametrize("colour", ["#1f2328", "#0072b2", "#4b4bc3", "#a87400", "#e5e8eb", "#ffffff"])
 def test_by_night_a_colour_stands_out_as_it_does_by_day(colour):
     by_night = night.night(f'<path style="fill: {colour}"/>').split()[2][:7]
