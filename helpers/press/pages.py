@@ -198,7 +198,7 @@ def _figure(name: str, number: int, kernel: str, rows: Sequence[dict[str, Any]])
     best = f": the best peer takes {min(times):.2g} to {max(times):.2g} times as long as this book" if peers else ""
     alt = "Milliseconds over sizes, both on logarithmic axes: a line for this book and one for each peer."
     figure = f"```{{figure}} benchmarks/{name}-{number}.svg\n:alt: {alt}\n\n"
-    figure += f"**One {plain(kernel)} over two decades of each size{best}.** The others stay as the note says.\n```\n"
+    figure += f"**One {plain(kernel)} over two decades of each size{best}.** The rest stays as noted below.\n```\n"
     opened, closed = (f"```{{raw}} html\n{tag}\n```\n" for tag in ('<div class="cell_output">', "</div>"))
     return opened + figure + closed
 
