@@ -1,4 +1,4 @@
-"""One browser for a file of tests."""
+"""One browser for a file of tests, and the longest test first."""
 
 import pytest
 
@@ -21,3 +21,8 @@ def wide(browser):
 
     yield to
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: a worker that took it last would keep the others waiting."""
+    items.sort(key=lambda item: "the_whole_book" not in item.name)

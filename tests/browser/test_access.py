@@ -6,8 +6,8 @@ from tests import npm
 from tests.browser.chromium import HTML, PAGES, absent, open_page
 
 EVERY = [*PAGES, "search", "genindex"]
-RUN = """const done = arguments[0], said = (v) => v.nodes.map((n) => `${v.id}: ${n.html} ${n.failureSummary}`);
-axe.run(document, {resultTypes: ["violations"]}).then(
+RUN = """const [how, done] = arguments, said = (v) => v.nodes.map((n) => `${v.id}: ${n.html} ${n.failureSummary}`);
+axe.run(document, {resultTypes: ["violations"], ...how}).then(
   (found) => done(found.violations.flatMap(said)), (error) => done([String(error)]));"""
 
 
@@ -19,39 +19,38 @@ def axe():
     return (folder / "axe.min.js").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module", params=["light", "dark"])
-def shown_in(request, browser):
-    """A browser that has chosen a colour scheme, as a reader chooses it: before the page is opened."""
-    open_page(browser, "index")
-    browser.execute_script("for (const k of ['mode', 'theme']) localStorage.setItem(k, arguments[0])", request.param)
-    yield browser
-    browser.execute_script("localStorage.clear()")
+NIGHT = """const still = document.createElement("style"), root = document.documentElement;
+still.textContent = "* { transition: none !important; }";
+document.head.append(still);
+root.dataset.theme = root.dataset.mode = "dark";
+return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number);"""
 
 
-@pytest.fixture(scope="module", params=[1440, 390])
-def wide(request, shown_in):
-    """As wide as a desk's screen or a phone's; a window itself is never narrower than 500 pixels."""
-    screen = {"width": request.param, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    shown_in.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    yield shown_in
-    shown_in.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-def violations(browser, axe):
+def violations(browser, axe, **how):
     browser.execute_script(axe)
-    return browser.execute_async_script(RUN)
+    return browser.execute_async_script(RUN, how)
 
 
+def by_night(browser, axe):
+    """What cannot be read in the dark scheme; nothing but colours depends on the scheme."""
+    assert max(browser.execute_script(NIGHT)) < 64
+    return violations(browser, axe, runOnly=["color-contrast"])
+
+
+@pytest.mark.parametrize("width", [1440, 390])
 @pytest.mark.parametrize("page", EVERY)
-def test_axe_finds_nothing(wide, axe, page):
-    open_page(wide, page)
-    assert violations(wide, axe) == []
+def test_axe_finds_nothing_by_day_or_night(browser, wide, axe, page, width):
+    wide(width)
+    open_page(browser, page)
+    assert violations(browser, axe) + by_night(browser, axe) == []
 
 
 def test_axe_finds_what_is_there(browser, axe):
     open_page(browser, "index")
-    browser.execute_script("document.querySelector('article').append(document.createElement('button'))")
+    bad = "<button></button><p style='color: #333'>words that go dark</p>"
+    browser.execute_script("document.querySelector('article').insertAdjacentHTML('beforeend', arguments[0])", bad)
     assert [found.split(":")[0] for found in violations(browser, axe)] == ["button-name"]
+    assert [found.split(":")[0] for found in by_night(browser, axe)] == ["color-contrast"]
 
 
 def test_pages_are_light_and_begin_to_show_within_a_second(browser):

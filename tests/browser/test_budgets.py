@@ -1,4 +1,4 @@
-"""How long a page may be, what a reader sees at once, and tables on every screen: nothing is cut."""
+"""How long a page may be, what a reader sees at once, and every screen: nothing is squeezed, cut or out of reach."""
 
 import re
 
@@ -40,6 +40,15 @@ for (const table of [...document.querySelectorAll('article table')].filter(seen)
 return found;
 """
 
+SHOWN = """
+const done = arguments[0], images = [...document.querySelectorAll('article img')];
+images.forEach(i => { i.loading = 'eager'; });
+const shown = images.filter(i => i.checkVisibility({opacityProperty: true, visibilityProperty: true}));
+Promise.all(shown.map(i => i.decode().catch(() => 0))).then(() => done(shown.map(
+  i => [i.src.slice(-20), i.clientWidth, i.clientHeight, i.naturalWidth, i.naturalHeight])));
+"""
+"""The images that are neither folded nor of the other scheme, with their sizes as shown and as drawn."""
+
 
 FORMULAS = """
 for (const fold of document.querySelectorAll('article details')) fold.open = true;
@@ -51,18 +60,12 @@ return [...document.querySelectorAll('article mjx-container')].filter((e) => e.c
 
 
 @pytest.mark.parametrize("page", CHAPTERS)
-def test_no_formula_is_wider_than_the_column(browser, wide, page):
-    wide(1440)
-    open_page(browser, page)
-    assert browser.execute_script(FORMULAS) == []
-
-
-@pytest.mark.parametrize("page", CHAPTERS)
-def test_a_chapter_is_no_longer_than_it_may_be_and_begins_with_its_finding(browser, wide, page):
+def test_a_chapter_is_no_longer_than_it_may_be_begins_with_its_finding_and_holds_its_formulas(browser, wide, page):
     wide(1440)
     open_page(browser, page)
     found = browser.execute_script(TOPS)
     assert found["high"] <= HIGHEST
+    assert browser.execute_script(FORMULAS) == []
     if found["hero"]:
         assert found["figure"] is not None and found["figure"] <= AT_ONCE, found
         assert found["chip"] <= AT_ONCE, found
@@ -72,16 +75,26 @@ def test_chapters_with_a_finding_show_it():
     assert sum('class="findings"' in (HTML / f"{page}.html").read_text(encoding="utf-8") for page in CHAPTERS) >= 17
 
 
+def squeezed(browser):
+    """Images whose shape on the page is not the one they were drawn in."""
+    for name, across, down, natural_across, natural_down in browser.execute_async_script(SHOWN):
+        off = (across / down) / (natural_across / natural_down) - 1
+        yield f"squeezed by {off:.1%}: {name}" if abs(off) >= 0.01 + 1 / down else None
+
+
 @pytest.mark.parametrize("width", [1440, 820, 390])
-def test_no_table_is_cut(browser, wide, width):
+def test_figures_keep_their_proportions_no_table_is_cut_and_a_page_fits_its_screen(browser, wide, width):
     wide(width)
-    looked_at = {}
+    images, tables, wrong = 0, 0, {}
     for page in PAGES:
-        if not re.search(r"<table\b", (HTML / f"{page}.html").read_text(encoding="utf-8")):
-            continue
         open_page(browser, page)
-        looked_at[page] = browser.execute_script(TABLES, width == 390 or width == 1440 and page == "performance")
-    assert len(looked_at) > 10 and {page: found for page, found in looked_at.items() if found} == {}
+        over = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+        shown = list(squeezed(browser))
+        cut = browser.execute_script(TABLES, width == 390 or width == 1440 and page == "performance")
+        wrong[page] = [f"{over} pixels wider than the screen"] * (over > 1) + [each for each in shown if each] + cut
+        images += len(shown)
+        tables += bool(re.search(r"<table\b", (HTML / f"{page}.html").read_text(encoding="utf-8")))
+    assert images > len(PAGES) and tables > 10 and {page: found for page, found in wrong.items() if found} == {}
 
 
 def test_a_table_that_is_cut_is_seen(browser, wide):

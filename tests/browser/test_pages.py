@@ -200,14 +200,6 @@ def test_by_night_a_method_has_the_colour_in_sliders_that_it_has_in_drawings(bro
         browser.execute_script("localStorage.clear()")
 
 
-def test_the_page_fits_a_narrow_screen(browser, wide):
-    wide(390)
-    for page in PAGES:
-        open_page(browser, page)
-        over = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-        assert over <= 1, f"{page} is {over} pixels wider than the screen"
-
-
 REFERENCES = ("for", "headers", "aria-labelledby", "aria-describedby", "aria-controls", "aria-owns")
 
 
