@@ -21,7 +21,7 @@ PATHS = {
 }
 """Who reads which chapters: whatever one of them needs is among them."""
 WORDS_A_MINUTE = 200
-WIDE, HIGH, STEP, ROW = 154, 60, 188, 72
+WIDE, HIGH, STEP, ROW = 166, 60, 200, 72
 """A chapter's box in the drawing, and the distances from box to box."""
 
 
@@ -130,7 +130,7 @@ def _arrow(start: tuple[int, int], end: tuple[int, int]) -> str:
 
 def _box(chapter: Chapter, place: tuple[int, int]) -> str:
     x, y = place
-    lines = textwrap.wrap(f"{chapter.number} · {_plain(chapter.title)}", 21, max_lines=3, placeholder=" …")
+    lines = textwrap.wrap(f"{chapter.number} · {_plain(chapter.title)}", 22, max_lines=3, placeholder=" …")
     top = y + HIGH / 2 + 4 - 7.5 * (len(lines) - 1)
     rows = [f'<tspan x="{x + 8}" y="{top + 15 * i}">{html.escape(line)}</tspan>' for i, line in enumerate(lines)]
     ways = " ".join(name for name, (_, numbers) in PATHS.items() if chapter.number in numbers)
