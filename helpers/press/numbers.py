@@ -89,7 +89,7 @@ def _at(run: claims.Results, address: str) -> float:
         pairs = dict(pair.split("=", 1) for pair in re.split(r", (?=\w+=)(?![^(]*\))", wanted))
         rows = run.points.get(table, [])
         if inner:
-            within = [(r, [r[inner]] if isinstance(r[inner], dict) else r[inner]) for r in rows]
+            within = [(r, [r[inner]] if isinstance(r[inner], dict) else r[inner]) for r in rows if inner in r]
             rows = [r | each for r, some in within for each in some]
         rows = [r for r in rows if all(str(r.get(k)) == v for k, v in pairs.items())]
         settings.allowed(bool(rows), f"number {address!r}", f"a row of chapter {run.chapter}")
