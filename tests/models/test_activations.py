@@ -35,6 +35,10 @@ def teacher(request, tmp_path_factory) -> teachers.Teacher:
     return teachers.load(tiny.save(tmp_path_factory.mktemp("model"), request.param), device="cpu")
 
 
+ONE = pytest.mark.parametrize("teacher", ["llama"], indirect=True)
+"""For what does not depend on the model and starts many processes."""
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> str:
     file = tmp_path_factory.mktemp("text") / "my.txt"
@@ -453,6 +457,7 @@ def batches_logged(log: Path) -> int:
     return len(log.read_text().split()) if log.exists() else 0
 
 
+@ONE
 def test_killed_at_any_moment_it_goes_on_and_is_the_same(teacher, corpus, tmp_path, harvest):
     cache, log, whole = tmp_path / "killed", tmp_path / "log", harvest(layer=[0, LAYER])
     moments = np.random.default_rng(0).integers(1, 12, 3)
@@ -473,6 +478,7 @@ def test_killed_at_any_moment_it_goes_on_and_is_the_same(teacher, corpus, tmp_pa
         assert content(place(store)) == content(place(whole[layer]))
 
 
+@ONE
 def test_two_processes_do_not_work_twice(teacher, corpus, tmp_path, harvest):
     cache, log = tmp_path / "both", tmp_path / "log"
     both = [start(teacher.name, corpus, str(cache), 0.05, str(log)) for _ in range(2)]
