@@ -123,7 +123,7 @@ def test_a_mark_that_leads_nowhere_is_named(chapter, address, told):
 
 
 def test_a_number_may_be_of_the_second_model_family():
-    address = "secret.distil/activations · 16+16 of 1000, rank 64"
+    address = "secret.distil/activations · 8+8 of 1000, rank 64"
     text = f"<!--n 05/smollm2 {address}@low | .3f-->0<!--/n-->"
     assert numbers.written(text) == text.replace(">0<", f">{numbers.value('05/smollm2', address + '@low'):.3f}<")
     with pytest.raises(ValueError, match="chapter 05/llama"):
