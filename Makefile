@@ -67,10 +67,8 @@ lint: .venv/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Files of tests side by side, a thread each: they are many small ones, and threads would wait for each other. One worker
-# more than there are cores, since tests wait for processes that start or die, for disks and for a browser.
-WORKERS := $(shell $(PYTHON) -c 'import os; print(1 + (os.cpu_count() or 1))')
-SPREAD := -n $(WORKERS) --dist loadfile
+# Files of tests side by side, a thread each: they are many small ones, and threads would wait for each other.
+SPREAD := -n auto --dist loadfile
 unit: .venv/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) tests --ignore=tests/browser
 
@@ -84,7 +82,7 @@ nbval: .venv/.ready-dev
 
 # Test by test, since its files are few and of different length.
 browser: .venv/.ready-dev
-	$(BIN)/python -m pytest tests/browser -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest tests/browser -n auto --dist worksteal
 
 # Of each of these `make test` runs a sample.
 soak: .venv/.ready-dev
