@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tests.browser.chromium import HTML, PAGES, open_page
+from tests.browser.test_figures import LEAST
 
 CHAPTERS = [page for page in PAGES if page.startswith("notebooks/")]
 HIGHEST, AT_ONCE = 10_000, 1_200
@@ -49,6 +50,12 @@ Promise.all(shown.map(i => i.decode().catch(() => 0))).then(() => done(shown.map
 """
 """The images that are neither folded nor of the other scheme, with their sizes as shown and as drawn."""
 
+LETTERS = """
+document.querySelectorAll('article details').forEach(fold => { fold.open = true; });
+return [...document.querySelectorAll('.book-slider')].map(
+  f => [f.dataset.letters * f.querySelector('img').clientWidth, f.querySelector('figcaption').textContent]);
+"""
+
 
 FORMULAS = """
 for (const fold of document.querySelectorAll('article details')) fold.open = true;
@@ -84,17 +91,20 @@ def squeezed(browser):
 
 @pytest.mark.parametrize("width", [1440, 820, 390])
 def test_figures_keep_their_proportions_no_table_is_cut_and_a_page_fits_its_screen(browser, wide, width):
+    """On a phone the letters of sliders can be read, too."""
     wide(width)
-    images, tables, wrong = 0, 0, {}
+    images, tables, letters, wrong = 0, 0, [], {}
     for page in PAGES:
         open_page(browser, page)
         over = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
         shown = list(squeezed(browser))
         cut = browser.execute_script(TABLES, width == 390 or width == 1440 and page == "performance")
         wrong[page] = [f"{over} pixels wider than the screen"] * (over > 1) + [each for each in shown if each] + cut
+        letters += browser.execute_script(LETTERS) if width == 390 else []  # it opens what is folded, so it comes last
         images += len(shown)
         tables += bool(re.search(r"<table\b", (HTML / f"{page}.html").read_text(encoding="utf-8")))
     assert images > len(PAGES) and tables > 10 and {page: found for page, found in wrong.items() if found} == {}
+    assert [each for each in letters if each[0] < LEAST] == [] and len(letters) >= 20 * (width == 390)
 
 
 def test_a_table_that_is_cut_is_seen(browser, wide):

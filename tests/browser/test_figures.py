@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.browser.chromium import HTML, PAGES, open_page
+from tests.browser.chromium import HTML
 
 FIGURES = sorted(path for path in (HTML / "_images").glob("*.svg") if not path.name.endswith(".dark.svg"))
 PHONE, LEAST = 350, 8.9
@@ -19,23 +19,6 @@ for (const group of svg.querySelectorAll('g[id^="text_"]')) {
 }
 return {found, wide: whole.width, high: whole.height};
 """
-
-
-LETTERS = """
-document.querySelectorAll('article details').forEach(fold => { fold.open = true; });
-return [...document.querySelectorAll('.book-slider')].map(
-  f => [f.dataset.letters * f.querySelector('img').clientWidth, f.querySelector('figcaption').textContent]);
-"""
-
-
-def test_letters_of_sliders_can_be_read_on_a_phone(browser, wide):
-    wide(390)
-    pages = [page for page in PAGES if "book-slider" in (HTML / f"{page}.html").read_text(encoding="utf-8")]
-    found = []
-    for page in pages:
-        open_page(browser, page)
-        found += [(page, *each) for each in browser.execute_script(LETTERS)]
-    assert len(found) >= 20 and [each for each in found if each[1] < LEAST] == []
 
 
 def faults(drawn):
