@@ -35,8 +35,6 @@ __all__ = ["Chapter", "IntervalAbove", "Record", "Results", "reference", "regist
 REFERENCE = settings.ROOT / "results"
 """Results of long runs, kept in the repository; what a reader's own run writes goes to `_build/results/<profile>`."""
 
-SLUG = re.compile(r"\d\d_[a-z0-9_]+")
-
 
 # -- a chapter's records -----------------------------------------------------------------------------------------------
 
@@ -55,7 +53,7 @@ class Chapter:
         teacher: str | None = None,
         results_dir: str | Path | None = None,
     ) -> None:
-        allowed(bool(SLUG.fullmatch(slug)), f"slug={slug!r}", "a chapter's file stem such as '01_topk_sae'")
+        allowed(bool(re.fullmatch(r"\d\d_[a-z0-9_]+", slug)), f"slug={slug!r}", "a file stem such as '01_topk_sae'")
         self.slug, self.parameters, self.teacher = slug, dict(parameters), teacher
         self.path = settings.results_dir(results_dir) / f"{slug}.json"
         self.environment = environment(self.parameters.get("device", "auto"))

@@ -1,7 +1,7 @@
 """Run one stated cheap cell of each long run in `results/` again, and compare with what was kept.
 
 Kept runs are not void because code moved: `results/verify.yml` states cells of code for them, each with the kept value
-that it must give again.
+that it must give again. A run on another family of models has its chapter's cells, unless its own are stated.
 """
 
 from __future__ import annotations
@@ -87,20 +87,21 @@ def run_again(
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     wanted, stated, failed = {c.slug for c in chapters.choose(names, chapters.find())}, read(folder), []
-    slugs = [path.stem for path in sorted(folder.glob("*.json")) if path.stem in wanted or not names]
-    for slug in slugs:
-        for cell in stated.get(slug, []):
+    kept = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])  # a folder for each further family of models
+    runs = {str(path.relative_to(folder).with_suffix("")): path for path in kept if path.stem in wanted or not names}
+    for name, path in runs.items():
+        for cell in stated.get(name, stated.get(path.stem, [])):
             if cell.seconds > CHEAP and not everything:
-                console.print(f"{slug}: left out, {cell.seconds:.0f} s (--all): {cell.what}", markup=False)
+                console.print(f"{name}: left out, {cell.seconds:.0f} s (--all): {cell.what}", markup=False)
                 continue
             started = time.perf_counter()
             try:
-                said = cell.run(claims.reference(slug, folder))
+                said = cell.run(claims.reference(path.stem, path.parent))
             except Exception as error:  # whatever a cell raises is a disagreement
                 said = f"{type(error).__name__}: {error}"
             verdict = f"DISAGREES ({said})" if said else f"agrees to {cell.tolerance:g}"
-            console.print(f"{slug}: {verdict}, {time.perf_counter() - started:.1f} s: {cell.what}", markup=False)
-            failed += [slug] if said else []
-    if bare := [slug for slug in slugs if not stated.get(slug)]:
+            console.print(f"{name}: {verdict}, {time.perf_counter() - started:.1f} s: {cell.what}", markup=False)
+            failed += [name] if said else []
+    if bare := [name for name, path in runs.items() if path.stem not in stated]:
         console.print(f"no cell is stated yet for: {', '.join(bare)}", markup=False)
     return failed

@@ -47,6 +47,15 @@ def test_a_cell_that_gives_the_kept_value_agrees_and_runs_without_one_are_named(
     assert failed == [] and OTHER not in said
 
 
+def test_a_run_on_another_family_has_its_chapters_cells(folder):
+    (folder / "other").mkdir()
+    content = json.loads((folder / f"{SLUG}.json").read_text())
+    content["points"]["squares"][0]["y"][1] = 5
+    (folder / "other" / f"{SLUG}.json").write_text(json.dumps(content))
+    failed, said = run(folder)
+    assert failed == [f"other/{SLUG}"] and f"other/{SLUG}: DISAGREES ([1]: 4, kept 5)" in said
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
