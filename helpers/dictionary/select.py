@@ -3,11 +3,11 @@
     rule       the SAE's name                    the router's name
     token      TopK (Gao et al. 2024)            token choice (Shazeer et al. 2017)
     batch      BatchTopK (Bussmann et al. 2024)  the k·B best of a batch; behind training, scores above a threshold
-    threshold  JumpReLU (Rajamanoharan 2024)     ReLU routing, a threshold for each expert (ReMoE, Wang et al. 2024)
+    threshold  JumpReLU (Rajamanoharan 2024)     a threshold for each expert
     atom       feature choice (Ayonrinde 2024)   expert choice (Zhou et al. 2022): each expert takes its m best tokens
     groups     Switch SAE (Mudide et al. 2024)   group-limited routing (DeepSeek-V2): best groups first, k inside them
     always     dense latents                     shared experts (DeepSeek-MoE): the first few, and k − few of the rest
-    positive   ReLU; with gate rows Gated        ReLU routing without thresholds: every score above zero
+    positive   ReLU; with gate rows Gated        ReLU routing (ReMoE, Wang et al. 2024): every score above zero
     magnitude  AbsTopK (arXiv 2510.00404)        token choice by |score|
 
 A rule turns scores [batch, n] into indices [batch, K] and a mask of the same shape that says which of them are chosen:
