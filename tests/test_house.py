@@ -100,7 +100,7 @@ def lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-WHOLE, CORE, IN_CORE = 18_677, 8_118, 27
+WHOLE, CORE, IN_CORE = 18_747, 8_118, 27
 """Lines of all modules, and lines and modules of the core (all but parts and press). The aim is 10,500, and 4,000 in
 20; what was added behind 13,690 is files as people write them, errors in our own words, faults survived, negative
 controls, the scoreboard, numbers in prose, the rules of choosing, the exchange with SAELens, a reader's own dictionary,

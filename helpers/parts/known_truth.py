@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from helpers import settings
 from helpers.dictionary import RankOneDictionary, topk_sae
 from helpers.parts.rivals import REMEDIES, STRENGTHS
-from helpers.parts.worlds import World, random_atoms
+from helpers.parts.worlds import SynthSaeBench, World, random_atoms
 from helpers.settings import allowed, one_of
 from helpers.study.scores import Comparison, evaluate, over_seeds, recovery, relabelled
 from helpers.study.study import EQUAL, Arm, Judged, Outcome, choose, study
@@ -40,7 +40,7 @@ class KnownTruth:
     for validation and as many for the test; a feature is dead when it fires on none of them.
     """
 
-    world: World
+    world: World | SynthSaeBench
     n_features: int
     k: int
     steps: int
@@ -69,7 +69,7 @@ class KnownTruth:
 
 
 @lru_cache(maxsize=4)
-def _drawn(problem: KnownTruth, seed: int) -> tuple[World, Tensor, Tensor, Tensor]:
+def _drawn(problem: KnownTruth, seed: int) -> tuple[World | SynthSaeBench, Tensor, Tensor, Tensor]:
     """The seed's world and three samples of it: for its mean, for validation and for the test."""
     world = replace(problem.world, seed=10 * seed)
     return world, *(world.sample(problem.n_rows, settings.generator(10 * seed + i)) for i in (2, 3, 4))
@@ -217,9 +217,10 @@ def judging(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame.judges].drop(columns="judges") if "judges" in frame else frame
 
 
-def degenerate(frame: pd.DataFrame) -> bool:
-    """Whether no candidate finds a tenth of the truths: counts of dead features say nothing there."""
-    return bool(judging(frame).groupby(CANDIDATE, sort=False).found.mean().max() < 0.1)
+def degenerate(frame: pd.DataFrame, findable: float = 1.0) -> bool:
+    """Whether no candidate finds a tenth of the truths that can be found, a share `findable` of all: counts of dead
+    features say nothing there."""
+    return bool(judging(frame).groupby(CANDIDATE, sort=False).found.mean().max() < 0.1 * findable)
 
 
 def means(frame: pd.DataFrame) -> pd.DataFrame:

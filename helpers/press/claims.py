@@ -378,8 +378,7 @@ def load_results(folder: Path, book: Register | None = None) -> list[tuple[Resul
         if isinstance(content, dict) and "records" in content:
             results = validated(Results, content, path.name)
             results.controls = [_control_again(control, book, path.name) for control in results.controls]
-            judged = [row for row in results.records if not _retired(row, book)]
-            found.append((results, [_judged_again(row, book, path.name) for row in judged]))
+            found.append((results, [_judged_again(row, book, path.name) for row in results.records]))
     return found
 
 
@@ -397,11 +396,6 @@ def _control_again(control: Control, book: Register, name: str) -> Control:
     there = f"{name} is stale: control of {control.claim}/{control.check}"
     allowed(asked is not None, there, "a check of the register: run its chapter again or delete it")
     return control.judged(asked)
-
-
-def _retired(row: Record, book: Register) -> bool:
-    old = next((claim.retired for claim in book.claims if claim.id == row.claim), {})
-    return any(row.metric.split(BETWEEN)[0] == metric or row.metric.endswith(metric) for metric in old)
 
 
 def _judged_again(row: Record, book: Register, name: str) -> Record:

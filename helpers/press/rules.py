@@ -167,9 +167,7 @@ class PaperSays(Strict):
 
 class Claim(Strict):
     """A claim. `teachers` are the hub ids of the paper's own setting, or `any` where no teacher is involved
-    (a theorem, synthetic data); an empty list says that the paper's setting is not public. `retired`: metrics, or
-    ends of metrics, that the claim was judged by before, and why it is not any more; kept records of them are passed
-    over."""
+    (a theorem, synthetic data); an empty list says that the paper's setting is not public."""
 
     id: str = Field(pattern=r"^[a-z0-9]+(\.[a-z0-9]+)+$")
     title: str = Field("", max_length=60)
@@ -180,7 +178,6 @@ class Claim(Strict):
     chapter: str
     teachers: list[str] | Literal["any"]
     checks: dict[str, Check] = Field(min_length=1)
-    retired: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _metrics_differ(self) -> Claim:

@@ -294,6 +294,8 @@ def test_a_cell_where_nobody_finds_a_tenth_is_degenerate():
     one = none.assign(found=none.found.where(none.method != "ghost", 0.11))
     assert not known_truth.degenerate(one)
     assert known_truth.degenerate(one.assign(judges=one.method != "ghost"))
+    quarter = none.assign(found=0.03)  # with a quarter as many features as truths
+    assert not known_truth.degenerate(quarter, 0.25) and known_truth.degenerate(quarter, 0.5)
 
 
 def test_points_keep_a_contest():

@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from helpers import settings
-from helpers.parts import worlds
+from helpers.parts import known_truth, worlds
 from helpers.parts.worlds import SparseSource, World, random_atoms, zipf_rates
 from tests.reference.worlds_numpy import expected
 
@@ -313,3 +313,53 @@ def test_a_density_that_cannot_be_summed_is_refused(wrong):
 def test_noise_that_leaves_no_room_is_refused():
     with pytest.raises(ValueError, match="noise=1.0; allowed: 0 or more, and below 1"):
         SparseSource(random_atoms(6, 4, settings.generator(0)), 2).whitened(1.0)
+
+
+# -- the external benchmark --------------------------------------------------------------------------------------------
+
+
+def small_bench(**changes):
+    pytest.importorskip("sae_lens")
+    return worlds.SynthSaeBench(**{"n_true": 256, "d": 24} | changes)
+
+
+def test_atoms_are_made_orthogonal_as_the_benchmark_makes_them():
+    theirs = pytest.importorskip("sae_lens.synthetic").orthogonalize_embeddings
+    atoms = random_atoms(200, 24, settings.generator(0))
+    wanted = theirs(atoms, num_steps=100, lr=3e-4, chunk_size=64)
+    found = worlds.orthogonalised(atoms)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert (wanted - atoms).abs().max() > 1e-2  # the steps matter
+    assert (worlds.orthogonalised(atoms, steps=50) - wanted).abs().max() > 1e-3
+
+
+def test_a_benchmark_world_is_the_librarys_model_and_its_samples_repeat():
+    world, before = small_bench(), torch.random.get_rng_state()
+    model = worlds._synth_sae_bench(world)
+    torch.testing.assert_close(world.atoms.norm(dim=1), torch.ones(256))
+    x = world.sample(1_500, settings.generator(1))
+    torch.testing.assert_close(x, world.sample(1_500, settings.generator(1)))
+    assert x.shape == (1_500, 24) and (x[:1024] - x[476:]).abs().max() > 1  # the parts are drawn one after another
+    assert not torch.equal(x, world.sample(1_500, settings.generator(2)))
+    torch.testing.assert_close(torch.random.get_rng_state(), before)
+    torch.manual_seed(3)
+    rows, codes = model.sample_with_features(4_000)
+    torch.testing.assert_close(rows, codes @ world.atoms + model.feature_dict.bias, atol=1e-4, rtol=1e-4)
+    declared = model.cfg.firing_probability.generate(256, seed=42)
+    assert declared.max() <= 0.4 and declared.min() >= 5e-4
+    firing = float((codes > 0).double().sum(1).mean())  # of a node's children one fires at most, so fewer than declared
+    assert 0.5 * float(declared.sum()) < firing < float(declared.sum())
+    assert not torch.equal(replace(world, seed=1).atoms, world.atoms)
+
+
+@pytest.mark.parametrize(("changes", "allowed"), [({"n_true": 100}, "multiple of 128"), ({"d": 0}, "at least 1")])
+def test_sizes_that_the_benchmark_cannot_have_are_refused(changes, allowed):
+    with pytest.raises(ValueError, match=allowed):
+        worlds.SynthSaeBench(**changes)
+
+
+def test_a_student_learns_the_benchmark_in_a_contest():
+    problem = known_truth.KnownTruth(small_bench(), 64, 4, steps=30, batch_size=64, n_rows=500)
+    some = {4: [known_truth.Candidate("none", 0.0, 1e-2, True), known_truth.Candidate("switch", 0.1, 1e-2, True)]}
+    frame = known_truth.contest(problem, some, [0, 1], workers=1, cache_dir=False)
+    assert len(frame) == 4 and frame.fvu.between(0.05, 1).all() and frame.mcc.between(0, 0.25).all()

@@ -569,14 +569,10 @@ def test_what_would_hold_by_chance_is_added_up_over_records_from_their_controls(
     assert verdicts.by_chance(log.records, [], book) == (0, 0)
 
 
-def test_records_of_a_retired_metric_are_passed_over(write, tmp_path):
-    text = claim_text("a.b", {"only": RULES["identity"]})
+def test_a_record_of_a_metric_that_the_register_lost_is_stale(write, tmp_path):
     save(tmp_path / "here", SLUG, row("a.b"), row("a.b", metric="metric of old · k = 1"))
     with pytest.raises(ValueError, match="metric 'metric of old · k = 1' is not one of a.b"):
-        claims.load_results(tmp_path / "here", write(text))
-    book = write(text + "  retired: {metric of old: all passed it}\n")
-    ((_, (record,)),) = claims.load_results(tmp_path / "here", book)
-    assert record.metric == "metric only"
+        claims.load_results(tmp_path / "here", write(claim_text("a.b", {"only": RULES["identity"]})))
 
 
 def test_every_check_has_a_control_or_says_why_there_can_be_none():
