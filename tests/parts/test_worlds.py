@@ -347,8 +347,14 @@ def test_a_benchmark_world_is_the_librarys_model_and_its_samples_repeat():
     torch.testing.assert_close(rows, codes @ world.atoms + model.feature_dict.bias, atol=1e-4, rtol=1e-4)
     declared = model.cfg.firing_probability.generate(256, seed=42)
     assert declared.max() <= 0.4 and declared.min() >= 5e-4
-    firing = float((codes > 0).double().sum(1).mean())  # of a node's children one fires at most, so fewer than declared
-    assert 0.5 * float(declared.sum()) < firing < float(declared.sum())
+    fires, nodes, inner = codes > 0, list(model.hierarchy.roots), 0
+    for node in nodes:  # a child fires with its parent only, and one of them at most
+        children = [child.feature_index for child in node.children]
+        nodes += node.children
+        inner += bool(children)
+        assert not (fires[:, children].any(1) & ~fires[:, node.feature_index]).any()
+        assert not children or fires[:, children].sum(1).max() <= 1
+    assert (inner, len(nodes)) == (2 * (1 + 4 + 16), 2 * (1 + 4 + 16 + 64))  # two trees, three deep
     assert not torch.equal(replace(world, seed=1).atoms, world.atoms)
 
 
