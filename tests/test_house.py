@@ -100,12 +100,12 @@ def lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-WHOLE, CORE, IN_CORE = 18_747, 8_118, 27
+WHOLE, CORE, IN_CORE = 18_754, 8_118, 27
 """Lines of all modules, and lines and modules of the core (all but parts and press). The aim is 10,500, and 4,000 in
 20; what was added behind 13,690 is files as people write them, errors in our own words, faults survived, negative
 controls, the scoreboard, numbers in prose, the rules of choosing, the exchange with SAELens, a reader's own dictionary,
-what gets the book to people (addresses, search, print, the map), screening in few bits, the bench of rules, and figures
-of how times grow."""
+what gets the book to people (addresses, search, print, the map), screening in few bits, the bench of rules, figures of
+how times grow, and another benchmark's worlds."""
 
 
 def test_the_whole_is_small():

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
@@ -248,20 +250,25 @@ class World(CodedRows):
 class SynthSaeBench:
     """SynthSAEBench-16k v2 (Chanin & Garriga-Alonso 2026, arXiv 2602.14687), built anew by `sae_lens.synthetic`.
 
-    16,384 features in 768 dimensions fire at Zipf-like rates, 34 at a time: a tree of them, of whose children at most
-    one fires with its parent, scaled by it; the others share a correlation of rank 25. `seed` 0 asks for the numbers of
-    the published model (drawn on the CPU), others for another dictionary, tree and correlation. With fewer features
-    (`n_true` a multiple of 128, in `d` dimensions) it is a small likeness. Raises `ImportError` without `sae_lens`.
+    16,384 features in 768 dimensions fire at Zipf-like rates, 34 at a time, with a correlation of rank 25. Two thirds
+    of them stand in trees: of a node's children at most one fires, with its parent, scaled by it. `seed` 0 asks for the
+    published model's numbers (drawn on the CPU), others for another dictionary, trees and correlation. With fewer
+    features (`n_true` a multiple of 128, in `d` dimensions) it is a small likeness. `library`: the version that draws
+    it, so that no result of another one is taken for its own. Raises `ValueError` for other sizes, and without SAELens.
     """
 
     n_true: int = 16_384
     d: int = 768
     seed: int = 0
+    library: str = field(init=False)
 
     def __post_init__(self):
         good = self.n_true >= 128 and self.n_true % 128 == 0
         allowed(good, f"n_true={self.n_true}", "a multiple of 128, the size of a tree with its share of loose features")
         allowed(self.d >= 1, f"d={self.d}", "at least 1")
+        there = find_spec("sae_lens") is not None
+        allowed(there, "SynthSAEBench without sae-lens", "`pip install -r requirements-dev.txt` first")
+        vars(self)["library"] = version("sae-lens")
 
     @property
     def atoms(self) -> Float[Tensor, "n_true d"]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from helpers import settings
+from helpers import kept, settings
 from helpers.parts import known_truth, worlds
 from helpers.parts.worlds import SparseSource, World, random_atoms, zipf_rates
 from tests.reference.worlds_numpy import expected
@@ -362,6 +362,16 @@ def test_a_benchmark_world_is_the_librarys_model_and_its_samples_repeat():
 def test_sizes_that_the_benchmark_cannot_have_are_refused(changes, allowed):
     with pytest.raises(ValueError, match=allowed):
         worlds.SynthSaeBench(**changes)
+
+
+def test_a_benchmark_world_without_its_library_is_refused_at_once_and_its_version_is_in_every_key(monkeypatch):
+    now = small_bench()
+    monkeypatch.setattr(worlds, "version", lambda name: "0.0.1")
+    other = small_bench()
+    assert str(now) != str(other) and kept.described(now) != kept.described(other)
+    monkeypatch.setattr(worlds, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="without sae-lens; allowed: `pip install"):
+        worlds.SynthSaeBench()
 
 
 def test_a_student_learns_the_benchmark_in_a_contest():
