@@ -162,7 +162,17 @@ def test_a_scheduler_that_goes_away_is_named_and_what_was_done_is_kept(cluster, 
         sweep(trained, cells(tmp_path / "shared", seconds=2), address=there.address)
     assert time.perf_counter() - started < 60
     restarting.join()
-    meanwhile(lambda: (time.sleep(2), there.staff()))  # those of before have ended with their scheduler
-    with pytest.warns(UserWarning, match="has no workers yet"):
+    for worker in there.workers:  # they end with their scheduler, unless one finds the next one at the same address
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+    def staff_when_told():
+        while not any("has no workers yet" in str(each.message) for each in told):
+            time.sleep(0.1)
+        there.staff()
+
+    with pytest.warns(UserWarning, match="has no workers yet") as told:
+        meanwhile(staff_when_told)
         again = sweep(trained, cells(tmp_path / "shared", seconds=0), address=there.address)
     assert again == sweep(trained, cells(tmp_path / "alone", seconds=0), workers=1)
